@@ -1,0 +1,16 @@
+//! Checkpoints on disk: a [`source`] is mapped shards with tensors by name, a [`sink`] writes shards header first and
+//! gives them their final name only when all of them are complete. [`hub`] turns a hub id into a local folder.
+
+pub mod digest;
+pub mod header;
+pub mod hub;
+pub mod journal;
+pub mod sink;
+pub mod source;
+
+/// Name of the index that every sharded checkpoint has.
+pub const INDEX: &str = "model.safetensors.index.json";
+/// Name of the model's configuration.
+pub const CONFIG: &str = "config.json";
+/// Name under which a manifest lies in the folder that it describes.
+pub const MANIFEST: &str = "gptoss-manifest.json";

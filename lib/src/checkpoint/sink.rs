@@ -1,0 +1,496 @@
+//! A checkpoint that is written. Everything goes into `<destination>.partial`, headers first, each byte at its planned
+//! place; the folder gets its final name in one rename when every file is complete and on the disk. A killed run leaves
+//! the partial folder with a journal, from which the same command resumes.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use memmap2::Mmap;
+use rustix::fs::{CWD, FallocateFlags, FlockOperation, RenameFlags};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::header::{self, TensorSpec};
+use super::journal::Journal;
+use super::{CONFIG, INDEX, MANIFEST, digest};
+use crate::error::{Error, Result};
+use crate::manifest::FileRecord;
+
+const LOCK: &str = "lock";
+const JOURNAL: &str = "journal.jsonl";
+
+/// A planned tensor: what it is and the group (layer) whose end completes it.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// Name, type, shape.
+    pub spec: TensorSpec,
+    /// Number of the group that writes it.
+    pub group: usize,
+}
+
+/// Where every byte of the output will lie; made from headers alone.
+pub struct Layout {
+    /// Every tensor, in the order given.
+    pub tensors: Vec<Planned>,
+    /// For each tensor: its shard and the offset of its data in the file.
+    places: Vec<(usize, u64)>,
+    shards: Vec<ShardLayout>,
+}
+
+struct ShardLayout {
+    name: String,
+    header: Vec<u8>,
+    len: u64,
+}
+
+impl Layout {
+    /// Fills shards of at most `shard_size` bytes of data (a larger tensor gets its own) in the order of `tensors`.
+    pub fn new(tensors: Vec<Planned>, shard_size: u64) -> Self {
+        let mut members: Vec<Vec<usize>> = vec![Vec::new()];
+        let mut filled = 0u64;
+        for (i, t) in tensors.iter().enumerate() {
+            let len = t.spec.byte_len() as u64;
+            if filled > 0 && filled + len > shard_size {
+                members.push(Vec::new());
+                filled = 0;
+            }
+            filled += len;
+            members.last_mut().expect("never empty").push(i);
+        }
+        let mut places = vec![(0, 0); tensors.len()];
+        let mut shards = Vec::new();
+        for (s, list) in members.iter_mut().enumerate() {
+            // Wide types first: readers view the bytes in place and need each tensor aligned to its own type.
+            list.sort_by_key(|&i| std::cmp::Reverse(tensors[i].spec.dtype.bitsize()));
+            let header = header::encode(&list.iter().map(|&i| &tensors[i].spec).collect::<Vec<_>>());
+            let mut at = header.len() as u64;
+            for &i in list.iter() {
+                places[i] = (s, at);
+                at += tensors[i].spec.byte_len() as u64;
+            }
+            shards.push(ShardLayout { name: String::new(), header, len: at });
+        }
+        let n = shards.len();
+        for (s, shard) in shards.iter_mut().enumerate() {
+            shard.name = format!("model-{:05}-of-{n:05}.safetensors", s + 1);
+        }
+        Self { tensors, places, shards }
+    }
+
+    /// Bytes of all shards, headers included.
+    pub fn total_bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.len).sum()
+    }
+
+    /// Number of shards.
+    pub fn shard_count(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// A digest of everything that the layout fixes.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for s in &self.shards {
+            hash.update(&s.header);
+        }
+        digest::hex(&hash.finalize())
+    }
+
+    /// The index file's content.
+    fn index(&self) -> Value {
+        let total: u64 = self.tensors.iter().map(|t| t.spec.byte_len() as u64).sum();
+        let map: BTreeMap<&str, &str> = self
+            .tensors
+            .iter()
+            .zip(&self.places)
+            .map(|(t, &(s, _))| (t.spec.name.as_str(), self.shards[s].name.as_str()))
+            .collect();
+        json!({"metadata": {"total_size": total}, "weight_map": map})
+    }
+}
+
+/// A shard that is being filled and, right behind, hashed.
+struct OpenShard {
+    path: PathBuf,
+    file: File,
+    map: Mmap,
+    /// Ranges that hold their final bytes, merged: start to end.
+    written: Mutex<BTreeMap<u64, u64>>,
+    hash: Mutex<HashState>,
+}
+
+struct HashState {
+    hasher: Sha256,
+    at: u64,
+}
+
+impl OpenShard {
+    fn mark(&self, mut start: u64, mut end: u64) -> u64 {
+        let mut ranges = self.written.lock().expect("no writer panics while it holds this");
+        if let Some((&s, &e)) = ranges.range(..=start).next_back()
+            && e >= start
+        {
+            ranges.remove(&s);
+            (start, end) = (s, end.max(e));
+        }
+        if let Some(e) = ranges.remove(&end) {
+            end = e;
+        }
+        ranges.insert(start, end);
+        ranges.get(&0).copied().unwrap_or(0)
+    }
+
+    /// Hashes what has become contiguous. One thread at a time; the others go on with their own work.
+    fn advance(&self) {
+        let Ok(mut state) = self.hash.try_lock() else { return };
+        loop {
+            let ready = self.prefix();
+            if ready == state.at {
+                return;
+            }
+            let bytes = &self.map[state.at as usize..ready as usize];
+            state.hasher.update(bytes);
+            state.at = ready;
+        }
+    }
+
+    fn prefix(&self) -> u64 {
+        self.written.lock().expect("no writer panics while it holds this").get(&0).copied().unwrap_or(0)
+    }
+}
+
+/// An output that is being written.
+pub struct Sink {
+    dst: PathBuf,
+    partial: PathBuf,
+    layout: Layout,
+    shards: Vec<OpenShard>,
+    journal: Mutex<Journal>,
+    lock: File,
+    /// Groups that an earlier run finished, with the results that it noted.
+    pub resumed: BTreeMap<usize, Value>,
+}
+
+/// Where an unfinished output for `dst` lies.
+pub fn partial_path(dst: &Path) -> PathBuf {
+    let mut name = dst.file_name().unwrap_or_default().to_os_string();
+    name.push(".partial");
+    dst.with_file_name(name)
+}
+
+/// Refuses a destination that cannot be meant: the source itself, a folder above or below it, or a folder with
+/// content that `force` does not cover. Writes nothing.
+pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<()> {
+    if dst.file_name().is_none() {
+        return Err(Error::Refused(format!("{} cannot be a destination: it has no name of its own", dst.display())));
+    }
+    let full = |p: &Path| std::path::absolute(p).and_then(|p| p.canonicalize().or(Ok(p)));
+    let (s, d) = (full(src).map_err(Error::io("resolve", src))?, full(dst).map_err(Error::io("resolve", dst))?);
+    if s == d || s.starts_with(&d) || d.starts_with(&s) {
+        let (s, d) = (s.display(), d.display());
+        return Err(Error::Refused(format!(
+            "the destination {d} and the source {s} lie in one another; the source is never written"
+        )));
+    }
+    let Ok(meta) = std::fs::metadata(dst) else { return Ok(()) };
+    if !meta.is_dir() {
+        return Err(Error::Refused(format!("{} exists and is no folder", dst.display())));
+    }
+    let mut entries = std::fs::read_dir(dst).map_err(Error::io("list", dst))?;
+    if entries.next().is_none() {
+        return Ok(());
+    }
+    if !force {
+        return Err(Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display())));
+    }
+    if !dst.join(CONFIG).exists() && !dst.join(MANIFEST).exists() {
+        return Err(Error::Refused(format!(
+            "{} holds no checkpoint; --force replaces only a checkpoint",
+            dst.display()
+        )));
+    }
+    Ok(())
+}
+
+impl Sink {
+    /// Opens `<dst>.partial`: a fresh one, or the one that an interrupted run of the job `fingerprint` left.
+    pub fn open(dst: &Path, layout: Layout, fingerprint: &str, force: bool) -> Result<Self> {
+        let partial = partial_path(dst);
+        let parent = partial.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        room_for(parent, &partial, &layout)?;
+        std::fs::create_dir_all(&partial).map_err(Error::io("create", &partial))?;
+        let lock = take_lock(&partial)?;
+        let journal = match Journal::open(&partial.join(JOURNAL), fingerprint)? {
+            Some(found) => found,
+            None if force => {
+                clear(&partial)?;
+                Journal::open(&partial.join(JOURNAL), fingerprint)?.expect("a new journal is ours")
+            }
+            None => {
+                return Err(Error::Refused(format!(
+                    "{} holds an unfinished run with another source, other settings or another version; run that again, remove the folder, or give --force",
+                    partial.display()
+                )));
+            }
+        };
+        let (journal, done) = journal;
+        let shards = layout.shards.iter().map(|s| open_shard(&partial, s)).collect::<Result<Vec<_>>>()?;
+        let resumed: BTreeMap<usize, Value> = done.into_iter().collect();
+        let sink =
+            Self { dst: dst.to_path_buf(), partial, layout, shards, journal: Mutex::new(journal), lock, resumed };
+        for (i, t) in sink.layout.tensors.iter().enumerate() {
+            if sink.resumed.contains_key(&t.group) {
+                let (s, at) = sink.layout.places[i];
+                sink.shards[s].mark(at, at + t.spec.byte_len() as u64);
+            }
+        }
+        Ok(sink)
+    }
+
+    /// The plan of this output.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Writes `bytes` into tensor number `tensor`, `offset` bytes from its start.
+    pub fn write(&self, tensor: usize, offset: usize, bytes: &[u8]) -> Result<()> {
+        let (s, at) = self.layout.places[tensor];
+        debug_assert!(offset + bytes.len() <= self.layout.tensors[tensor].spec.byte_len());
+        let shard = &self.shards[s];
+        let at = at + offset as u64;
+        shard.file.write_all_at(bytes, at).map_err(Error::io("write", &shard.path))?;
+        shard.mark(at, at + bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Hashes what has become complete; workers call it between two units.
+    pub fn advance(&self) {
+        for shard in &self.shards {
+            shard.advance();
+        }
+    }
+
+    /// Starts and awaits write-back of what is written so far, so that the last sync has little left to do.
+    pub fn flush(&self) -> Result<()> {
+        self.shards.iter().try_for_each(|s| s.file.sync_data().map_err(Error::io("sync", &s.path)))
+    }
+
+    /// Every byte of `group` is written: makes that durable and notes it with `result`.
+    pub fn finish_group(&self, group: usize, result: Value) -> Result<()> {
+        let mut touched: Vec<usize> = self
+            .layout
+            .tensors
+            .iter()
+            .zip(&self.layout.places)
+            .filter(|(t, _)| t.group == group)
+            .map(|(_, &(s, _))| s)
+            .collect();
+        touched.sort_unstable();
+        touched.dedup();
+        for s in touched {
+            let shard = &self.shards[s];
+            shard.file.sync_data().map_err(Error::io("sync", &shard.path))?;
+        }
+        self.journal.lock().expect("no thread panics while it writes a line").finished(group, result)
+    }
+
+    /// Hashes the rest, writes the small files (`index`, then `files`), and gives the folder its final name. `manifest` is
+    /// called with the records of every file and returns the manifest's text.
+    pub fn finish(
+        self,
+        files: Vec<(String, Vec<u8>)>,
+        manifest: impl FnOnce(&[FileRecord]) -> Result<String>,
+    ) -> Result<Vec<FileRecord>> {
+        self.advance();
+        let mut records = Vec::new();
+        for (shard, layout) in self.shards.into_iter().zip(&self.layout.shards) {
+            let state = shard.hash.into_inner().expect("no thread panics while it hashes");
+            assert_eq!(state.at, layout.len, "every byte of a finished shard was written");
+            shard.file.sync_all().map_err(Error::io("sync", &shard.path))?;
+            records.push(FileRecord {
+                name: layout.name.clone(),
+                bytes: layout.len,
+                sha256: digest::hex(&state.hasher.finalize()),
+            });
+        }
+        let index = to_text(&self.layout.index());
+        for (name, text) in [(INDEX.to_owned(), index.into_bytes())].into_iter().chain(files) {
+            write_file(&self.partial.join(&name), &text)?;
+            records.push(FileRecord { bytes: text.len() as u64, sha256: digest::sha256(&text), name });
+        }
+        records.sort_by(|a, b| a.name.cmp(&b.name));
+        write_file(&self.partial.join(MANIFEST), manifest(&records)?.as_bytes())?;
+        for name in [JOURNAL, LOCK] {
+            let path = self.partial.join(name);
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+        put_in_place(&self.partial, &self.dst)?;
+        drop(self.lock);
+        Ok(records)
+    }
+
+    /// Removes the unfinished output.
+    pub fn discard(self) -> Result<()> {
+        std::fs::remove_dir_all(&self.partial).map_err(Error::io("remove", &self.partial))
+    }
+}
+
+/// JSON for a file that people read: indented, with a newline at its end.
+pub fn to_text(value: &impl serde::Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("plain data serializes");
+    text.push('\n');
+    text
+}
+
+fn room_for(parent: &Path, partial: &Path, layout: &Layout) -> Result<()> {
+    let stat = rustix::fs::statvfs(parent).map_err(|e| Error::io("ask for the free space of", parent)(e.into()))?;
+    let there: u64 = layout
+        .shards
+        .iter()
+        .filter_map(|s| std::fs::metadata(partial.join(&s.name)).ok())
+        .map(|m| m.blocks() * 512)
+        .sum();
+    let available = stat.f_bavail * stat.f_frsize + there;
+    let needed = layout.total_bytes();
+    if needed > available {
+        return Err(Error::NoSpace { dir: parent.to_path_buf(), needed, available });
+    }
+    Ok(())
+}
+
+fn take_lock(partial: &Path) -> Result<File> {
+    let path = partial.join(LOCK);
+    let lock =
+        OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(Error::io("open", &path))?;
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| Error::Refused(format!("another run is writing {}", partial.display())))?;
+    Ok(lock)
+}
+
+/// Empties a partial folder but for its lock.
+fn clear(partial: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(partial).map_err(Error::io("list", partial))? {
+        let path = entry.map_err(Error::io("list", partial))?.path();
+        if path.file_name().is_some_and(|n| n != LOCK) {
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+fn open_shard(partial: &Path, layout: &ShardLayout) -> Result<OpenShard> {
+    let path = partial.join(&layout.name);
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(Error::io("create", &path))?;
+    // Reserving the blocks now turns a full disk into an error before any work is done.
+    match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, layout.len) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+            file.set_len(layout.len).map_err(Error::io("size", &path))?;
+        }
+        Err(e) => return Err(Error::io("reserve room for", &path)(e.into())),
+    }
+    file.set_len(layout.len).map_err(Error::io("size", &path))?;
+    file.write_all_at(&layout.header, 0).map_err(Error::io("write", &path))?;
+    // SAFETY: the folder is locked, so nobody else truncates the file; it is read only where it was written before.
+    let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+    let written = BTreeMap::from([(0, layout.header.len() as u64)]);
+    let hash = HashState { hasher: Sha256::new(), at: 0 };
+    Ok(OpenShard { path, file, map, written: Mutex::new(written), hash: Mutex::new(hash) })
+}
+
+fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    std::fs::write(path, bytes).map_err(Error::io("write", path))?;
+    File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("sync", path))
+}
+
+/// The one moment at which the output appears. An old checkpoint under that name is exchanged in the same step.
+fn put_in_place(partial: &Path, dst: &Path) -> Result<()> {
+    File::open(partial).and_then(|f| f.sync_all()).map_err(Error::io("sync", partial))?;
+    let occupied = std::fs::read_dir(dst).is_ok_and(|mut d| d.next().is_some());
+    if occupied {
+        rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE)
+            .map_err(|e| Error::io("replace", dst)(e.into()))?;
+        std::fs::remove_dir_all(partial).map_err(Error::io("remove", partial))?;
+    } else {
+        std::fs::rename(partial, dst).map_err(Error::io("rename the finished output to", dst))?;
+    }
+    let parent = dst.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(parent).and_then(|f| f.sync_all()).map_err(Error::io("sync", parent))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::Dtype;
+
+    fn planned(name: &str, dtype: Dtype, n: usize, group: usize) -> Planned {
+        Planned { spec: TensorSpec::new(name, dtype, [n]), group }
+    }
+
+    fn layout() -> Layout {
+        let list = vec![
+            planned("a", Dtype::U8, 3, 0),
+            planned("b", Dtype::BF16, 5, 0),
+            planned("c", Dtype::I64, 2, 1),
+            planned("d", Dtype::BF16, 40, 1),
+        ];
+        Layout::new(list, 50)
+    }
+
+    #[test]
+    fn shards_respect_the_size_and_align_every_tensor() {
+        let l = layout();
+        assert_eq!(l.shard_count(), 2);
+        for (t, &(_, at)) in l.tensors.iter().zip(&l.places) {
+            assert_eq!(at as usize % (t.spec.dtype.bitsize() / 8), 0, "{}", t.spec.name);
+        }
+    }
+
+    #[test]
+    fn a_resumed_output_is_the_same_as_one_in_a_single_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let fill = |sink: &Sink, group: usize| {
+            for (i, t) in sink.layout().tensors.iter().enumerate().filter(|(_, t)| t.group == group) {
+                let bytes: Vec<u8> = (0..t.spec.byte_len()).map(|b| (b * 7 + i) as u8).collect();
+                // Backwards and in pieces: the hash must not depend on the order.
+                let half = bytes.len() / 2;
+                sink.write(i, half, &bytes[half..]).unwrap();
+                sink.advance();
+                sink.write(i, 0, &bytes[..half]).unwrap();
+            }
+            sink.finish_group(group, Value::from(group)).unwrap();
+        };
+        let one = dir.path().join("one");
+        let sink = Sink::open(&one, layout(), "f", false).unwrap();
+        fill(&sink, 1);
+        fill(&sink, 0);
+        let first = sink.finish(vec![("config.json".into(), b"{}".to_vec())], |_| Ok(String::new())).unwrap();
+
+        let two = dir.path().join("two");
+        let sink = Sink::open(&two, layout(), "f", false).unwrap();
+        fill(&sink, 0);
+        assert!(Sink::open(&two, layout(), "f", false).is_err(), "a second writer is refused");
+        drop(sink);
+        assert!(!two.exists());
+        assert!(Sink::open(&two, layout(), "other", false).is_err(), "another job does not resume");
+        let sink = Sink::open(&two, layout(), "f", false).unwrap();
+        assert_eq!(sink.resumed.keys().collect::<Vec<_>>(), [&0]);
+        fill(&sink, 1);
+        let second = sink.finish(vec![("config.json".into(), b"{}".to_vec())], |_| Ok(String::new())).unwrap();
+        assert_eq!(first, second);
+        for f in &second {
+            assert_eq!(digest::record(&two, &f.name).unwrap(), *f, "the hash made on the way is the file's");
+        }
+        assert!(!partial_path(&two).exists());
+    }
+}

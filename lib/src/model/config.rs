@@ -1,0 +1,147 @@
+//! The fields of `config.json` that fix shapes.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// Largest extent that is believed; it keeps every product of three extents far from overflow.
+const MAX_EXTENT: usize = 1 << 20;
+
+/// Shapes of a gpt-oss.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelConfig {
+    /// num_hidden_layers.
+    pub layers: usize,
+    /// num_local_experts.
+    pub experts: usize,
+    /// hidden_size.
+    pub hidden: usize,
+    /// intermediate_size.
+    pub intermediate: usize,
+    /// num_attention_heads.
+    pub heads: usize,
+    /// num_key_value_heads.
+    pub kv_heads: usize,
+    /// head_dim.
+    pub head_dim: usize,
+    /// vocab_size.
+    pub vocab: usize,
+    /// attention_bias.
+    pub attention_bias: bool,
+    /// tie_word_embeddings.
+    pub tied: bool,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    model_type: String,
+    num_hidden_layers: usize,
+    num_local_experts: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+    vocab_size: usize,
+    #[serde(default = "yes")]
+    attention_bias: bool,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl ModelConfig {
+    /// Reads and checks the fields of a `config.json` that lies in `dir`.
+    pub fn parse(dir: &Path, config: &Map<String, Value>) -> Result<Self> {
+        let file = dir.join(crate::checkpoint::CONFIG);
+        let bad = |reason: String| Error::file(&file, reason);
+        match config.get("model_type") {
+            Some(Value::String(t)) if t == "gpt_oss" => {}
+            Some(Value::String(t)) => return Err(bad(format!("model_type is {t:?}, this tool knows gpt_oss"))),
+            _ => return Err(bad("has no model_type; a gpt-oss says \"gpt_oss\"".into())),
+        }
+        let raw: Raw = serde_json::from_value(Value::Object(config.clone())).map_err(|e| bad(e.to_string()))?;
+        debug_assert_eq!(raw.model_type, "gpt_oss");
+        let extents = [
+            ("num_hidden_layers", raw.num_hidden_layers),
+            ("num_local_experts", raw.num_local_experts),
+            ("hidden_size", raw.hidden_size),
+            ("intermediate_size", raw.intermediate_size),
+            ("num_attention_heads", raw.num_attention_heads),
+            ("num_key_value_heads", raw.num_key_value_heads),
+            ("head_dim", raw.head_dim),
+            ("vocab_size", raw.vocab_size),
+        ];
+        for (name, n) in extents {
+            if n == 0 || n > MAX_EXTENT {
+                return Err(bad(format!("{name} is {n}, wanted 1 to {MAX_EXTENT}")));
+            }
+        }
+        for (name, n) in [("num_hidden_layers", raw.num_hidden_layers), ("num_local_experts", raw.num_local_experts)] {
+            if n > 4096 {
+                return Err(bad(format!("{name} is {n}, wanted at most 4096")));
+            }
+        }
+        Ok(Self {
+            layers: raw.num_hidden_layers,
+            experts: raw.num_local_experts,
+            hidden: raw.hidden_size,
+            intermediate: raw.intermediate_size,
+            heads: raw.num_attention_heads,
+            kv_heads: raw.num_key_value_heads,
+            head_dim: raw.head_dim,
+            vocab: raw.vocab_size,
+            attention_bias: raw.attention_bias,
+            tied: raw.tie_word_embeddings,
+        })
+    }
+
+    /// The name of the published model that has these shapes.
+    pub fn known_name(&self) -> Option<&'static str> {
+        match (self.layers, self.experts, self.hidden, self.intermediate) {
+            (24, 32, 2880, 2880) => Some("gpt-oss-20b"),
+            (36, 128, 2880, 2880) => Some("gpt-oss-120b"),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(change: impl Fn(&mut Map<String, Value>)) -> Result<ModelConfig> {
+        let text = include_str!("../../../tests/fixtures/configs/gpt-oss-20b.json");
+        let mut map: Map<String, Value> = serde_json::from_str(text).unwrap();
+        change(&mut map);
+        ModelConfig::parse(Path::new("m"), &map)
+    }
+
+    #[test]
+    fn the_real_config_is_the_20b() {
+        let c = parse(|_| {}).unwrap();
+        assert_eq!(c.known_name(), Some("gpt-oss-20b"));
+        let slots = super::super::slots(&c);
+        // The hub's index lists 459 tensors; each fused weight stands there twice, as blocks and scales.
+        let fused = slots.iter().filter(|s| matches!(s.role, crate::model::Role::Experts(..))).count();
+        assert_eq!(slots.len() + fused, 459);
+        let parameters: usize = slots.iter().map(|s| s.shape.iter().product::<usize>()).sum();
+        assert_eq!(parameters, 20_914_757_184);
+    }
+
+    #[test]
+    fn errors_name_field_and_value() {
+        let e = parse(|m| drop(m.insert("model_type".into(), "llama".into()))).unwrap_err().to_string();
+        assert_eq!(e, "m/config.json: model_type is \"llama\", this tool knows gpt_oss");
+        let e = parse(|m| drop(m.insert("hidden_size".into(), (1u64 << 60).into()))).unwrap_err().to_string();
+        assert!(e.contains("hidden_size is 1152921504606846976"), "{e}");
+        let e = parse(|m| drop(m.remove("head_dim"))).unwrap_err().to_string();
+        assert!(e.contains("head_dim"), "{e}");
+    }
+}

@@ -1,0 +1,137 @@
+//! The loops of rounding a group of weights to integers, and of measuring the error. One body, compiled for the baseline
+//! processor and for AVX2; there is no fused multiply-add in it, so both give the same bits.
+
+use crate::algorithms::rtn::{ErrorSums, LANES};
+use crate::formats::float::Float;
+use crate::formats::int::{self, IntFormat, IntParams};
+
+/// Compiles `$body` twice and picks the version for this processor.
+macro_rules! for_this_cpu {
+    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
+        $(#[$doc])*
+        #[inline]
+        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn fast($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: AVX2 is there.
+                    return unsafe { fast($($arg),*) };
+                }
+            }
+            $body($($arg),*)
+        }
+    };
+}
+
+for_this_cpu! {
+    /// Least and greatest of `w`, 0 for an empty slice.
+    pub fn extremes(w: &[f32]) -> (f32, f32) = extremes_body
+}
+
+for_this_cpu! {
+    /// Rounds one group `w` to codes `q` with parameters `p`, and adds the error to `sums`.
+    pub fn group(w: &[f32], format: IntFormat, p: IntParams, float: Float, q: &mut [i8], sums: &mut ErrorSums) = group_body
+}
+
+for_this_cpu! {
+    /// Adds the error of `values` against `reference` to `sums`.
+    pub fn measure(values: &[f32], reference: &[f32], sums: &mut ErrorSums) = measure_body
+}
+
+#[inline(always)]
+fn extremes_body(w: &[f32]) -> (f32, f32) {
+    let first = w.first().copied().unwrap_or(0.0);
+    let (mut low, mut high) = ([first; 2 * LANES], [first; 2 * LANES]);
+    let (chunks, rest) = w.as_chunks::<{ 2 * LANES }>();
+    for c in chunks {
+        for i in 0..2 * LANES {
+            low[i] = if c[i] < low[i] { c[i] } else { low[i] };
+            high[i] = if c[i] > high[i] { c[i] } else { high[i] };
+        }
+    }
+    let least = |a: f32, &b: &f32| if b < a { b } else { a };
+    let greatest = |a: f32, &b: &f32| if b > a { b } else { a };
+    let low = low.iter().chain(rest).fold(first, least);
+    let high = high.iter().chain(rest).fold(first, greatest);
+    (low, high)
+}
+
+#[inline(always)]
+fn group_body(w: &[f32], format: IntFormat, p: IntParams, float: Float, q: &mut [i8], sums: &mut ErrorSums) {
+    // The type is a constant in each arm, so the loop inside has no choices left in it.
+    match float {
+        Float::Bf16 => group_of(w, format, p, Float::Bf16, q, sums),
+        Float::F16 => group_of(w, format, p, Float::F16, q, sums),
+        Float::F32 => group_of(w, format, p, Float::F32, q, sums),
+    }
+}
+
+#[inline(always)]
+fn group_of(w: &[f32], format: IntFormat, p: IntParams, float: Float, q: &mut [i8], sums: &mut ErrorSums) {
+    const BLOCK: usize = 32;
+    let mut value = [0f32; BLOCK];
+    for (w, q) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)) {
+        for (i, (&w, q)) in w.iter().zip(q.iter_mut()).enumerate() {
+            *q = format.quantize(w, p, float);
+            value[i] = int::dequantize(*q, p, float);
+        }
+        measure_body(&value[..w.len()], w, sums);
+    }
+}
+
+#[inline(always)]
+fn measure_body(values: &[f32], reference: &[f32], sums: &mut ErrorSums) {
+    let (v, v_rest) = values.as_chunks::<LANES>();
+    let (r, r_rest) = reference.as_chunks::<LANES>();
+    let mut max = [sums.max_error; LANES];
+    for (v, r) in v.iter().zip(r) {
+        for i in 0..LANES {
+            let error = v[i] - r[i];
+            max[i] = if error.abs() > max[i] { error.abs() } else { max[i] };
+            sums.squared_error[i] += f64::from(error) * f64::from(error);
+            sums.squared_weight[i] += f64::from(r[i]) * f64::from(r[i]);
+        }
+    }
+    for (i, (v, r)) in v_rest.iter().zip(r_rest).enumerate() {
+        let error = v - r;
+        max[i] = if error.abs() > max[i] { error.abs() } else { max[i] };
+        sums.squared_error[i] += f64::from(error) * f64::from(error);
+        sums.squared_weight[i] += f64::from(*r) * f64::from(*r);
+    }
+    sums.max_error = max.iter().fold(0.0, |a, &b| if b > a { b } else { a });
+    sums.count += reference.len() as u64;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::dequantize::SHAPES;
+
+    #[test]
+    fn fast_and_baseline_bodies_agree_over_the_shapes() {
+        for (rows, groups) in SHAPES {
+            let n = rows + groups;
+            let w: Vec<f32> = (0..n).map(|i| ((i * 7919 % 1000) as f32 - 500.0) * 1e-3).collect();
+            assert_eq!(extremes(&w), extremes_body(&w));
+            for (num_bits, symmetric) in [(4, true), (4, false), (8, true), (8, false)] {
+                for float in [Float::Bf16, Float::F16, Float::F32] {
+                    let format = IntFormat { num_bits, symmetric };
+                    let (min, max) = extremes(&w);
+                    let p = format.fit(min, max, float);
+                    let (mut a, mut b) = (vec![0; n], vec![0; n]);
+                    let (mut sa, mut sb) = (ErrorSums::default(), ErrorSums::default());
+                    group(&w, format, p, float, &mut a, &mut sa);
+                    group_body(&w, format, p, float, &mut b, &mut sb);
+                    assert_eq!(a, b);
+                    assert_eq!(sa.squared_error.map(f64::to_bits), sb.squared_error.map(f64::to_bits));
+                    let bound = p.scale * 0.51 + 0.01 * max.abs().max(min.abs());
+                    assert!(sa.max_error <= bound, "{} > {bound}", sa.max_error);
+                }
+            }
+        }
+    }
+}
