@@ -1,0 +1,160 @@
+//! `quantization_config` of this container: written from a plan, read back from a checkpoint.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::{Activations, Format, Scheme, Strategy};
+use crate::checkpoint::CONFIG;
+use crate::checkpoint::source::Checkpoint;
+use crate::error::{Error, Result};
+use crate::formats::int::IntFormat;
+use crate::model::Proj;
+
+/// The version of compressed-tensors whose layout is written.
+const VERSION: &str = "0.20.0";
+
+/// A regular expression for every module of one projection.
+fn target(proj: Proj) -> String {
+    match proj {
+        Proj::Embed => "re:.*embed_tokens$".into(),
+        Proj::LmHead => "re:.*lm_head$".into(),
+        Proj::Router => r"re:.*mlp\.router$".into(),
+        Proj::Q | Proj::K | Proj::V | Proj::O => format!(r"re:.*self_attn\.{}$", proj.name()),
+        Proj::Gate | Proj::Up | Proj::Down => format!(r"re:.*mlp\.experts\.\d+\.{}$", proj.name()),
+    }
+}
+
+fn arguments(format: IntFormat, strategy: &str, group_size: Option<usize>, dynamic: bool) -> Value {
+    json!({
+        "num_bits": format.num_bits,
+        "type": "int",
+        "symmetric": format.symmetric,
+        "group_size": group_size,
+        "strategy": strategy,
+        "block_structure": null,
+        "dynamic": dynamic,
+        "actorder": null,
+        "observer": if dynamic { Value::Null } else { "memoryless_minmax".into() },
+        "observer_kwargs": {},
+    })
+}
+
+/// The whole `quantization_config` for these schemes (one a projection) and the modules that stay as they are.
+pub fn encode(schemes: &[(Proj, Scheme)], ignore: &[String]) -> Value {
+    let mut groups: Vec<(Scheme, Vec<Proj>)> = Vec::new();
+    for &(proj, scheme) in schemes {
+        match groups.iter_mut().find(|g| g.0 == scheme) {
+            Some(g) => g.1.push(proj),
+            None => groups.push((scheme, vec![proj])),
+        }
+    }
+    let name = |f: Format| serde_json::to_value(f).expect("a unit variant");
+    let config_groups: Map<String, Value> = groups
+        .iter()
+        .enumerate()
+        .map(|(i, (scheme, projs))| {
+            let weights = match scheme.strategy {
+                Strategy::Group(n) => arguments(scheme.weights, "group", Some(n), false),
+                Strategy::Channel => arguments(scheme.weights, "channel", None, false),
+            };
+            let inputs = match scheme.activations {
+                Activations::Float => Value::Null,
+                Activations::DynamicTokenInt8 => {
+                    arguments(IntFormat { num_bits: 8, symmetric: true }, "token", None, true)
+                }
+            };
+            let group = json!({
+                "targets": projs.iter().map(|&p| target(p)).collect::<Vec<_>>(),
+                "weights": weights,
+                "input_activations": inputs,
+                "output_activations": null,
+                "format": name(scheme.format()),
+            });
+            (format!("group_{i}"), group)
+        })
+        .collect();
+    let mut formats: Vec<Format> = groups.iter().map(|g| g.0.format()).collect();
+    formats.sort();
+    formats.dedup();
+    let format = if let [one] = formats[..] { name(one) } else { "mixed-precision".into() };
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "global_compression_ratio": null,
+        "kv_cache_scheme": null,
+        "config_groups": config_groups,
+        "ignore": ignore,
+        "version": VERSION,
+    })
+}
+
+/// The scheme that a checkpoint's `quantization_config` gives `module`; `None` where it is not this container's or the
+/// module is ignored or in no group.
+pub fn scheme_of(checkpoint: &Checkpoint, module: &str) -> Result<Option<Scheme>> {
+    let file = checkpoint.dir.join(CONFIG);
+    match checkpoint.config.get("quantization_config") {
+        Some(Value::Object(config)) => lookup(config, module).map_err(|reason| Error::file(file, reason)),
+        _ => Ok(None),
+    }
+}
+
+/// [`scheme_of`] on the bare object; the error says what is wrong with it.
+pub fn lookup(config: &Map<String, Value>, module: &str) -> std::result::Result<Option<Scheme>, String> {
+    if config.get("quant_method").and_then(Value::as_str) != Some("compressed-tensors") {
+        return Ok(None);
+    }
+    let strings = |v: Option<&Value>| -> Vec<String> {
+        let list = v.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        list.iter().filter_map(|s| s.as_str().map(str::to_owned)).collect()
+    };
+    if matches_any(&strings(config.get("ignore")), module)? {
+        return Ok(None);
+    }
+    let Some(Value::Object(groups)) = config.get("config_groups") else {
+        return Err("quantization_config has no object config_groups".into());
+    };
+    let ordered: BTreeMap<&String, &Value> = groups.iter().collect();
+    for (name, group) in ordered {
+        if matches_any(&strings(group.get("targets")), module)? {
+            return parse_group(group).map(Some).map_err(|e| format!("quantization_config: {name}: {e}"));
+        }
+    }
+    Ok(None)
+}
+
+fn matches_any(patterns: &[String], module: &str) -> std::result::Result<bool, String> {
+    for p in patterns {
+        // "Linear" is a class: every linear layer, of which each module here is one.
+        if p == "Linear" || crate::recipe::pattern::matches(p, module).map_err(|e| e.to_string())? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
+    let weights = &group["weights"];
+    if weights["type"].as_str() != Some("int") {
+        return Err(format!("weights of type {} are not read by this version; int is", weights["type"]));
+    }
+    let num_bits = match weights["num_bits"].as_u64() {
+        Some(n @ 2..=8) => n as u8,
+        _ => return Err(format!("num_bits is {}, wanted 2 to 8", weights["num_bits"])),
+    };
+    let strategy = match (weights["strategy"].as_str(), weights["group_size"].as_u64()) {
+        (Some("group"), Some(n @ 1..)) => Strategy::Group(n as usize),
+        (Some("channel"), _) => Strategy::Channel,
+        (s, g) => return Err(format!("strategy {s:?} with group_size {g:?} is not read by this version")),
+    };
+    let activations = match &group["input_activations"] {
+        Value::Null => Activations::Float,
+        a if a["type"] == "int" && a["num_bits"] == 8 && a["dynamic"] == true && a["strategy"] == "token" => {
+            Activations::DynamicTokenInt8
+        }
+        a => return Err(format!("input_activations {a} are not read by this version")),
+    };
+    let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
+    Ok(Scheme { weights: IntFormat { num_bits, symmetric }, strategy, activations })
+}

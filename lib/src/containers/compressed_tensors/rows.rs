@@ -1,0 +1,120 @@
+//! Reading what this container holds, as values.
+
+use std::ops::Range;
+
+use safetensors::Dtype;
+
+use super::{Format, Scheme, config, unpack};
+use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::containers::dense::{FLOATS, float_of};
+use crate::containers::{Rows, Weight};
+use crate::error::Result;
+use crate::formats::float::Float;
+use crate::formats::int::{self, IntParams};
+use crate::model::{Linear, ModelConfig};
+
+struct Quantized<'a> {
+    scheme: Scheme,
+    shape: (usize, usize),
+    float: Float,
+    codes: &'a [u8],
+    scales: &'a [u8],
+    zero_points: Option<&'a [u8]>,
+}
+
+/// The [`crate::containers::READERS`] entry.
+pub fn open<'a>(checkpoint: &'a Checkpoint, model: &ModelConfig, linear: &Linear) -> Result<Option<Weight<'a>>> {
+    let module = linear.module();
+    let Some(scale) = checkpoint.get(&format!("{module}.weight_scale")) else { return Ok(None) };
+    let Some(scheme) = config::scheme_of(checkpoint, &module)? else {
+        return Err(scale.error("is here, but quantization_config in config.json has no group for its module"));
+    };
+    let shape = linear.shape(model);
+    if let super::Strategy::Group(n) = scheme.strategy
+        && !shape.1.is_multiple_of(n)
+    {
+        return Err(scale.error(format!("group_size {n} does not divide in_features {}", shape.1)));
+    }
+    scale.expect(&FLOATS, &[shape.0, shape.1 / scheme.group(shape.1)])?;
+    let float = float_of(&scale)?;
+    let mut tensors = Vec::new();
+    for spec in scheme.specs(&module, shape, float) {
+        let tensor = checkpoint.tensor(&spec.name)?;
+        tensor.expect(&[spec.dtype], &spec.shape)?;
+        tensors.push(tensor);
+    }
+    let zero_points = (!scheme.weights.symmetric).then(|| tensors[2].bytes);
+    if scheme.format() == Format::Packed {
+        check_shape_tensor(&tensors[tensors.len() - 1], shape)?;
+    }
+    let (codes, scales) = (tensors[0].bytes, tensors[1].bytes);
+    Ok(Some(Box::new(Quantized { scheme, shape, float, codes, scales, zero_points })))
+}
+
+fn check_shape_tensor(tensor: &TensorRef, shape: (usize, usize)) -> Result<()> {
+    tensor.expect(&[Dtype::I64], &[2])?;
+    let stored: Vec<i64> = tensor.bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect();
+    if stored != [shape.0 as i64, shape.1 as i64] {
+        return Err(tensor.error(format!("holds {stored:?}, config.json implies [{}, {}]", shape.0, shape.1)));
+    }
+    Ok(())
+}
+
+impl Quantized<'_> {
+    fn params(&self, row: usize, group: usize, groups: usize) -> IntParams {
+        let mut scale = [0f32];
+        let at = (row * groups + group) * self.float.size();
+        self.float.read(&self.scales[at..at + self.float.size()], &mut scale);
+        let zero_point = self.zero_points.map_or(0, |z| match self.scheme.format() {
+            Format::Int => z[row * groups + group] as i8,
+            Format::Packed => zero_point(z, row, group, groups, u32::from(self.scheme.weights.num_bits)),
+        });
+        IntParams { scale: scale[0], zero_point }
+    }
+}
+
+/// Zero points are packed along the rows: word w of column `group` holds bits 32 w .. 32 w + 32 of its stream.
+fn zero_point(packed: &[u8], row: usize, group: usize, groups: usize, bits: u32) -> i8 {
+    let word = row * bits as usize / 32;
+    let mut two = [0u8; 8];
+    for (i, half) in two.chunks_exact_mut(4).enumerate() {
+        if let Some(bytes) = packed.get(((word + i) * groups + group) * 4..).and_then(|b| b.get(..4)) {
+            half.copy_from_slice(bytes);
+        }
+    }
+    let shift = row * bits as usize % 32;
+    let code = (u64::from_le_bytes(two) >> shift) & ((1 << bits) - 1);
+    (code as i32 - (1 << (bits - 1))) as i8
+}
+
+impl Rows for Quantized<'_> {
+    fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    fn float(&self) -> Float {
+        self.float
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        let columns = self.shape.1;
+        let group = self.scheme.group(columns);
+        let groups = columns / group;
+        let row_bytes = self.codes.len() / self.shape.0;
+        let bits = u32::from(self.scheme.weights.num_bits);
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns)) {
+            let codes = &self.codes[row * row_bytes..][..row_bytes];
+            for (g, out) in out.chunks_exact_mut(group).enumerate() {
+                let p = self.params(row, g, groups);
+                for (i, o) in out.iter_mut().enumerate() {
+                    let k = g * group + i;
+                    let code = match self.scheme.format() {
+                        Format::Int => codes[k] as i8,
+                        Format::Packed => unpack(codes, k, bits),
+                    };
+                    *o = int::dequantize(code, p, self.float);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Plain floats: `<module>.weight` [out, in], and the fused experts as transformers loads them, [E, in, out] with gate
+//! and up columns interleaved.
+
+use std::ops::Range;
+
+use safetensors::Dtype;
+
+use super::{Rows, Weight};
+use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::error::Result;
+use crate::formats::float::Float;
+use crate::model::{Linear, ModelConfig};
+
+/// The types that dense weights come in.
+pub const FLOATS: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
+
+/// The float type of a tensor that was checked to have one.
+pub fn float_of(tensor: &TensorRef) -> Result<Float> {
+    let dtype = tensor.info.dtype;
+    Float::of(dtype).ok_or_else(|| tensor.error(format!("has type {dtype}, wanted BF16, F16 or F32")))
+}
+
+struct RowMajor<'a> {
+    bytes: &'a [u8],
+    float: Float,
+    shape: (usize, usize),
+}
+
+/// One expert inside the fused, transposed tensor: element (o, i) lies at i * stride + first + o * step.
+struct Transposed<'a> {
+    bytes: &'a [u8],
+    float: Float,
+    shape: (usize, usize),
+    stride: usize,
+    first: usize,
+    step: usize,
+}
+
+/// The [`super::READERS`] entry.
+pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linear) -> Result<Option<Weight<'a>>> {
+    let shape = linear.shape(config);
+    if let Some(tensor) = checkpoint.get(&format!("{}.weight", linear.module())) {
+        tensor.expect(&FLOATS, &[shape.0, shape.1])?;
+        let float = float_of(&tensor)?;
+        return Ok(Some(Box::new(RowMajor { bytes: tensor.bytes, float, shape })));
+    }
+    let Some(fused) = linear.proj.fused() else { return Ok(None) };
+    let Some(tensor) = checkpoint.get(&fused.name(linear.layer)) else { return Ok(None) };
+    let (out, inp) = fused.shape(config);
+    tensor.expect(&FLOATS, &[config.experts, inp, out])?;
+    let float = float_of(&tensor)?;
+    let len = out * inp * float.size();
+    let (_, first, step) =
+        *fused.parts().iter().find(|p| p.0 == linear.proj).expect("a projection is in its fused tensor");
+    let bytes = &tensor.bytes[linear.expert * len..][..len];
+    Ok(Some(Box::new(Transposed { bytes, float, shape, stride: out, first, step })))
+}
+
+impl Rows for RowMajor<'_> {
+    fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    fn float(&self) -> Float {
+        self.float
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        let row = self.shape.1 * self.float.size();
+        self.float.read(&self.bytes[rows.start * row..rows.end * row], out);
+    }
+}
+
+impl Rows for Transposed<'_> {
+    fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    fn float(&self) -> Float {
+        self.float
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        let (inp, size, n) = (self.shape.1, self.float.size(), rows.len());
+        if n == 0 {
+            return;
+        }
+        // One strip of the source holds these rows' values for one input; 32 inputs at a time keep both sides in cache.
+        let span = (n - 1) * self.step + 1;
+        let mut strip = vec![0f32; span];
+        for start in (0..inp).step_by(32) {
+            for i in start..inp.min(start + 32) {
+                let at = (i * self.stride + self.first + rows.start * self.step) * size;
+                self.float.read(&self.bytes[at..at + span * size], &mut strip);
+                for (o, &v) in strip.iter().step_by(self.step).enumerate() {
+                    out[o * inp + i] = v;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! How a container lays a linear layer out in tensors. Reading goes through [`Rows`], whatever the container;
+//! a container is one file and one line in [`READERS`].
+
+pub mod compressed_tensors;
+pub mod dense;
+pub mod openai;
+
+use std::ops::Range;
+
+use crate::checkpoint::source::Checkpoint;
+use crate::error::{Error, Result};
+use crate::formats::float::Float;
+use crate::model::{Fused, Linear, ModelConfig};
+
+/// The weight of one linear layer, read row by row as values.
+pub trait Rows: Sync {
+    /// (out_features, in_features).
+    fn shape(&self) -> (usize, usize);
+    /// The type whose rounding the values have: arithmetic on them rounds to it.
+    fn float(&self) -> Float;
+    /// Rows `rows` into `out`, f32 [rows, in_features].
+    fn read(&self, rows: Range<usize>, out: &mut [f32]);
+}
+
+/// A weight of a checkpoint.
+pub type Weight<'a> = Box<dyn Rows + 'a>;
+
+type Reader = for<'a> fn(&'a Checkpoint, &ModelConfig, &Linear) -> Result<Option<Weight<'a>>>;
+
+const READERS: [Reader; 3] = [openai::open, compressed_tensors::open, dense::open];
+
+/// Opens the weight of `linear` in whatever container the checkpoint has.
+///
+/// # Errors
+/// [`Error::MissingTensor`] where no container has it; [`Error::BadTensor`] where its tensors do not fit the config.
+pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linear) -> Result<Weight<'a>> {
+    for reader in READERS {
+        if let Some(weight) = reader(checkpoint, config, linear)? {
+            return Ok(weight);
+        }
+    }
+    Err(Error::MissingTensor {
+        dir: checkpoint.dir.clone(),
+        tensor: format!("{}.weight", linear.module()),
+        reason: "config.json implies it, and no container that this tool reads has it".into(),
+    })
+}
+
+/// The biases of all experts of a layer, f32 [E, out] with gate and up interleaved, from the fused tensor or from one
+/// tensor an expert.
+pub fn expert_biases(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused, layer: usize) -> Result<Vec<f32>> {
+    let (out, _) = fused.shape(config);
+    let mut all = vec![0f32; config.experts * out];
+    let whole = format!("{}_bias", fused.name(layer));
+    if let Some(tensor) = checkpoint.get(&whole) {
+        tensor.expect(&dense::FLOATS, &[config.experts, out])?;
+        dense::float_of(&tensor)?.read(tensor.bytes, &mut all);
+        return Ok(all);
+    }
+    for (expert, biases) in all.chunks_exact_mut(out).enumerate() {
+        for &(proj, first, step) in fused.parts() {
+            let name = format!("{}.bias", Linear { proj, layer, expert }.module());
+            let Some(tensor) = checkpoint.get(&name) else {
+                let reason = format!("config.json implies it, and {name} is not there either");
+                return Err(Error::MissingTensor { dir: checkpoint.dir.clone(), tensor: whole, reason });
+            };
+            tensor.expect(&dense::FLOATS, &[out / step])?;
+            let mut values = vec![0f32; out / step];
+            dense::float_of(&tensor)?.read(tensor.bytes, &mut values);
+            for (o, v) in biases.iter_mut().skip(first).step_by(step).zip(values) {
+                *o = v;
+            }
+        }
+    }
+    Ok(all)
+}

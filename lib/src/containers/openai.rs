@@ -1,0 +1,90 @@
+//! OpenAI's own layout of gpt-oss experts: `<proj>_blocks` u8 [E, out, in/32, 16] and `<proj>_scales` u8 [E, out, in/32],
+//! gate and up rows interleaved. Source: openai/gpt-oss `gpt_oss/torch/weights.py`.
+
+use std::ops::Range;
+
+use safetensors::Dtype;
+
+use super::{Rows, Weight};
+use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::error::Result;
+use crate::formats::float::Float;
+use crate::formats::mxfp4::{self, BLOCK, BLOCK_BYTES};
+use crate::model::{self, Fused, Linear, ModelConfig};
+use crate::ops::dequantize::Blocks;
+
+/// Blocks and scales of all experts of a layer, checked against the config.
+pub struct Experts<'a> {
+    /// u8 [E, out, in/32, 16].
+    pub blocks: TensorRef<'a>,
+    /// u8 [E, out, in/32].
+    pub scales: TensorRef<'a>,
+    out: usize,
+    groups: usize,
+}
+
+impl<'a> Experts<'a> {
+    /// The fused weights of `layer`; `None` where the checkpoint has no blocks for them.
+    pub fn open(checkpoint: &'a Checkpoint, config: &ModelConfig, fused: Fused, layer: usize) -> Result<Option<Self>> {
+        let [blocks_spec, scales_spec] = model::mxfp4_specs(fused, layer, config);
+        let Some(blocks) = checkpoint.get(&blocks_spec.name) else { return Ok(None) };
+        let Some(scales) = checkpoint.get(&scales_spec.name) else {
+            return Err(blocks.error(format!("has no scales: {} is missing", scales_spec.name)));
+        };
+        let (out, inp) = fused.shape(config);
+        if inp % BLOCK != 0 {
+            return Err(blocks.error(format!("in_features {inp} is no multiple of the block, {BLOCK}")));
+        }
+        blocks.expect(&[Dtype::U8], &blocks_spec.shape)?;
+        scales.expect(&[Dtype::U8], &scales_spec.shape)?;
+        Ok(Some(Self { blocks, scales, out, groups: inp / BLOCK }))
+    }
+
+    /// One expert's matrix.
+    pub fn expert(&self, expert: usize) -> Blocks<'a> {
+        let n = self.out * self.groups;
+        Blocks {
+            codes: &self.blocks.bytes[expert * n * BLOCK_BYTES..][..n * BLOCK_BYTES],
+            scales: &self.scales.bytes[expert * n..][..n],
+            rows: self.out,
+            groups: self.groups,
+        }
+    }
+}
+
+struct ExpertRows<'a> {
+    blocks: Blocks<'a>,
+    first: usize,
+    step: usize,
+    out: usize,
+}
+
+/// The [`super::READERS`] entry.
+pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linear) -> Result<Option<Weight<'a>>> {
+    let Some(fused) = linear.proj.fused() else { return Ok(None) };
+    let Some(experts) = Experts::open(checkpoint, config, fused, linear.layer)? else { return Ok(None) };
+    let (_, first, step) =
+        *fused.parts().iter().find(|p| p.0 == linear.proj).expect("a projection is in its fused tensor");
+    let blocks = experts.expert(linear.expert);
+    Ok(Some(Box::new(ExpertRows { blocks, first, step, out: blocks.rows / step })))
+}
+
+impl Rows for ExpertRows<'_> {
+    fn shape(&self) -> (usize, usize) {
+        (self.out, self.blocks.groups * BLOCK)
+    }
+
+    fn float(&self) -> Float {
+        // An E2M1 value under a power of two is exact in BF16, which the other weights have.
+        Float::Bf16
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        let groups = self.blocks.groups;
+        for (row, out) in rows.zip(out.chunks_exact_mut(groups * BLOCK)) {
+            let at = (self.first + row * self.step) * groups;
+            let codes = &self.blocks.codes[at * BLOCK_BYTES..][..groups * BLOCK_BYTES];
+            mxfp4::decode_row(codes, &self.blocks.scales[at..][..groups], out);
+        }
+    }
+}

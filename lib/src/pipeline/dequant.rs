@@ -1,0 +1,422 @@
+//! Any container -> plain BF16 or FP16 in the layout that transformers loads.
+
+use std::ops::Range;
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use super::executor::{self, Unit};
+use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, seal, side_files};
+use crate::checkpoint::header::TensorSpec;
+use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
+use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::containers::dense::float_of;
+use crate::containers::openai::Experts;
+use crate::containers::{self, Weight};
+use crate::error::{Error, Result};
+use crate::formats::float::Float;
+use crate::formats::mxfp4::{BLOCK, SCALE_NAN};
+use crate::manifest::{Job, Manifest, TensorReport};
+use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
+use crate::ops::dequantize::{HalfCounts, transposed};
+use crate::runtimes::{self, ExpertLayout, MainLayout};
+
+/// Output bytes of one unit of the fast path: small enough to stay in a core's second-level cache.
+const CHUNK: usize = 768 << 10;
+/// Rows that the general path reads at a time.
+const ROWS: usize = 64;
+
+/// What to make.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// [`Float::Bf16`] or [`Float::F16`].
+    pub dtype: Float,
+    /// Most bytes of data in a shard.
+    pub shard_size: u64,
+}
+
+/// A unit of work; `to` is the output tensor's number.
+enum Work<'a> {
+    /// Hash a source shard.
+    Hash(usize),
+    /// Pass a byte range on.
+    Copy { to: usize, tensor: TensorRef<'a>, from: Float, range: Range<usize> },
+    /// Blocks of one expert through the fast path.
+    Blocks { to: usize, slot: usize, expert: usize, groups: Range<usize> },
+    /// A weight of one expert, or of a main layer, through [`containers::Rows`].
+    Rows { to: usize, slot: usize, expert: usize },
+}
+
+/// A dequantization whose plan holds.
+pub struct Plan<'a> {
+    source: &'a Checkpoint,
+    config: ModelConfig,
+    options: Options,
+    slots: Vec<Slot>,
+    experts: Vec<Option<Experts<'a>>>,
+    units: Vec<Unit<Work<'a>>>,
+    tensors: Vec<Planned>,
+    notes: Vec<String>,
+}
+
+impl<'a> Plan<'a> {
+    /// Plans from the headers alone; every tensor that the config implies must be there with its type and shape.
+    pub fn new(source: &'a Checkpoint, options: Options) -> Result<Self> {
+        let config = ModelConfig::parse(&source.dir, &source.config)?;
+        let slots = model::slots(&config);
+        let mut plan = Self {
+            source,
+            config,
+            options,
+            slots,
+            experts: Vec::new(),
+            units: Vec::new(),
+            tensors: Vec::new(),
+            notes: Vec::new(),
+        };
+        let mut hashed = vec![false; source.shards.len()];
+        for i in 0..plan.slots.len() {
+            plan.slot(i, &mut hashed)?;
+        }
+        plan.refuse_pointless()?;
+        Ok(plan)
+    }
+
+    fn slot(&mut self, i: usize, hashed: &mut [bool]) -> Result<()> {
+        let slot = self.slots[i].clone();
+        let to = self.tensors.len();
+        self.tensors.push(Planned {
+            spec: TensorSpec::new(&slot.name, self.options.dtype.dtype(), slot.shape.clone()),
+            group: slot.group,
+        });
+        let mut experts = None;
+        if let Role::Experts(fused, layer) = slot.role {
+            experts = Experts::open(self.source, &self.config, fused, layer)?;
+        }
+        let dense = self.source.get(&slot.name);
+        let shard = experts.as_ref().map(|e| e.blocks.shard).or(dense.map(|t| t.shard));
+        if let Some(shard) = shard.filter(|&s| !std::mem::replace(&mut hashed[s], true)) {
+            self.units.push(Unit { group: None, bytes: 0, work: Work::Hash(shard) });
+        }
+        match (slot.role, &experts, dense) {
+            (Role::Experts(fused, _), Some(_), _) => self.blocks(i, to, fused),
+            (_, _, Some(tensor)) if Float::of(tensor.info.dtype).is_some() => {
+                self.copies(slot.group, to, tensor, &slot.shape)?
+            }
+            (Role::Experts(fused, layer), None, None) => self.rows(i, to, fused, layer)?,
+            (Role::Weight(linear), _, _) => {
+                containers::open(self.source, &self.config, &linear)?;
+                let bytes = slot.shape.iter().product::<usize>() * 2;
+                self.units.push(Unit {
+                    group: Some(slot.group),
+                    bytes: bytes as u64,
+                    work: Work::Rows { to, slot: i, expert: 0 },
+                });
+            }
+            (Role::ExpertBias(fused, layer), _, None) => {
+                containers::expert_biases(self.source, &self.config, fused, layer)?;
+                let work = Work::Rows { to, slot: i, expert: 0 };
+                self.units.push(Unit { group: Some(slot.group), bytes: 0, work });
+            }
+            (_, _, _) => drop(self.source.tensor(&slot.name)?.expect(&containers::dense::FLOATS, &slot.shape)?),
+        }
+        self.experts.push(experts);
+        Ok(())
+    }
+
+    fn copies(&mut self, group: usize, to: usize, tensor: TensorRef<'a>, shape: &[usize]) -> Result<()> {
+        tensor.expect(&containers::dense::FLOATS, shape)?;
+        let from = float_of(&tensor)?;
+        for range in copy::pieces(tensor.bytes.len(), from.size()) {
+            let bytes = (range.len() / from.size() * 2) as u64;
+            self.units.push(Unit { group: Some(group), bytes, work: Work::Copy { to, tensor, from, range } });
+        }
+        Ok(())
+    }
+
+    fn blocks(&mut self, slot: usize, to: usize, fused: Fused) {
+        let (out, inp) = fused.shape(&self.config);
+        let step = (CHUNK / (out * BLOCK * 2)).max(1);
+        for expert in 0..self.config.experts {
+            for start in (0..inp / BLOCK).step_by(step) {
+                let groups = start..(inp / BLOCK).min(start + step);
+                let bytes = (groups.len() * BLOCK * out * 2) as u64;
+                self.units.push(Unit {
+                    group: Some(self.slots[slot].group),
+                    bytes,
+                    work: Work::Blocks { to, slot, expert, groups },
+                });
+            }
+        }
+    }
+
+    fn rows(&mut self, slot: usize, to: usize, fused: Fused, layer: usize) -> Result<()> {
+        let (out, inp) = fused.shape(&self.config);
+        for expert in 0..self.config.experts {
+            for &(proj, _, _) in fused.parts() {
+                let weight = containers::open(self.source, &self.config, &Linear { proj, layer, expert });
+                weight.map_err(|e| name_the_fused(e, fused, layer))?;
+            }
+            let (group, bytes) = (Some(self.slots[slot].group), (out * inp * 2) as u64);
+            self.units.push(Unit { group, bytes, work: Work::Rows { to, slot, expert } });
+        }
+        Ok(())
+    }
+
+    /// A source that is already what was asked for.
+    fn refuse_pointless(&self) -> Result<()> {
+        let same = |u: &Unit<Work>| match &u.work {
+            Work::Copy { from, .. } => *from == self.options.dtype,
+            Work::Hash(_) => true,
+            _ => false,
+        };
+        if self.units.iter().all(same) {
+            let (dir, dtype) = (self.source.dir.display(), self.options.dtype.config_name());
+            return Err(Error::Refused(format!("{dir} is plain {dtype} already: there is nothing to dequantize")));
+        }
+        Ok(())
+    }
+
+    /// Anything in the checkpoint that the model does not have is left out; says so.
+    fn leftovers(&self) -> Vec<String> {
+        let mut known: std::collections::BTreeSet<String> = self.slots.iter().map(|s| s.name.clone()).collect();
+        for s in &self.slots {
+            if let Role::Experts(fused, layer) = s.role {
+                known.extend(model::mxfp4_specs(fused, layer, &self.config).map(|t| t.name));
+            }
+        }
+        let quantized = self.source.config.contains_key("quantization_config");
+        let module =
+            |n: &str| quantized && (n.contains(".weight_") || n.contains(".experts.") || n.ends_with(".weight"));
+        let unknown: Vec<&str> = self.source.names().filter(|n| !known.contains(*n) && !module(n)).collect();
+        unknown.iter().map(|n| format!("{n} is no tensor of gpt-oss and was left out")).collect()
+    }
+
+    /// Bytes of the output.
+    pub fn output_bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.spec.byte_len() as u64).sum()
+    }
+
+    /// Working memory of one worker.
+    fn scratch_bytes(&self) -> u64 {
+        let general = self.units.iter().filter_map(|u| match u.work {
+            Work::Rows { .. } => Some(u.bytes),
+            _ => None,
+        });
+        let (out, inp) = Fused::GateUp.shape(&self.config);
+        let rows = (ROWS * inp.max(out) * 8) as u64;
+        general.max().map_or(0, |b| b + rows) + (CHUNK.max(out * BLOCK * 2) + copy::PIECE * 3) as u64
+    }
+
+    /// Does it. The manifest's `volatile` part is left to the caller.
+    pub fn run(mut self, paths: &Paths, resources: &Resources) -> Result<(Manifest, usize)> {
+        check_destination(&paths.src, &paths.dst, paths.force)?;
+        let workers = resources.workers(self.scratch_bytes())?;
+        let job = Job::Dequantize { dtype: self.options.dtype, shard_size: self.options.shard_size };
+        let layout = Layout::new(std::mem::take(&mut self.tensors), self.options.shard_size);
+        let print = fingerprint(&job, &layout.fingerprint(), self.source)?;
+        let sink = Sink::open(&paths.dst, layout, &print, paths.force)?;
+        let mut units = std::mem::take(&mut self.units);
+        units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
+        resources.progress.start("dequantize", units.iter().map(|u| u.bytes).sum());
+        let hashes = SourceHashes::new(self.source);
+        let (done, failed) = self.work(&units, workers, &sink, resources, &hashes);
+        if let Some(error) = failed {
+            if !error.is_transient() {
+                sink.discard()?;
+            }
+            return Err(error);
+        }
+        resources.progress.finish();
+        let resumed = sink.resumed.len();
+        let mut manifest = self.manifest(job, &done, hashes.file_set(self.source)?);
+        let files = side_files(self.source, &self.output_config())?;
+        let mut text = |files: &[_]| Ok(seal(&mut manifest, layout_word(self.options.dtype), files));
+        sink.finish(files, &mut text)?;
+        Ok((manifest, resumed))
+    }
+
+    fn work(
+        &self,
+        units: &[Unit<Work<'a>>],
+        workers: usize,
+        sink: &Sink,
+        resources: &Resources,
+        hashes: &SourceHashes,
+    ) -> (Vec<GroupResult>, Option<Error>) {
+        let closed = std::sync::Mutex::new(std::collections::BTreeMap::<usize, Value>::new());
+        let failed = executor::run(
+            units,
+            workers,
+            sink,
+            &resources.progress,
+            Vec::new,
+            |work, scratch| self.unit(work, scratch, sink, hashes),
+            |group, counts: Vec<HalfCounts>| {
+                let mut conversion = HalfCounts::default();
+                counts.into_iter().for_each(|c| conversion += c);
+                let result = GroupResult { tensors: Vec::new(), conversion };
+                let value = serde_json::to_value(result).expect("plain data serializes");
+                closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
+                Ok(value)
+            },
+        )
+        .err();
+        let mut all = sink.resumed.clone();
+        all.extend(closed.into_inner().expect("no thread panics while it holds this"));
+        (all.into_values().filter_map(|v| serde_json::from_value(v).ok()).collect(), failed)
+    }
+
+    fn unit(&self, work: &Work<'a>, scratch: &mut Vec<u16>, sink: &Sink, hashes: &SourceHashes) -> Result<HalfCounts> {
+        let dtype = self.options.dtype;
+        match work {
+            Work::Hash(shard) => {
+                hashes.compute(self.source, *shard);
+                Ok(HalfCounts::default())
+            }
+            Work::Copy { to, tensor, from, range } => copy::convert(sink, *to, tensor, range, *from, dtype),
+            Work::Blocks { to, slot, expert, groups } => {
+                let experts = self.experts[*slot].as_ref().expect("planned from its blocks");
+                let blocks = experts.expert(*expert);
+                scratch.resize(groups.len() * BLOCK * blocks.rows, 0);
+                let counts = transposed(blocks, groups.clone(), dtype, scratch);
+                if counts.nans > 0 {
+                    let n = blocks.scales.len();
+                    let at = blocks.scales.iter().position(|&b| b == SCALE_NAN).expect("its NaN was just counted");
+                    return Err(copy::nan_scale(&experts.scales, expert * n + at));
+                }
+                let k = expert * blocks.groups * BLOCK + groups.start * BLOCK;
+                sink.write(*to, k * blocks.rows * 2, as_bytes(scratch))?;
+                Ok(counts)
+            }
+            Work::Rows { to, slot, expert } => self.general(*to, &self.slots[*slot], *expert, scratch, sink),
+        }
+    }
+
+    /// Any other container: values row by row, transposed here.
+    fn general(
+        &self,
+        to: usize,
+        slot: &Slot,
+        expert: usize,
+        scratch: &mut Vec<u16>,
+        sink: &Sink,
+    ) -> Result<HalfCounts> {
+        let mut counts = HalfCounts::default();
+        let mut put = |scratch: &mut [u16], at: usize, v: f32| {
+            counts.add(copy::fate(v, self.options.dtype));
+            scratch[at] = half_bits(v, self.options.dtype);
+        };
+        let offset = match slot.role {
+            Role::ExpertBias(fused, layer) => {
+                let all = containers::expert_biases(self.source, &self.config, fused, layer)?;
+                scratch.resize(all.len(), 0);
+                all.iter().enumerate().for_each(|(i, &v)| put(scratch, i, v));
+                0
+            }
+            Role::Experts(fused, layer) => {
+                let (out, inp) = fused.shape(&self.config);
+                scratch.resize(out * inp, 0);
+                for &(proj, first, step) in fused.parts() {
+                    let weight = containers::open(self.source, &self.config, &Linear { proj, layer, expert })?;
+                    for_rows(&weight, |o, row| {
+                        row.iter().enumerate().for_each(|(i, &v)| put(scratch, i * out + first + o * step, v))
+                    });
+                }
+                expert * out * inp * 2
+            }
+            Role::Weight(linear) => {
+                let weight = containers::open(self.source, &self.config, &linear)?;
+                let (out, inp) = weight.shape();
+                scratch.resize(out * inp, 0);
+                for_rows(&weight, |o, row| row.iter().enumerate().for_each(|(i, &v)| put(scratch, o * inp + i, v)));
+                0
+            }
+            Role::Plain => unreachable!("a plain tensor is copied"),
+        };
+        sink.write(to, offset, as_bytes(scratch))?;
+        Ok(counts)
+    }
+
+    fn output_config(&self) -> serde_json::Map<String, Value> {
+        let mut config = self.source.config.clone();
+        config.shift_remove("quantization_config");
+        config.shift_remove(super::quant::KEPT);
+        let dtype = Value::from(self.options.dtype.config_name());
+        // Older configs spell it torch_dtype; one that is there must not contradict.
+        if let Some(old) = config.get_mut("torch_dtype") {
+            *old = dtype.clone();
+        }
+        config.insert("dtype".into(), dtype);
+        config
+    }
+
+    fn manifest(&self, job: Job, groups: &[GroupResult], source: crate::manifest::FileSet) -> Manifest {
+        let mut manifest = Manifest::new("gptoss-dequant", job);
+        manifest.source = Some(source);
+        let mut conversion = HalfCounts::default();
+        groups.iter().for_each(|g| conversion += g.conversion);
+        manifest.conversion = Some(conversion);
+        manifest.runtimes = match self.options.dtype.dtype() {
+            Dtype::BF16 | Dtype::F16 => runtimes::report(ExpertLayout::Dense, MainLayout::Dense),
+            _ => Vec::new(),
+        };
+        manifest.tensors = self
+            .slots
+            .iter()
+            .map(|s| TensorReport {
+                name: s.name.clone(),
+                tensors: 1,
+                parameters: s.shape.iter().product::<usize>() as u64,
+                stored: self.options.dtype.config_name().into(),
+                error: None,
+            })
+            .collect();
+        manifest.notes = self.notes.iter().cloned().chain(self.leftovers()).collect();
+        if conversion.overflows > 0 {
+            let n = conversion.overflows;
+            manifest.notes.push(format!(
+                "{n} weights are too large for {} and became infinite",
+                self.options.dtype.config_name()
+            ));
+        }
+        manifest
+    }
+}
+
+fn layout_word(dtype: Float) -> String {
+    if dtype == Float::F16 { "fp16".into() } else { "bf16".into() }
+}
+
+/// An expert that no container has is missing under the name that its readers know.
+fn name_the_fused(error: Error, fused: Fused, layer: usize) -> Error {
+    match error {
+        Error::MissingTensor { dir, tensor, .. } => {
+            let base = fused.name(layer);
+            let reason = format!("config.json implies it, and neither {base}_blocks nor {tensor} is there");
+            Error::MissingTensor { dir, tensor: base, reason }
+        }
+        other => other,
+    }
+}
+
+fn for_rows(weight: &Weight, mut each: impl FnMut(usize, &[f32])) {
+    let (out, inp) = weight.shape();
+    let mut rows = vec![0f32; ROWS * inp];
+    for start in (0..out).step_by(ROWS) {
+        let end = out.min(start + ROWS);
+        weight.read(start..end, &mut rows[..(end - start) * inp]);
+        rows.chunks_exact(inp).take(end - start).enumerate().for_each(|(i, row)| each(start + i, row));
+    }
+}
+
+fn half_bits(v: f32, to: Float) -> u16 {
+    if to == Float::F16 { half::f16::from_f32(v).to_bits() } else { half::bf16::from_f32(v).to_bits() }
+}
+
+/// The little-endian bytes of 16-bit floats.
+fn as_bytes(numbers: &[u16]) -> &[u8] {
+    const { assert!(cfg!(target_endian = "little"), "checkpoints are little-endian, and so must be the machine") };
+    // SAFETY: u16 has no padding and u8 no alignment; the length is in bytes.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), std::mem::size_of_val(numbers)) }
+}

@@ -1,0 +1,582 @@
+//! A recipe over a checkpoint -> compressed-tensors. The plan is made from the config (and the headers, where weights are
+//! there), so that whatever cannot work fails before any data is read.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
+
+use super::executor::{self, Unit};
+use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, seal, side_files};
+use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
+use crate::checkpoint::header::TensorSpec;
+use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
+use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::containers::compressed_tensors::{Scheme, Strategy, config};
+use crate::containers::dense::{FLOATS, float_of};
+use crate::containers::{self, Weight};
+use crate::error::{Error, Result};
+use crate::formats::float::Float;
+use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
+use crate::model::{self, Class, Fused, Linear, ModelConfig, Proj, Role, Slot};
+use crate::ops::dequantize::HalfCounts;
+use crate::recipe::pattern::Patterns;
+use crate::recipe::{Recipe, SchemeName};
+use crate::runtimes::{self, ExpertLayout, MainLayout};
+use crate::verify::errors::{Family, report};
+
+/// Key in config.json that says which tensors were kept in another format than `quantization_config` speaks of.
+pub const KEPT: &str = "gptoss_kept";
+
+/// Rows of one unit: a multiple of 32, so that zero points packed along the rows end on whole words.
+const ROWS: usize = 256;
+
+/// A unit of work; `to` is the (first) output tensor's number.
+enum Work<'a> {
+    /// Hash a source shard.
+    Hash(usize),
+    /// Pass a byte range on unchanged.
+    Copy { to: usize, tensor: TensorRef<'a>, range: Range<usize> },
+    /// Round rows of a linear layer.
+    Quantize { to: usize, job: usize, rows: Range<usize> },
+    /// Write rows of an expert's layer that the recipe leaves alone.
+    Plain { to: usize, job: usize, rows: Range<usize> },
+    /// Split the fused biases of a layer's experts; tensor `to` is the first expert's first part.
+    Biases { to: usize, tensor: TensorRef<'a>, fused: Fused },
+}
+
+/// One linear layer that is opened and rewritten.
+struct LinearJob<'a> {
+    linear: Linear,
+    weight: Option<Weight<'a>>,
+    float: Float,
+    scheme: Option<Scheme>,
+}
+
+/// A quantization whose plan holds.
+pub struct Plan<'a> {
+    source: Option<&'a Checkpoint>,
+    raw_config: Map<String, Value>,
+    config: ModelConfig,
+    recipe: Recipe,
+    ignore: Patterns,
+    mxfp4: bool,
+    jobs: Vec<LinearJob<'a>>,
+    units: Vec<Unit<Work<'a>>>,
+    tensors: Vec<Planned>,
+    /// Scheme of each projection that is quantized.
+    schemes: BTreeMap<Proj, Scheme>,
+    /// Modules that are not.
+    unquantized: Vec<String>,
+    /// What is reported of tensors that stay, by group.
+    stays: Vec<(usize, TensorReport)>,
+}
+
+impl<'a> Plan<'a> {
+    /// Plans `recipe` over the checkpoint, or, where `source` is `None`, over the config alone.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the recipe cannot work on these shapes; names the layer and what would work.
+    pub fn new(
+        dir: &Path,
+        raw_config: &Map<String, Value>,
+        recipe: Recipe,
+        source: Option<&'a Checkpoint>,
+    ) -> Result<Self> {
+        let config = ModelConfig::parse(dir, raw_config)?;
+        let method =
+            raw_config.get("quantization_config").map(|q| q["quant_method"].as_str().unwrap_or("?").to_owned());
+        if let Some(m) = method.as_deref().filter(|&m| m != "mxfp4") {
+            return Err(Error::Refused(format!(
+                "{} is quantized already ({m}); give the checkpoint that it was made from",
+                dir.display()
+            )));
+        }
+        if recipe.experts.scheme == SchemeName::Keep && recipe.mw.scheme == SchemeName::Keep {
+            return Err(Error::Refused(
+                "experts and mw are both kept: the output would be a copy of the source".into(),
+            ));
+        }
+        let ignore = Patterns::new(&recipe.ignore)?;
+        let mxfp4 = match source {
+            Some(s) => s.get(&model::mxfp4_specs(Fused::GateUp, 0, &config)[0].name).is_some(),
+            None => method.is_some(),
+        };
+        let mut plan = Self {
+            source,
+            raw_config: raw_config.clone(),
+            config,
+            recipe,
+            ignore,
+            mxfp4,
+            jobs: Vec::new(),
+            units: Vec::new(),
+            tensors: Vec::new(),
+            schemes: BTreeMap::new(),
+            unquantized: Vec::new(),
+            stays: Vec::new(),
+        };
+        plan.every_pattern_hits()?;
+        plan.every_scheme_fits()?;
+        let mut hashed = vec![false; source.map_or(0, |s| s.shards.len())];
+        for slot in model::slots(&plan.config) {
+            plan.slot(&slot, &mut hashed)?;
+        }
+        Ok(plan)
+    }
+
+    /// Every linear layer of the model.
+    fn linears(config: &ModelConfig) -> impl Iterator<Item = Linear> + use<> {
+        let c = config.clone();
+        let (layers, experts) = (c.layers, c.experts);
+        let one = |proj| Linear { proj, layer: 0, expert: 0 };
+        let per_layer = move |layer| {
+            let main = [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Router];
+            let main = main.into_iter().map(move |proj| Linear { proj, layer, expert: 0 });
+            let each = move |expert| [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer, expert });
+            main.chain((0..experts).flat_map(each))
+        };
+        [one(Proj::Embed), one(Proj::LmHead)].into_iter().chain((0..layers).flat_map(per_layer))
+    }
+
+    /// A pattern that matches nothing is a typing error that would go unseen.
+    fn every_pattern_hits(&self) -> Result<()> {
+        let mut hit = vec![false; self.recipe.ignore.len()];
+        for linear in Self::linears(&self.config) {
+            let module = linear.module();
+            self.ignore.hits(&module).for_each(|i| hit[i] = true);
+        }
+        match hit.iter().position(|h| !h) {
+            Some(i) => Err(Error::Refused(format!(
+                "the ignore pattern {:?} matches no module of this model",
+                self.recipe.ignore[i]
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Shapes are the same in every layer, so one layer's modules tell; ignored ones need not fit.
+    fn every_scheme_fits(&mut self) -> Result<()> {
+        for linear in Self::linears(&self.config) {
+            let class = self.recipe.class(linear.proj.class());
+            if self.schemes.contains_key(&linear.proj) || self.ignore.any(&linear.module()) {
+                continue;
+            }
+            if let Some(scheme) = class.resolve(&linear, &self.config)? {
+                self.schemes.insert(linear.proj, scheme);
+            }
+        }
+        if self.schemes.is_empty() {
+            return Err(Error::Refused(
+                "the recipe ignores or keeps every linear layer: nothing is left to quantize".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn scheme(&self, linear: &Linear) -> Option<Scheme> {
+        if self.ignore.any(&linear.module()) { None } else { self.schemes.get(&linear.proj).copied() }
+    }
+
+    fn slot(&mut self, slot: &Slot, hashed: &mut [bool]) -> Result<()> {
+        let experts_stay = self.recipe.experts.scheme == SchemeName::Keep;
+        match slot.role {
+            Role::Experts(fused, layer) if self.mxfp4 => {
+                let specs = model::mxfp4_specs(fused, layer, &self.config);
+                for spec in &specs {
+                    self.hash_first(&spec.name, hashed);
+                }
+                if experts_stay {
+                    self.stay(slot, "mxfp4");
+                    specs.into_iter().try_for_each(|spec| self.copy(slot.group, spec, &[Dtype::U8]))
+                } else {
+                    self.experts(slot, fused, layer)
+                }
+            }
+            Role::Experts(fused, layer) if !experts_stay => {
+                self.hash_first(&slot.name, hashed);
+                self.experts(slot, fused, layer)
+            }
+            Role::ExpertBias(fused, layer) if !experts_stay => self.biases(slot, fused, layer),
+            Role::Weight(linear) if self.scheme(&linear).is_some() => {
+                self.hash_first(&slot.name, hashed);
+                self.linear(slot.group, linear)
+            }
+            _ => {
+                if let Role::Weight(linear) = slot.role {
+                    self.unquantized.push(linear.module());
+                }
+                self.hash_first(&slot.name, hashed);
+                let float = self.float_of(&slot.name)?;
+                self.stay(slot, float.config_name());
+                self.copy(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()), &FLOATS)
+            }
+        }
+    }
+
+    fn hash_first(&mut self, tensor: &str, hashed: &mut [bool]) {
+        let shard = self.source.and_then(|s| s.get(tensor)).map(|t| t.shard);
+        if let Some(shard) = shard.filter(|&s| !std::mem::replace(&mut hashed[s], true)) {
+            self.units.push(Unit { group: None, bytes: 0, work: Work::Hash(shard) });
+        }
+    }
+
+    fn float_of(&self, tensor: &str) -> Result<Float> {
+        self.source.map_or(Ok(Float::Bf16), |s| float_of(&s.tensor(tensor)?))
+    }
+
+    fn stay(&mut self, slot: &Slot, stored: &str) {
+        let parameters = slot.shape.iter().product::<usize>() as u64;
+        let report =
+            TensorReport { name: slot.name.clone(), tensors: 1, parameters, stored: stored.into(), error: None };
+        self.stays.push((slot.group, report));
+    }
+
+    fn add(&mut self, group: usize, spec: TensorSpec) -> usize {
+        self.tensors.push(Planned { spec, group });
+        self.tensors.len() - 1
+    }
+
+    fn copy(&mut self, group: usize, spec: TensorSpec, dtypes: &[Dtype]) -> Result<()> {
+        let (name, shape) = (spec.name.clone(), spec.shape.clone());
+        let to = self.add(group, spec);
+        let Some(source) = self.source else { return Ok(()) };
+        let tensor = source.tensor(&name)?;
+        tensor.expect(dtypes, &shape)?;
+        for range in copy::pieces(tensor.bytes.len(), 8) {
+            self.units.push(Unit {
+                group: Some(group),
+                bytes: range.len() as u64,
+                work: Work::Copy { to, tensor, range },
+            });
+        }
+        Ok(())
+    }
+
+    fn experts(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
+        for expert in 0..self.config.experts {
+            for &(proj, _, _) in fused.parts() {
+                self.linear(slot.group, Linear { proj, layer, expert })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A linear layer under its own name: quantized, or (an expert that the recipe ignores) as plain rows.
+    fn linear(&mut self, group: usize, linear: Linear) -> Result<()> {
+        let weight = self.source.map(|s| containers::open(s, &self.config, &linear)).transpose()?;
+        let float = weight.as_ref().map_or(Float::Bf16, |w| w.float());
+        let (module, shape, scheme) = (linear.module(), linear.shape(&self.config), self.scheme(&linear));
+        let specs = match scheme {
+            Some(scheme) => scheme.specs(&module, shape, float),
+            None => {
+                self.unquantized.push(module.clone());
+                vec![TensorSpec::new(format!("{module}.weight"), float.dtype(), [shape.0, shape.1])]
+            }
+        };
+        let bytes: usize = specs.iter().map(TensorSpec::byte_len).sum();
+        let firsts: Vec<usize> = specs.into_iter().map(|s| self.add(group, s)).collect();
+        let (to, job) = (firsts[0], self.jobs.len());
+        self.jobs.push(LinearJob { linear, weight, float, scheme });
+        for start in (0..shape.0).step_by(ROWS) {
+            let rows = start..shape.0.min(start + ROWS);
+            let bytes = (bytes * rows.len() / shape.0) as u64;
+            let work = if scheme.is_some() { Work::Quantize { to, job, rows } } else { Work::Plain { to, job, rows } };
+            self.units.push(Unit { group: Some(group), bytes, work });
+        }
+        Ok(())
+    }
+
+    fn biases(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
+        let float = self.float_of(&slot.name)?;
+        let (out, _) = fused.shape(&self.config);
+        let to = self.tensors.len();
+        for expert in 0..self.config.experts {
+            for &(proj, _, step) in fused.parts() {
+                let name = format!("{}.bias", Linear { proj, layer, expert }.module());
+                self.add(slot.group, TensorSpec::new(name, float.dtype(), [out / step]));
+            }
+        }
+        self.stay(slot, float.config_name());
+        let Some(source) = self.source else { return Ok(()) };
+        let tensor = source.tensor(&slot.name)?;
+        tensor.expect(&FLOATS, &slot.shape)?;
+        let work = Work::Biases { to, tensor, fused };
+        self.units.push(Unit { group: Some(slot.group), bytes: tensor.bytes.len() as u64, work });
+        Ok(())
+    }
+
+    /// Working memory of one worker: rows, codes, packed codes and parameters.
+    fn scratch_bytes(&self) -> u64 {
+        let widest = Self::linears(&self.config).take(9).map(|l| l.shape(&self.config).1).max().unwrap_or(1);
+        (ROWS * widest * (4 + 1 + 1 + 1) + copy::PIECE) as u64
+    }
+
+    /// How the output stores experts and main weights.
+    fn layouts(&self) -> (ExpertLayout, MainLayout) {
+        let quantized = |class| self.schemes.keys().any(|p| p.class() == class);
+        let experts = if quantized(Class::Experts) {
+            ExpertLayout::PerExpert
+        } else if self.recipe.experts.scheme == SchemeName::Keep {
+            if self.mxfp4 { ExpertLayout::Mxfp4 } else { ExpertLayout::Dense }
+        } else {
+            ExpertLayout::PerExpert
+        };
+        (experts, if quantized(Class::Main) { MainLayout::CompressedTensors } else { MainLayout::Dense })
+    }
+
+    fn keeps_mxfp4(&self) -> bool {
+        self.mxfp4 && self.recipe.experts.scheme == SchemeName::Keep
+    }
+
+    fn output_config(&self) -> Map<String, Value> {
+        let mut config = self.raw_config.clone();
+        let mut ignore = self.unquantized.clone();
+        if self.recipe.experts.scheme == SchemeName::Keep {
+            ignore.push(r"re:.*mlp\.experts.*".into());
+        }
+        let schemes: Vec<(Proj, Scheme)> = self.schemes.iter().map(|(&p, &s)| (p, s)).collect();
+        let was = config.insert("quantization_config".into(), config::encode(&schemes, &ignore));
+        if let (true, Some(was)) = (self.keeps_mxfp4(), was) {
+            let kept = json!({
+                "quant_method": "mxfp4",
+                "tensors": ["model.layers.*.mlp.experts.*_blocks", "model.layers.*.mlp.experts.*_scales"],
+                "modules_to_not_convert": was["modules_to_not_convert"],
+            });
+            config.insert(KEPT.into(), kept);
+        }
+        if !config.contains_key("dtype") && !config.contains_key("torch_dtype") {
+            let float = self.jobs.first().map_or(Float::Bf16, |j| j.float);
+            config.insert("dtype".into(), float.config_name().into());
+        }
+        config
+    }
+
+    /// What the plan says without running: the manifest of a dry run.
+    pub fn preview(&self) -> Manifest {
+        let mut manifest = Manifest::new("gptoss-quant", Job::Quantize { recipe: self.recipe.clone() });
+        let layout = Layout::new(self.tensors.clone(), self.recipe.shard_size);
+        manifest.plan = Some(PlanReport {
+            bytes: layout.total_bytes(),
+            shards: layout.shard_count() as u64,
+            tensors: self.tensors.len() as u64,
+            weights_read: self.source.is_some(),
+        });
+        let mut families: BTreeMap<(usize, String), TensorReport> = BTreeMap::new();
+        for job in &self.jobs {
+            let (out, inp) = job.linear.shape(&self.config);
+            let family = Family::of(&job.linear);
+            let group = job.linear.layer + 1;
+            let stored = stored_as(job);
+            let line = families.entry((group, family.name())).or_insert_with(|| TensorReport {
+                name: family.name(),
+                tensors: 0,
+                parameters: 0,
+                stored,
+                error: None,
+            });
+            line.tensors += 1;
+            line.parameters += (out * inp) as u64;
+        }
+        let mut lines: Vec<(usize, TensorReport)> = families.into_iter().map(|((g, _), r)| (g, r)).collect();
+        lines.extend(self.stays.iter().cloned());
+        lines.sort_by(|a, b| (a.0, &a.1.name).cmp(&(b.0, &b.1.name)));
+        manifest.tensors = lines.into_iter().map(|l| l.1).collect();
+        self.say_what_matters(&mut manifest);
+        manifest
+    }
+
+    fn say_what_matters(&self, manifest: &mut Manifest) {
+        let (experts, main) = self.layouts();
+        manifest.runtimes = runtimes::report(experts, main);
+        if self.keeps_mxfp4() {
+            manifest.notes.push(format!(
+                "the experts are kept as MXFP4 blocks and scales beside compressed-tensors modules; a runtime must read {KEPT} in config.json"
+            ));
+        }
+    }
+
+    /// Does it. The manifest's `volatile` part is left to the caller.
+    pub fn run(mut self, paths: &Paths, resources: &Resources) -> Result<(Manifest, usize)> {
+        let Some(source) = self.source else {
+            return Err(Error::Refused(
+                "there are no weights to quantize, only a config.json; --dry-run plans from that".into(),
+            ));
+        };
+        check_destination(&paths.src, &paths.dst, paths.force)?;
+        let workers = resources.workers(self.scratch_bytes())?;
+        let job = Job::Quantize { recipe: self.recipe.clone() };
+        let layout = Layout::new(std::mem::take(&mut self.tensors), self.recipe.shard_size);
+        let print = fingerprint(&job, &layout.fingerprint(), source)?;
+        let sink = Sink::open(&paths.dst, layout, &print, paths.force)?;
+        let mut units = std::mem::take(&mut self.units);
+        units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
+        resources.progress.start("quantize", units.iter().map(|u| u.bytes).sum());
+        let hashes = SourceHashes::new(source);
+        let (groups, failed) = self.work(&units, workers, &sink, resources, &hashes, source);
+        if let Some(error) = failed {
+            if !error.is_transient() {
+                sink.discard()?;
+            }
+            return Err(error);
+        }
+        resources.progress.finish();
+        let resumed = sink.resumed.len();
+        let mut manifest = Manifest::new("gptoss-quant", job);
+        manifest.source = Some(hashes.file_set(source)?);
+        manifest.tensors = groups.into_iter().flat_map(|g| g.tensors).collect();
+        self.say_what_matters(&mut manifest);
+        let files = side_files(source, &self.output_config())?;
+        let layout = if self.keeps_mxfp4() { "compressed-tensors+mxfp4" } else { "compressed-tensors" };
+        sink.finish(files, |files| Ok(seal(&mut manifest, layout.into(), files)))?;
+        Ok((manifest, resumed))
+    }
+
+    fn work(
+        &self,
+        units: &[Unit<Work<'a>>],
+        workers: usize,
+        sink: &Sink,
+        resources: &Resources,
+        hashes: &SourceHashes,
+        source: &Checkpoint,
+    ) -> (Vec<GroupResult>, Option<Error>) {
+        let closed = std::sync::Mutex::new(BTreeMap::<usize, Value>::new());
+        let failed = executor::run(
+            units,
+            workers,
+            sink,
+            &resources.progress,
+            Scratch::default,
+            |work, scratch| self.unit(work, scratch, sink, hashes, source),
+            |group, sums: Vec<Option<(usize, ErrorSums)>>| {
+                let value = serde_json::to_value(self.close(group, sums)).expect("plain data serializes");
+                closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
+                Ok(value)
+            },
+        )
+        .err();
+        let mut all = sink.resumed.clone();
+        all.extend(closed.into_inner().expect("no thread panics while it holds this"));
+        (all.into_values().filter_map(|v| serde_json::from_value(v).ok()).collect(), failed)
+    }
+
+    /// A group's errors, by family; `sums` come in unit order, so the result is the same for any number of workers.
+    fn close(&self, group: usize, sums: Vec<Option<(usize, ErrorSums)>>) -> GroupResult {
+        let mut jobs: BTreeMap<usize, ErrorSums> = BTreeMap::new();
+        for (job, s) in sums.into_iter().flatten() {
+            jobs.entry(job).or_default().merge(&s);
+        }
+        let measured = jobs.iter().map(|(&job, sums)| (self.jobs[job].linear, stored_as(&self.jobs[job]), *sums));
+        let mut tensors = report(measured);
+        tensors.extend(self.stays.iter().filter(|s| s.0 == group).map(|s| s.1.clone()));
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        GroupResult { tensors, conversion: HalfCounts::default() }
+    }
+
+    fn unit(
+        &self,
+        work: &Work<'a>,
+        scratch: &mut Scratch,
+        sink: &Sink,
+        hashes: &SourceHashes,
+        source: &Checkpoint,
+    ) -> Result<Option<(usize, ErrorSums)>> {
+        match work {
+            Work::Hash(shard) => hashes.compute(source, *shard),
+            Work::Copy { to, tensor, range } => copy::copy(sink, *to, tensor, range)?,
+            Work::Biases { to, tensor, fused } => self.split_biases(*to, tensor, *fused, sink)?,
+            Work::Plain { to, job, rows } => {
+                let job = &self.jobs[*job];
+                let columns = self.read(job, rows, scratch, source)?;
+                let mut bytes = Vec::with_capacity(scratch.rows.len() * job.float.size());
+                scratch.rows.iter().for_each(|&v| job.float.write(v, &mut bytes));
+                sink.write(*to, rows.start * columns * job.float.size(), &bytes)?;
+            }
+            Work::Quantize { to, job, rows } => {
+                let number = *job;
+                let job = &self.jobs[number];
+                let columns = self.read(job, rows, scratch, source)?;
+                let scheme = job.scheme.expect("planned for quantization");
+                let target = Target { format: scheme.weights, group: scheme.group(columns), float: job.float };
+                let sums = rtn(&scratch.rows, columns, target, &mut scratch.codes);
+                let shape = job.linear.shape(&self.config);
+                scheme.encode(&scratch.codes, rows.start, shape, job.float, &mut scratch.parts);
+                for (i, part) in scratch.parts.iter().enumerate().filter(|(_, p)| !p.is_empty()) {
+                    // Each tensor's rows lie behind one another; only the last unit of a layer is shorter.
+                    let whole = sink.layout().tensors[to + i].spec.byte_len();
+                    let last = rows.start > 0 && rows.end == shape.0;
+                    let offset = if last { whole - part.len() } else { rows.start / ROWS * part.len() };
+                    sink.write(to + i, offset, part)?;
+                }
+                return Ok(Some((number, sums)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads rows of a job's weight into the scratch; gives their width.
+    fn read(&self, job: &LinearJob, rows: &Range<usize>, scratch: &mut Scratch, source: &Checkpoint) -> Result<usize> {
+        let weight = job.weight.as_ref().expect("weights are there in a run");
+        let columns = weight.shape().1;
+        scratch.rows.resize(rows.len() * columns, 0.0);
+        weight.read(rows.clone(), &mut scratch.rows);
+        if let Some(at) = scratch.rows.iter().position(|v| !v.is_finite()) {
+            let (row, column) = (rows.start + at / columns, at % columns);
+            let reason = format!("holds NaN or infinity at row {row}, column {column}; the checkpoint is damaged");
+            let name = self.source_tensor(&job.linear, source);
+            return Err(match source.get(&name) {
+                Some(t) => t.error(format!("{} {reason}", job.linear.module())),
+                None => Error::file(&source.dir, format!("{} {reason}", job.linear.module())),
+            });
+        }
+        Ok(columns)
+    }
+
+    /// The source's tensor that holds a linear layer's weight.
+    fn source_tensor(&self, linear: &Linear, source: &Checkpoint) -> String {
+        match linear.proj.fused() {
+            Some(fused) => {
+                let blocks = format!("{}_blocks", fused.name(linear.layer));
+                if source.get(&blocks).is_some() { blocks } else { fused.name(linear.layer) }
+            }
+            None => format!("{}.weight", linear.module()),
+        }
+    }
+
+    fn split_biases(&self, to: usize, tensor: &TensorRef, fused: Fused, sink: &Sink) -> Result<()> {
+        copy::check(tensor, &(0..tensor.bytes.len()))?;
+        let size = float_of(tensor)?.size();
+        let (out, _) = fused.shape(&self.config);
+        let mut number = to;
+        for expert in tensor.bytes.chunks_exact(out * size) {
+            for &(_, first, step) in fused.parts() {
+                let part: Vec<u8> = expert.chunks_exact(size).skip(first).step_by(step).flatten().copied().collect();
+                sink.write(number, 0, &part)?;
+                number += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A worker's buffers.
+#[derive(Default)]
+struct Scratch {
+    rows: Vec<f32>,
+    codes: Codes,
+    parts: Vec<Vec<u8>>,
+}
+
+/// `int4 g64`, `int8 channel asymmetric`, `bfloat16`.
+fn stored_as(job: &LinearJob) -> String {
+    let Some(s) = job.scheme else { return job.float.config_name().into() };
+    let sharing = match s.strategy {
+        Strategy::Group(n) => format!("g{n}"),
+        Strategy::Channel => "channel".into(),
+    };
+    let zero = if s.weights.symmetric { "" } else { " asymmetric" };
+    format!("int{} {sharing}{zero}", s.weights.num_bits)
+}

@@ -1,0 +1,146 @@
+//! How far a checkpoint's values are from those of the checkpoint that it was made from.
+
+use std::path::Path;
+
+use crate::algorithms::rtn::ErrorSums;
+use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::containers::{self, dense};
+use crate::error::{Error, Result};
+use crate::manifest::{ErrorReport, TensorReport};
+use crate::model::{self, Linear, ModelConfig, Role};
+use crate::ops::round;
+use crate::pipeline::executor;
+use crate::pipeline::progress::Progress;
+
+use super::errors::{report, summary};
+
+/// Rows that are compared at a time.
+const ROWS: usize = 64;
+
+/// What is compared in one piece of work.
+enum Pair {
+    Linear(Linear),
+    Plain(String, Vec<usize>),
+    Biases(model::Fused, usize),
+}
+
+/// Errors by family, and of all weights together.
+pub struct Comparison {
+    /// One line a family of matrices, then the other tensors.
+    pub tensors: Vec<TensorReport>,
+    /// Over everything.
+    pub total: ErrorReport,
+}
+
+/// Compares the checkpoint in `dir` with its source in `src`, value by value, whatever containers the two have.
+///
+/// # Errors
+/// Where one of them cannot be read, or where they are of different models.
+pub fn against(src: &Path, dir: &Path, threads: usize, progress: &Progress) -> Result<Comparison> {
+    let (a, b) = (Checkpoint::open(src)?, Checkpoint::open(dir)?);
+    let config = ModelConfig::parse(src, &a.config)?;
+    let other = ModelConfig::parse(dir, &b.config)?;
+    if config != other {
+        let (s, d) = (src.display(), dir.display());
+        return Err(Error::Refused(format!("{s} and {d} are of different shapes ({config:?} and {other:?})")));
+    }
+    let mut pairs = Vec::new();
+    for slot in model::slots(&config) {
+        match slot.role {
+            Role::Plain => pairs.push(Pair::Plain(slot.name, slot.shape)),
+            Role::Weight(linear) => pairs.push(Pair::Linear(linear)),
+            Role::ExpertBias(fused, layer) => pairs.push(Pair::Biases(fused, layer)),
+            Role::Experts(fused, layer) => {
+                let each = |expert| {
+                    fused.parts().iter().map(move |&(proj, _, _)| Pair::Linear(Linear { proj, layer, expert }))
+                };
+                pairs.extend((0..config.experts).flat_map(each));
+            }
+        }
+    }
+    progress.start("compare", pairs.iter().map(|p| p.parameters(&config)).sum());
+    let sums = executor::map(&pairs, threads, |pair| {
+        let sums = pair.compare(&a, &b, &config)?;
+        progress.advance(pair.parameters(&config));
+        Ok(sums)
+    })?;
+    progress.finish();
+    let mut total = ErrorSums::default();
+    sums.iter().for_each(|s| total.merge(s));
+    let matrices = pairs.iter().zip(&sums).filter_map(|(p, s)| match p {
+        Pair::Linear(l) => Some((*l, stored(&b, l), *s)),
+        _ => None,
+    });
+    let mut tensors = report(matrices);
+    for (pair, s) in pairs.iter().zip(&sums) {
+        let name = match pair {
+            Pair::Linear(_) => continue,
+            Pair::Plain(name, _) => name.clone(),
+            Pair::Biases(fused, layer) => format!("{}_bias", fused.name(*layer)),
+        };
+        let stored = b.get(&name).map_or_else(|| "split".into(), |t| t.info.dtype.to_string().to_lowercase());
+        tensors.push(TensorReport { name, tensors: 1, parameters: s.count, stored, error: Some(summary(s, None)) });
+    }
+    Ok(Comparison { tensors, total: summary(&total, None) })
+}
+
+fn stored(checkpoint: &Checkpoint, linear: &Linear) -> String {
+    let module = linear.module();
+    let has = |suffix: &str| checkpoint.get(&format!("{module}.{suffix}")).is_some();
+    let blocks = linear.proj.fused().map(|f| format!("{}_blocks", f.name(linear.layer)));
+    if has("weight_packed") || has("weight_scale") {
+        match containers::compressed_tensors::config::scheme_of(checkpoint, &module) {
+            Ok(Some(s)) => format!("int{}", s.weights.num_bits),
+            _ => "compressed-tensors".into(),
+        }
+    } else if blocks.is_some_and(|b| checkpoint.get(&b).is_some()) {
+        "mxfp4".into()
+    } else {
+        "float".into()
+    }
+}
+
+impl Pair {
+    fn parameters(&self, config: &ModelConfig) -> u64 {
+        let n = match self {
+            Self::Linear(l) => l.shape(config).0 * l.shape(config).1,
+            Self::Plain(_, shape) => shape.iter().product(),
+            Self::Biases(fused, _) => config.experts * fused.shape(config).0,
+        };
+        n as u64
+    }
+
+    fn compare(&self, a: &Checkpoint, b: &Checkpoint, config: &ModelConfig) -> Result<ErrorSums> {
+        let mut sums = ErrorSums::default();
+        match self {
+            Self::Linear(linear) => {
+                let (a, b) = (containers::open(a, config, linear)?, containers::open(b, config, linear)?);
+                let (out, inp) = linear.shape(config);
+                let (mut x, mut y) = (vec![0f32; ROWS * inp], vec![0f32; ROWS * inp]);
+                for start in (0..out).step_by(ROWS) {
+                    let rows = start..out.min(start + ROWS);
+                    let n = rows.len() * inp;
+                    a.read(rows.clone(), &mut x[..n]);
+                    b.read(rows, &mut y[..n]);
+                    round::measure(&y[..n], &x[..n], &mut sums);
+                }
+            }
+            Self::Plain(name, shape) => {
+                let x = read(&a.tensor(name)?, shape)?;
+                round::measure(&read(&b.tensor(name)?, shape)?, &x, &mut sums);
+            }
+            Self::Biases(fused, layer) => {
+                let x = containers::expert_biases(a, config, *fused, *layer)?;
+                round::measure(&containers::expert_biases(b, config, *fused, *layer)?, &x, &mut sums);
+            }
+        }
+        Ok(sums)
+    }
+}
+
+fn read(tensor: &TensorRef, shape: &[usize]) -> Result<Vec<f32>> {
+    tensor.expect(&dense::FLOATS, shape)?;
+    let mut values = vec![0f32; shape.iter().product()];
+    dense::float_of(tensor)?.read(tensor.bytes, &mut values);
+    Ok(values)
+}

@@ -1,0 +1,151 @@
+//! The machine: processor, memory, driver, GPUs, compiler, installed kernels. "None" is a normal answer.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Environment {
+    /// Model name of the processor.
+    pub cpu: String,
+    /// Processors that this process may use.
+    pub cpus: usize,
+    /// Instruction sets that the toolkit has paths for and that are there.
+    pub cpu_features: Vec<String>,
+    /// All memory.
+    pub memory_bytes: u64,
+    /// Memory that is free or can be freed.
+    pub memory_available_bytes: u64,
+    /// The CUDA version that the driver supports, such as "13.0".
+    pub cuda_driver: Option<String>,
+    /// Every GPU that the driver shows.
+    pub gpus: Vec<Gpu>,
+    /// The CUDA compiler.
+    pub nvcc: Option<Nvcc>,
+    /// Installed kernel builds.
+    pub kernels: Vec<String>,
+}
+
+/// One GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Gpu {
+    /// As the driver names it.
+    pub name: String,
+    /// Compute capability, such as "9.0".
+    pub compute_capability: String,
+    /// All of its memory.
+    pub memory_bytes: u64,
+}
+
+/// The CUDA compiler.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Nvcc {
+    /// Where it is.
+    pub path: String,
+    /// Its release, such as "13.0".
+    pub version: Option<String>,
+}
+
+impl Environment {
+    /// Looks.
+    pub fn detect() -> Self {
+        let (cuda_driver, gpus) = cuda();
+        Self {
+            cpu: proc_field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.into()),
+            cpus: std::thread::available_parallelism().map_or(1, Into::into),
+            cpu_features: cpu_features(),
+            memory_bytes: memory("MemTotal"),
+            memory_available_bytes: memory("MemAvailable"),
+            cuda_driver,
+            gpus,
+            nvcc: nvcc(),
+            kernels: kernels(),
+        }
+    }
+}
+
+fn proc_field(file: &str, key: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|l| l.starts_with(key))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn memory(key: &str) -> u64 {
+    let field = proc_field("/proc/meminfo", key);
+    field.and_then(|f| f.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+#[cfg(target_arch = "x86_64")]
+fn cpu_features() -> Vec<String> {
+    let all = [
+        ("avx2", is_x86_feature_detected!("avx2")),
+        ("fma", is_x86_feature_detected!("fma")),
+        ("f16c", is_x86_feature_detected!("f16c")),
+        ("avx512f", is_x86_feature_detected!("avx512f")),
+        ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+        ("sha", is_x86_feature_detected!("sha")),
+    ];
+    all.into_iter().filter(|f| f.1).map(|f| f.0.to_owned()).collect()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn cpu_features() -> Vec<String> {
+    Vec::new()
+}
+
+fn cuda() -> (Option<String>, Vec<Gpu>) {
+    use cudarc::driver::{result, sys};
+    // SAFETY: only opens the library. cudarc panics where it calls into one that is not there, so this comes first.
+    if !unsafe { sys::is_culib_present() } || result::init().is_err() {
+        return (None, Vec::new());
+    }
+    let mut version = 0;
+    // SAFETY: the library is there and initialised; the pointer is to a live integer.
+    let known = unsafe { sys::cuDriverGetVersion(&mut version) }.result().is_ok();
+    let driver = known.then(|| format!("{}.{}", version / 1000, version % 1000 / 10));
+    let count = result::device::get_count().unwrap_or(0);
+    let gpus = (0..count).filter_map(|i| gpu(result::device::get(i).ok()?)).collect();
+    (driver, gpus)
+}
+
+fn gpu(device: cudarc::driver::sys::CUdevice) -> Option<Gpu> {
+    use cudarc::driver::{result::device, sys::CUdevice_attribute as Attribute};
+    // SAFETY: the device came from the driver.
+    let attribute = |a| unsafe { device::get_attribute(device, a) }.ok();
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    // SAFETY: as above.
+    let memory = unsafe { device::total_mem(device) }.ok()?;
+    let name = device::get_name(device).ok()?;
+    Some(Gpu { name, compute_capability: format!("{major}.{minor}"), memory_bytes: memory as u64 })
+}
+
+fn nvcc() -> Option<Nvcc> {
+    let named = std::env::var_os("CUDA_HOME").map(|h| PathBuf::from(h).join("bin/nvcc")).filter(|p| p.exists());
+    let path = named.or_else(|| which::which("nvcc").ok())?;
+    let text = duct::cmd!(&path, "--version").stderr_null().read().ok();
+    let version = text.as_deref().and_then(|t| t.split("release ").nth(1)?.split(',').next().map(str::to_owned));
+    Some(Nvcc { path: path.display().to_string(), version })
+}
+
+/// Where kernel builds are installed: `$GPTOSS_KERNELS`, or the user's data folder.
+pub fn kernel_dir() -> Option<PathBuf> {
+    if let Some(dir) = std::env::var_os("GPTOSS_KERNELS") {
+        return Some(dir.into());
+    }
+    let data = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from);
+    let data = data.or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/share")));
+    data.map(|d| d.join("gptoss/kernels"))
+}
+
+fn kernels() -> Vec<String> {
+    let Some(entries) = kernel_dir().and_then(|d| std::fs::read_dir(d).ok()) else { return Vec::new() };
+    let mut names: Vec<String> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
