@@ -1,0 +1,159 @@
+//! What the command lines share: exit codes, sizes, where manifests come from and go to.
+
+pub mod report;
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use gptoss::checkpoint::hub::{self, Located, Wanted};
+use gptoss::manifest::{Manifest, Volatile};
+use gptoss::pipeline::Resources;
+use gptoss::pipeline::meter::Reading;
+use gptoss::pipeline::progress::Progress;
+
+/// A check found a difference.
+pub const DIFFERENT: u8 = 1;
+/// An error: wrong flags, unreadable input, a full disk.
+pub const FAILED: u8 = 2;
+
+/// What goes to standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A table on a terminal, the manifest otherwise.
+    Auto,
+    /// The manifest.
+    Json,
+    /// A table for people.
+    Table,
+}
+
+/// Flags that every tool has.
+#[derive(Debug, clap::Args)]
+pub struct Common {
+    /// Worker threads [default: all processors]
+    #[arg(long, value_name = "N", help_heading = "Resources")]
+    threads: Option<std::num::NonZeroUsize>,
+    /// Most working memory; changes the speed, never the output
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size, help_heading = "Resources")]
+    max_memory: u64,
+    /// No progress and no notes on standard error
+    #[arg(long, short)]
+    quiet: bool,
+    /// What goes to standard output
+    #[arg(long, value_enum, default_value = "auto")]
+    format: Format,
+}
+
+impl Common {
+    /// Threads, memory, progress.
+    pub fn resources(&self) -> Resources {
+        let all = || std::thread::available_parallelism().map_or(1, Into::into);
+        let threads = self.threads.map_or_else(all, Into::into);
+        Resources { threads, max_memory: self.max_memory, progress: Progress::new(self.quiet) }
+    }
+
+    /// Writes the manifest, or a table of it, to standard output. A reader that has gone away is no error.
+    pub fn emit(&self, manifest: &Manifest) -> Result<()> {
+        let table = match self.format {
+            Format::Auto => std::io::stdout().is_terminal(),
+            Format::Json => false,
+            Format::Table => true,
+        };
+        let text = if table { report::table(manifest) } else { serde_json::to_string_pretty(manifest)? + "\n" };
+        write_out(&text)
+    }
+}
+
+/// Writes to standard output; a broken pipe is no error.
+pub fn write_out(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e).context("cannot write to standard output"),
+        _ => Ok(()),
+    }
+}
+
+/// Runs a tool: its error goes to standard error and makes exit code 2.
+pub fn run(tool: &str, body: impl FnOnce() -> Result<ExitCode>) -> ExitCode {
+    match body() {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "{tool}: error: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// Parses `5GB`, `512MiB`, `2G` (binary, like GiB) or a plain number of bytes.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let scale: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "k" | "kib" => 1024f64,
+        "m" | "mib" => 1024f64.powi(2),
+        "g" | "gib" => 1024f64.powi(3),
+        "t" | "tib" => 1024f64.powi(4),
+        _ => return Err(format!("{unit:?} is no unit; wanted for example 5GB, 512MiB or 2G")),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| "wanted a size such as 5GB, 512MiB or 2G".to_owned())? * scale;
+    if (1.0..=1e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err("wanted a size between one byte and 10^18".into())
+    }
+}
+
+/// The source: the flag's path or hub id, or the output of the manifest that comes through standard input (no flag and
+/// a pipe, or `-`).
+pub fn source(flag: Option<&str>, name: &str, wanted: Wanted, progress: &Progress) -> Result<Located> {
+    match flag {
+        Some(text) if text != "-" => Ok(hub::locate(text, wanted, progress)?),
+        None if std::io::stdin().is_terminal() => {
+            anyhow::bail!("give {name} DIR or a hub id, or pipe the manifest of the tool before into this one")
+        }
+        _ => {
+            let manifest = Manifest::from_stdin().with_context(|| format!("no {name} was given"))?;
+            Ok(Located { dir: manifest.output_path()?.to_path_buf(), hub: None })
+        }
+    }
+}
+
+/// The part of a manifest that differs from run to run.
+pub fn volatile(source: &Located, dst: Option<&Path>, reading: Reading, threads: usize, resumed: usize) -> Volatile {
+    let full = |p: &Path| std::path::absolute(p).unwrap_or_else(|_| p.to_path_buf()).display().to_string();
+    Volatile {
+        source_path: Some(full(&source.dir)),
+        source_hub: source.hub.clone(),
+        output_path: dst.map(full),
+        seconds: reading.seconds,
+        peak_resident_bytes: reading.peak_resident,
+        peak_anonymous_bytes: reading.peak_anonymous,
+        threads,
+        resumed_groups: resumed,
+        settings: Default::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_size;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_size("5GB"), Ok(5_000_000_000));
+        assert_eq!(parse_size("2G"), Ok(2 << 30));
+        assert_eq!(parse_size("1.5MiB"), Ok(3 << 19));
+        assert_eq!(parse_size("77"), Ok(77));
+        for bad in ["", "GB", "5 parsecs", "-1", "0", "1e30"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Manifests as text for people.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use gptoss::manifest::{ErrorReport, FileSet, Loads, Manifest, TensorReport};
+
+/// A manifest as a table.
+pub fn table(m: &Manifest) -> String {
+    let mut out = String::new();
+    let o = &mut out;
+    if let Some(env) = &m.environment {
+        environment(o, env);
+        return out;
+    }
+    tensors(o, &m.tensors);
+    sizes(o, m);
+    if let Some(c) = m.conversion.filter(|c| c.overflows + c.subnormals + c.underflows > 0) {
+        line(
+            o,
+            "conversion",
+            &format!("{} overflows, {} subnormals, {} underflows", c.overflows, c.subnormals, c.underflows),
+        );
+    }
+    if let Some(v) = &m.verdict {
+        if let Some(e) = &v.total_error {
+            line(o, "error", &format!("relative {:.3e}, rms {:.3e}, max {:.3e}", e.relative, e.rms, e.max));
+        }
+        let hashes = if v.hashes_checked { "hashes compared" } else { "no manifest, so no hashes" };
+        let state = if v.passed { "passed" } else { "FAILED" };
+        line(o, "check", &format!("{state}: {} tensors, {hashes}, {} findings", v.tensors, v.findings.len()));
+        for f in v.findings.iter().take(20) {
+            line(o, &format!("  {}", f.kind), &format!("{}: {}", f.file, f.message));
+        }
+        if v.findings.len() > 20 {
+            line(o, "", &format!("... and {} more; --format json lists all", v.findings.len() - 20));
+        }
+    }
+    for r in &m.runtimes {
+        let status = match r.status {
+            Loads::Loads => "loads",
+            Loads::LoadsWrongly => "loads WRONGLY",
+            Loads::DoesNotLoad => "does not load",
+        };
+        line(o, &r.runtime, &format!("{status}: {}", r.reason));
+    }
+    for n in &m.notes {
+        line(o, "note", n);
+    }
+    if let Some(v) = &m.volatile {
+        if let Some(path) = &v.source_path {
+            line(o, "source", path);
+        }
+        if let Some(path) = &v.output_path {
+            line(o, "output", path);
+        }
+        line(
+            o,
+            "took",
+            &format!("{:.2} s, {} of memory besides mapped files", v.seconds, human(v.peak_anonymous_bytes)),
+        );
+    }
+    out
+}
+
+fn line(o: &mut String, key: &str, value: &str) {
+    let _ = writeln!(o, "{key:<14} {value}");
+}
+
+/// `13.8 GB`.
+pub fn human(bytes: u64) -> String {
+    let mut n = bytes as f64;
+    for unit in ["B", "kB", "MB", "GB"] {
+        if n < 1000.0 {
+            return if unit == "B" { format!("{bytes} B") } else { format!("{n:.1} {unit}") };
+        }
+        n /= 1000.0;
+    }
+    format!("{n:.1} TB")
+}
+
+fn sizes(o: &mut String, m: &Manifest) {
+    let describe = |f: &FileSet| format!("{} in {} files ({})", human(f.bytes), f.files.len(), f.layout);
+    if let Some(s) = &m.source {
+        line(o, "source size", &describe(s));
+    }
+    if let Some(out) = &m.output {
+        line(o, "output size", &describe(out));
+    }
+    if let (Some(s), Some(out)) = (&m.source, &m.output)
+        && s.bytes > 0
+    {
+        line(o, "ratio", &format!("{:.3} of the source", out.bytes as f64 / s.bytes as f64));
+    }
+    if let Some(p) = &m.plan {
+        let from = if p.weights_read { "headers" } else { "config.json alone" };
+        line(o, "plan", &format!("{} in {} shards, {} tensors, from {from}", human(p.bytes), p.shards, p.tensors));
+    }
+}
+
+/// One line a kind of tensor, all layers together.
+fn tensors(o: &mut String, reports: &[TensorReport]) {
+    #[derive(Default)]
+    struct Row {
+        tensors: u64,
+        parameters: u64,
+        error: Option<(f64, f64, f64)>,
+    }
+    let mut rows: BTreeMap<(String, &str), Row> = BTreeMap::new();
+    for r in reports {
+        let row = rows.entry((over_layers(&r.name), &r.stored)).or_default();
+        row.tensors += r.tensors;
+        row.parameters += r.parameters;
+        if let Some(e) = &r.error {
+            let (square, norm, max) = row.error.unwrap_or_default();
+            row.error = Some((square + squares(e, r.parameters), norm + norms(e, r.parameters), max.max(e.max)));
+        }
+    }
+    if rows.is_empty() {
+        return;
+    }
+    let _ =
+        writeln!(o, "{:<44} {:>7} {:<20} {:>9} {:>9} {:>9}", "tensors", "count", "stored", "relative", "rms", "max");
+    for ((name, stored), row) in rows {
+        let _ = write!(o, "{name:<44} {:>7} {stored:<20}", row.tensors);
+        let _ = match row.error {
+            Some((square, norm, max)) => {
+                let relative = if square == 0.0 { 0.0 } else { (square / norm).sqrt() };
+                writeln!(o, " {relative:>9.2e} {:>9.2e} {max:>9.2e}", (square / row.parameters.max(1) as f64).sqrt())
+            }
+            None => writeln!(o, " {:>9} {:>9} {:>9}", "-", "-", "-"),
+        };
+    }
+    o.push('\n');
+}
+
+fn squares(e: &ErrorReport, n: u64) -> f64 {
+    e.rms * e.rms * n as f64
+}
+
+fn norms(e: &ErrorReport, n: u64) -> f64 {
+    if e.relative == 0.0 { 0.0 } else { squares(e, n) / (e.relative * e.relative) }
+}
+
+/// `model.layers.3.mlp` -> `layers.*.mlp`.
+fn over_layers(name: &str) -> String {
+    let Some(rest) = name.strip_prefix("model.layers.") else { return name.to_owned() };
+    match rest.split_once('.') {
+        Some((_, rest)) => format!("layers.*.{rest}"),
+        None => name.to_owned(),
+    }
+}
+
+fn environment(o: &mut String, e: &gptoss::verify::env::Environment) {
+    line(o, "cpu", &format!("{}, {} processors ({})", e.cpu, e.cpus, e.cpu_features.join(" ")));
+    line(o, "memory", &format!("{}, {} available", human(e.memory_bytes), human(e.memory_available_bytes)));
+    line(o, "cuda driver", e.cuda_driver.as_deref().unwrap_or("none"));
+    if e.gpus.is_empty() {
+        line(o, "gpus", "none");
+    }
+    for g in &e.gpus {
+        line(o, "gpu", &format!("{}, compute capability {}, {}", g.name, g.compute_capability, human(g.memory_bytes)));
+    }
+    match &e.nvcc {
+        Some(n) => line(o, "nvcc", &format!("{} at {}", n.version.as_deref().unwrap_or("unknown version"), n.path)),
+        None => line(o, "nvcc", "none"),
+    }
+    let kernels = if e.kernels.is_empty() { "none".into() } else { e.kernels.join(", ") };
+    line(o, "kernels", &kernels);
+}

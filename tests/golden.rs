@@ -1,0 +1,72 @@
+//! Codes, scales, zero points and packing against what compressed-tensors and llm-compressor computed, bit for bit
+//! (golden/compressed_tensors, whose `make.py` says how).
+
+use gptoss::algorithms::rtn::{Codes, Target, rtn};
+use gptoss::containers::compressed_tensors::{Activations, Scheme, Strategy};
+use gptoss::formats::float::Float;
+use gptoss::formats::int::{self, IntFormat};
+use safetensors::SafeTensors;
+
+const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/compressed_tensors/");
+
+fn load(name: &str) -> Vec<u8> {
+    std::fs::read(format!("{DIR}{name}.safetensors")).expect("the golden data is committed")
+}
+
+fn matches_golden(name: &str, scheme: Scheme) {
+    let (weight, golden) = (load("weight"), load(name));
+    let weight = SafeTensors::deserialize(&weight).unwrap();
+    let golden = SafeTensors::deserialize(&golden).unwrap();
+    let tensor = weight.tensor("weight").unwrap();
+    let &[out, inp] = tensor.shape() else { panic!("a matrix") };
+    let mut w = vec![0f32; out * inp];
+    Float::Bf16.read(tensor.data(), &mut w);
+
+    let target = Target { format: scheme.weights, group: scheme.group(inp), float: Float::Bf16 };
+    let mut codes = Codes::default();
+    rtn(&w, inp, target, &mut codes);
+    let mut parts = Vec::new();
+    scheme.encode(&codes, 0, (out, inp), Float::Bf16, &mut parts);
+
+    let specs = scheme.specs("", (out, inp), Float::Bf16);
+    let theirs: Vec<&str> = golden.names().into_iter().filter(|n| *n != "dequantized").collect();
+    assert_eq!(specs.len(), theirs.len(), "{name}: {theirs:?}");
+    for (spec, ours) in specs.iter().zip(&parts) {
+        let want = golden.tensor(spec.name.trim_start_matches('.')).unwrap();
+        assert_eq!((want.dtype(), want.shape()), (spec.dtype, &spec.shape[..]), "{name} {}", spec.name);
+        let differ = want.data().iter().zip(ours).filter(|(a, b)| a != b).count();
+        assert!(want.data() == &ours[..], "{name} {}: {differ} of {} bytes differ", spec.name, ours.len());
+    }
+
+    let want = golden.tensor("dequantized").unwrap();
+    let mut values = vec![0f32; out * inp];
+    Float::F32.read(want.data(), &mut values);
+    for (i, (&code, want)) in codes.codes.iter().zip(values).enumerate() {
+        let have = int::dequantize(code, codes.params[i / target.group], Float::Bf16);
+        assert_eq!(have.to_bits(), want.to_bits(), "{name}: value {i} is {have}, wanted {want}");
+    }
+}
+
+fn scheme(num_bits: u8, symmetric: bool, strategy: Strategy, activations: Activations) -> Scheme {
+    Scheme { weights: IntFormat { num_bits, symmetric }, strategy, activations }
+}
+
+#[test]
+fn w4a16_is_bit_exact() {
+    matches_golden("W4A16", scheme(4, true, Strategy::Group(128), Activations::Float));
+}
+
+#[test]
+fn w4a16_asym_is_bit_exact() {
+    matches_golden("W4A16_ASYM", scheme(4, false, Strategy::Group(128), Activations::Float));
+}
+
+#[test]
+fn w8a16_is_bit_exact() {
+    matches_golden("W8A16", scheme(8, true, Strategy::Group(128), Activations::Float));
+}
+
+#[test]
+fn w8a8_is_bit_exact() {
+    matches_golden("W8A8", scheme(8, true, Strategy::Channel, Activations::DynamicTokenInt8));
+}
