@@ -64,6 +64,29 @@ pub struct Blocks<'a> {
     pub groups: usize,
 }
 
+/// The scales of one matrix by column block: u8 [G, R]. In the file they lie [R, G], so that a chunk of columns would read
+/// every line of them again; turned once, they are read in order.
+#[derive(Debug, Default)]
+pub struct ScalesByGroup(Vec<u8>);
+
+impl ScalesByGroup {
+    /// Turns the scales of `src`; the buffer is used again.
+    pub fn fill(&mut self, src: Blocks) {
+        const ROWS: usize = 64;
+        self.0.resize(src.rows * src.groups, 0);
+        for first in (0..src.rows).step_by(ROWS) {
+            let n = ROWS.min(src.rows - first);
+            let rows = &src.scales[first * src.groups..][..n * src.groups];
+            for group in 0..src.groups {
+                let out = &mut self.0[group * src.rows + first..][..n];
+                for (o, e) in out.iter_mut().zip(rows[group..].iter().step_by(src.groups)) {
+                    *o = *e;
+                }
+            }
+        }
+    }
+}
+
 impl Blocks<'_> {
     fn block(&self, row: usize, group: usize) -> (&[u8; BLOCK_BYTES], u8) {
         let at = row * self.groups + group;
@@ -95,13 +118,15 @@ impl Table {
 }
 
 /// Columns `32 * groups.start ..` of the transposed matrix into `out`, u16 [32 * groups.len(), R]; `to` is BF16 or F16.
-pub fn transposed(src: Blocks, groups: Range<usize>, to: Float, out: &mut [u16]) -> HalfCounts {
+/// `scales` are those of `src`.
+pub fn transposed(src: Blocks, scales: &ScalesByGroup, groups: Range<usize>, to: Float, out: &mut [u16]) -> HalfCounts {
     assert_eq!(out.len(), groups.len() * BLOCK * src.rows, "the caller sizes the output");
     assert!(groups.end <= src.groups && src.codes.len() >= src.rows * src.groups * BLOCK_BYTES);
+    assert_eq!(scales.0.len(), src.rows * src.groups, "the scales are of another matrix");
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
         // SAFETY: AVX2 is there; lengths were checked right above.
-        return unsafe { avx2::transposed(src, groups, to, out) };
+        return unsafe { avx2::transposed(src, &scales.0, groups, to, out) };
     }
     transposed_reference(src, groups, to, out)
 }
@@ -180,28 +205,31 @@ mod avx2 {
     }
 
     /// # Safety
-    /// AVX2; `src` and `out` have the lengths that [`super::transposed`] checks.
+    /// AVX2; `src`, `scales` and `out` have the lengths that [`super::transposed`] checks.
     #[target_feature(enable = "avx2")]
-    pub unsafe fn transposed(src: Blocks, groups: Range<usize>, to: Float, out: &mut [u16]) -> HalfCounts {
+    pub unsafe fn transposed(
+        src: Blocks,
+        scales: &[u8],
+        groups: Range<usize>,
+        to: Float,
+        out: &mut [u16],
+    ) -> HalfCounts {
         let fields = fields(to);
         let mut counts = HalfCounts::default();
         let full = src.rows - src.rows % TILE;
+        let stride = src.groups * BLOCK_BYTES;
         // Rows outside, groups inside: the groups of one row lie side by side, so each cache line is read once.
         for row in (0..full).step_by(TILE) {
+            for ahead in 0..TILE {
+                // A line a row, too far apart for the processor to foresee; past the end it does no harm.
+                let next = src.codes.as_ptr().wrapping_add((row + TILE + ahead) * stride + groups.start * BLOCK_BYTES);
+                _mm_prefetch::<_MM_HINT_T0>(next.cast());
+            }
             for group in groups.clone() {
-                let k = (group - groups.start) * BLOCK;
-                let out = &mut out[k * src.rows..][..BLOCK * src.rows];
-                let mut deltas = [0i16; TILE];
-                let mut safe = true;
-                for (i, d) in deltas.iter_mut().enumerate() {
-                    let e = src.scales[(row + i) * src.groups + group];
-                    safe &= fields.safe.contains(&e);
-                    *d = (i16::from(e) - 127) << fields.shift;
-                }
-                if safe {
-                    // SAFETY: rows `row..row + 32` and all 32 columns of `out` exist.
-                    unsafe { tile(&src, row, group, &fields, &deltas, out) };
-                } else {
+                let out = &mut out[(group - groups.start) * BLOCK * src.rows..][..BLOCK * src.rows];
+                let e: &[u8; TILE] = scales[group * src.rows + row..].first_chunk().expect("checked by the caller");
+                // SAFETY: rows `row..row + 32` and all 32 columns of `out` exist.
+                if !unsafe { tile(&src, row, group, &fields, e, out) } {
                     counts += super::tile(src, row..row + TILE, group, to, out);
                 }
             }
@@ -215,10 +243,23 @@ mod avx2 {
         counts
     }
 
+    /// False, with nothing written, where a scale is outside [`Fields::safe`].
+    ///
     /// # Safety
     /// AVX2; `out` is u16 [32, R] and `row + 32 <= R`.
     #[target_feature(enable = "avx2")]
-    unsafe fn tile(src: &Blocks, row: usize, group: usize, fields: &Fields, deltas: &[i16; TILE], out: &mut [u16]) {
+    unsafe fn tile(src: &Blocks, row: usize, group: usize, fields: &Fields, e: &[u8; TILE], out: &mut [u16]) -> bool {
+        // SAFETY: 32 readable bytes.
+        let e = unsafe { _mm256_loadu_si256(e.as_ptr().cast()) };
+        let above = _mm256_sub_epi8(e, _mm256_set1_epi8(fields.safe.start as i8));
+        let span = _mm256_set1_epi8((fields.safe.end - 1 - fields.safe.start) as i8);
+        if _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(above, span), span)) != -1 {
+            return false;
+        }
+        let delta = [_mm256_castsi256_si128(e), _mm256_extracti128_si256::<1>(e)].map(|e| {
+            let e = _mm256_sub_epi16(_mm256_cvtepu8_epi16(e), _mm256_set1_epi16(127));
+            _mm256_sll_epi16(e, _mm_cvtsi32_si128(fields.shift))
+        });
         let stride = src.groups * BLOCK_BYTES;
         let base = src.codes[row * stride + group * BLOCK_BYTES..].as_ptr();
         let mut v = [_mm256_setzero_si256(); 16];
@@ -236,9 +277,6 @@ mod avx2 {
         // The exponent is added to every code but the two zeros.
         let nonzero = twice(std::array::from_fn(|c| if c & 7 == 0 { 0 } else { 0xff }));
         let nibble = _mm256_set1_epi8(15);
-        // SAFETY: `deltas` has 32 numbers.
-        let delta: [__m256i; 2] =
-            unsafe { [_mm256_loadu_si256(deltas.as_ptr().cast()), _mm256_loadu_si256(deltas.as_ptr().add(16).cast())] };
         for (j, &bytes) in v.iter().enumerate() {
             for n in 0..2 {
                 let codes = if n == 0 { bytes } else { _mm256_srli_epi16::<4>(bytes) };
@@ -262,6 +300,7 @@ mod avx2 {
                 }
             }
         }
+        true
     }
 
     /// Transposes the 16 x 16 bytes of each 128-bit half: byte j of vector i becomes byte i of vector j.
@@ -312,7 +351,9 @@ mod tests {
             let src = Blocks { codes, scales, rows, groups };
             let want = plain(src, range.clone(), to);
             let mut got = vec![1u16; want.0.len()];
-            assert_eq!(transposed(src, range.clone(), to, &mut got), want.1, "{rows} x {groups} {to:?}");
+            let mut by_group = ScalesByGroup::default();
+            by_group.fill(src);
+            assert_eq!(transposed(src, &by_group, range.clone(), to, &mut got), want.1, "{rows} x {groups} {to:?}");
             assert!(got == want.0, "fast: {rows} x {groups} {to:?}");
             assert_eq!(transposed_reference(src, range.clone(), to, &mut got), want.1);
             assert!(got == want.0, "reference: {rows} x {groups} {to:?}");

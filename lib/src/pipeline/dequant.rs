@@ -6,7 +6,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::executor::{self, Unit};
-use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, seal, side_files};
+use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
@@ -18,11 +18,12 @@ use crate::formats::float::Float;
 use crate::formats::mxfp4::{BLOCK, SCALE_NAN};
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
-use crate::ops::dequantize::{HalfCounts, transposed};
+use crate::ops::dequantize::{HalfCounts, ScalesByGroup, transposed};
 use crate::runtimes::{self, ExpertLayout, MainLayout};
 
-/// Output bytes of one unit of the fast path: small enough to stay in a core's second-level cache.
-const CHUNK: usize = 768 << 10;
+/// Output bytes that the fast path makes at a time: about a core's second-level cache. Smaller chunks read each line of
+/// the input more than once, larger ones leave the cache before they are written (lib/benches/dequantize.rs).
+const CHUNK: usize = 1152 << 10;
 /// Rows that the general path reads at a time.
 const ROWS: usize = 64;
 
@@ -42,9 +43,16 @@ enum Work<'a> {
     /// Pass a byte range on.
     Copy { to: usize, tensor: TensorRef<'a>, from: Float, range: Range<usize> },
     /// Blocks of one expert through the fast path.
-    Blocks { to: usize, slot: usize, expert: usize, groups: Range<usize> },
+    Blocks { to: usize, slot: usize, expert: usize },
     /// A weight of one expert, or of a main layer, through [`containers::Rows`].
     Rows { to: usize, slot: usize, expert: usize },
+}
+
+/// A worker's buffers.
+#[derive(Default)]
+struct Scratch {
+    out: Vec<u16>,
+    scales: ScalesByGroup,
 }
 
 /// A dequantization whose plan holds.
@@ -74,15 +82,14 @@ impl<'a> Plan<'a> {
             tensors: Vec::new(),
             notes: Vec::new(),
         };
-        let mut hashed = vec![false; source.shards.len()];
         for i in 0..plan.slots.len() {
-            plan.slot(i, &mut hashed)?;
+            plan.slot(i)?;
         }
         plan.refuse_pointless()?;
         Ok(plan)
     }
 
-    fn slot(&mut self, i: usize, hashed: &mut [bool]) -> Result<()> {
+    fn slot(&mut self, i: usize) -> Result<()> {
         let slot = self.slots[i].clone();
         let to = self.tensors.len();
         self.tensors.push(Planned {
@@ -94,10 +101,6 @@ impl<'a> Plan<'a> {
             experts = Experts::open(self.source, &self.config, fused, layer)?;
         }
         let dense = self.source.get(&slot.name);
-        let shard = experts.as_ref().map(|e| e.blocks.shard).or(dense.map(|t| t.shard));
-        if let Some(shard) = shard.filter(|&s| !std::mem::replace(&mut hashed[s], true)) {
-            self.units.push(Unit { group: None, bytes: 0, work: Work::Hash(shard) });
-        }
         match (slot.role, &experts, dense) {
             (Role::Experts(fused, _), Some(_), _) => self.blocks(i, to, fused),
             (_, _, Some(tensor)) if Float::of(tensor.info.dtype).is_some() => {
@@ -124,6 +127,15 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// The shard that a unit reads; the general path may read several, and names none.
+    fn shard_of(&self, work: &Work) -> Option<usize> {
+        match work {
+            Work::Copy { tensor, .. } => Some(tensor.shard),
+            Work::Blocks { slot, .. } => self.experts[*slot].as_ref().map(|e| e.blocks.shard),
+            Work::Hash(_) | Work::Rows { .. } => None,
+        }
+    }
+
     fn copies(&mut self, group: usize, to: usize, tensor: TensorRef<'a>, shape: &[usize]) -> Result<()> {
         tensor.expect(&containers::dense::FLOATS, shape)?;
         let from = float_of(&tensor)?;
@@ -136,17 +148,9 @@ impl<'a> Plan<'a> {
 
     fn blocks(&mut self, slot: usize, to: usize, fused: Fused) {
         let (out, inp) = fused.shape(&self.config);
-        let step = (CHUNK / (out * BLOCK * 2)).max(1);
+        let (group, bytes) = (Some(self.slots[slot].group), (out * inp * 2) as u64);
         for expert in 0..self.config.experts {
-            for start in (0..inp / BLOCK).step_by(step) {
-                let groups = start..(inp / BLOCK).min(start + step);
-                let bytes = (groups.len() * BLOCK * out * 2) as u64;
-                self.units.push(Unit {
-                    group: Some(self.slots[slot].group),
-                    bytes,
-                    work: Work::Blocks { to, slot, expert, groups },
-                });
-            }
+            self.units.push(Unit { group, bytes, work: Work::Blocks { to, slot, expert } });
         }
     }
 
@@ -218,6 +222,7 @@ impl<'a> Plan<'a> {
         let sink = Sink::open(&paths.dst, layout, &print, paths.force)?;
         let mut units = std::mem::take(&mut self.units);
         units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
+        hash_behind(&mut units, self.source.shards.len(), |work| self.shard_of(work), Work::Hash);
         resources.progress.start("dequantize", units.iter().map(|u| u.bytes).sum());
         let hashes = SourceHashes::new(self.source);
         let (done, failed) = self.work(&units, workers, &sink, resources, &hashes);
@@ -250,7 +255,7 @@ impl<'a> Plan<'a> {
             workers,
             sink,
             &resources.progress,
-            Vec::new,
+            Scratch::default,
             |work, scratch| self.unit(work, scratch, sink, hashes),
             |group, counts: Vec<HalfCounts>| {
                 let mut conversion = HalfCounts::default();
@@ -258,7 +263,7 @@ impl<'a> Plan<'a> {
                 let result = GroupResult { tensors: Vec::new(), conversion };
                 let value = serde_json::to_value(result).expect("plain data serializes");
                 closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
-                Ok(value)
+                value
             },
         )
         .err();
@@ -267,7 +272,7 @@ impl<'a> Plan<'a> {
         (all.into_values().filter_map(|v| serde_json::from_value(v).ok()).collect(), failed)
     }
 
-    fn unit(&self, work: &Work<'a>, scratch: &mut Vec<u16>, sink: &Sink, hashes: &SourceHashes) -> Result<HalfCounts> {
+    fn unit(&self, work: &Work<'a>, scratch: &mut Scratch, sink: &Sink, hashes: &SourceHashes) -> Result<HalfCounts> {
         let dtype = self.options.dtype;
         match work {
             Work::Hash(shard) => {
@@ -275,22 +280,41 @@ impl<'a> Plan<'a> {
                 Ok(HalfCounts::default())
             }
             Work::Copy { to, tensor, from, range } => copy::convert(sink, *to, tensor, range, *from, dtype),
-            Work::Blocks { to, slot, expert, groups } => {
+            Work::Blocks { to, slot, expert } => {
                 let experts = self.experts[*slot].as_ref().expect("planned from its blocks");
-                let blocks = experts.expert(*expert);
-                scratch.resize(groups.len() * BLOCK * blocks.rows, 0);
-                let counts = transposed(blocks, groups.clone(), dtype, scratch);
-                if counts.nans > 0 {
-                    let n = blocks.scales.len();
-                    let at = blocks.scales.iter().position(|&b| b == SCALE_NAN).expect("its NaN was just counted");
-                    return Err(copy::nan_scale(&experts.scales, expert * n + at));
-                }
-                let k = expert * blocks.groups * BLOCK + groups.start * BLOCK;
-                sink.write(*to, k * blocks.rows * 2, as_bytes(scratch))?;
-                Ok(counts)
+                self.fast(*to, experts, *expert, scratch, sink)
             }
-            Work::Rows { to, slot, expert } => self.general(*to, &self.slots[*slot], *expert, scratch, sink),
+            Work::Rows { to, slot, expert } => self.general(*to, &self.slots[*slot], *expert, &mut scratch.out, sink),
         }
+    }
+
+    /// One expert's blocks, a chunk of columns at a time: each is written, and hashed, while it is in the cache.
+    fn fast(
+        &self,
+        to: usize,
+        experts: &Experts,
+        expert: usize,
+        scratch: &mut Scratch,
+        sink: &Sink,
+    ) -> Result<HalfCounts> {
+        let blocks = experts.expert(expert);
+        let column = blocks.rows * 2;
+        let step = (CHUNK / (BLOCK * column)).max(1);
+        let mut counts = HalfCounts::default();
+        scratch.scales.fill(blocks);
+        for first in (0..blocks.groups).step_by(step) {
+            let groups = first..blocks.groups.min(first + step);
+            scratch.out.resize(groups.len() * BLOCK * blocks.rows, 0);
+            counts += transposed(blocks, &scratch.scales, groups, self.options.dtype, &mut scratch.out);
+            if counts.nans > 0 {
+                let n = blocks.scales.len();
+                let at = blocks.scales.iter().position(|&b| b == SCALE_NAN).expect("its NaN was just counted");
+                return Err(copy::nan_scale(&experts.scales, expert * n + at));
+            }
+            sink.write(to, (expert * blocks.groups + first) * BLOCK * column, as_bytes(&scratch.out))?;
+            sink.advance();
+        }
+        Ok(counts)
     }
 
     /// Any other container: values row by row, transposed here.

@@ -3,6 +3,7 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -22,15 +23,19 @@ pub struct Unit<T> {
 }
 
 /// Unwritten output that starts write-back.
-const FLUSH_BYTES: u64 = 128 << 20;
+const FLUSH_BYTES: u64 = 64 << 20;
 
 struct Group<R> {
     left: usize,
     results: Vec<Option<R>>,
 }
 
+/// A group whose units are all done.
+type Done<R> = (usize, Vec<R>);
+
 /// Runs `units` on `workers` threads. `work` does one with its thread's scratch, `close` turns a group's results, in unit
-/// order, into what the journal keeps. The first error (by unit) ends the run.
+/// order, into what the journal keeps. One more thread waits for the disk, so that no worker does. The first error (by
+/// unit) ends the run.
 pub fn run<T: Sync, S, R: Send>(
     units: &[Unit<T>],
     workers: usize,
@@ -38,7 +43,7 @@ pub fn run<T: Sync, S, R: Send>(
     progress: &Progress,
     scratch: impl Fn() -> S + Sync,
     work: impl Fn(&T, &mut S) -> Result<R> + Sync,
-    close: impl Fn(usize, Vec<R>) -> Result<Value> + Sync,
+    close: impl Fn(usize, Vec<R>) -> Value + Sync,
 ) -> Result<()> {
     let groups = group_table::<T, R>(units);
     let next = AtomicUsize::new(0);
@@ -49,46 +54,48 @@ pub fn run<T: Sync, S, R: Send>(
         errors.lock().expect("no thread panics while it holds this").push((unit, error));
         stop.store(true, Ordering::Relaxed);
     };
-    let worker = || {
+    let worker = |done: Sender<Done<R>>| {
         let mut scratch = scratch();
         while !stop.load(Ordering::Relaxed) {
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(unit) = units.get(i) else { break };
-            let done = work(&unit.work, &mut scratch).and_then(|result| {
-                written.fetch_add(unit.bytes, Ordering::Relaxed);
-                progress.advance(unit.bytes);
-                sink.advance();
-                finish_unit(&groups, unit.group, i, result, sink, &close)
-            });
-            if let Err(e) = done {
-                fail(i, e);
+            match work(&unit.work, &mut scratch) {
+                Ok(result) => {
+                    written.fetch_add(unit.bytes, Ordering::Relaxed);
+                    progress.advance(unit.bytes);
+                    if let Some(group) = finish_unit(&groups, unit.group, i, result) {
+                        done.send(group).expect("the keeper lives until every sender is gone");
+                    }
+                    sink.advance();
+                }
+                Err(e) => fail(i, e),
             }
         }
     };
-    let idle = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut flushed = 0;
-            while !idle.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(20));
-                let now = written.load(Ordering::Relaxed);
-                if now - flushed >= FLUSH_BYTES {
-                    flushed = now;
-                    if let Err(e) = sink.flush() {
-                        fail(usize::MAX, e);
-                    }
+    let keeper = |done: Receiver<Done<R>>| {
+        let mut flushed = 0;
+        loop {
+            let result = match done.recv_timeout(Duration::from_millis(10)) {
+                Ok((group, results)) => sink.finish_group(group, close(group, results)),
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) if written.load(Ordering::Relaxed) - flushed >= FLUSH_BYTES => {
+                    flushed = written.load(Ordering::Relaxed);
+                    sink.flush()
                 }
-            }
-        });
-        let crew: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
-        for member in crew {
-            if let Err(panic) = member.join() {
-                idle.store(true, Ordering::Relaxed);
-                stop.store(true, Ordering::Relaxed);
-                std::panic::resume_unwind(panic);
+                Err(RecvTimeoutError::Timeout) => Ok(()),
+            };
+            if let Err(e) = result {
+                fail(usize::MAX, e);
             }
         }
-        idle.store(true, Ordering::Relaxed);
+    };
+    std::thread::scope(|scope| {
+        let (sender, receiver) = channel();
+        scope.spawn(move || keeper(receiver));
+        for _ in 0..workers {
+            let sender = sender.clone();
+            scope.spawn(|| worker(sender));
+        }
     });
     let mut errors = errors.into_inner().expect("no thread panics while it holds this");
     errors.sort_by_key(|e| e.0);
@@ -97,8 +104,7 @@ pub fn run<T: Sync, S, R: Send>(
 
 type Groups<R> = Vec<(usize, usize, Mutex<Group<R>>)>;
 
-/// For each group: its number, its first unit, and room for its results. Units of a group may be interleaved with
-/// groupless ones.
+/// For each group: its number, its first unit, and room for its results. Groupless units may stand between a group's.
 fn group_table<T, R>(units: &[Unit<T>]) -> Groups<R> {
     let mut table: Groups<R> = Vec::new();
     for (i, unit) in units.iter().enumerate() {
@@ -114,26 +120,14 @@ fn group_table<T, R>(units: &[Unit<T>]) -> Groups<R> {
     table
 }
 
-fn finish_unit<R>(
-    groups: &Groups<R>,
-    group: Option<usize>,
-    unit: usize,
-    result: R,
-    sink: &Sink,
-    close: &impl Fn(usize, Vec<R>) -> Result<Value>,
-) -> Result<()> {
-    let Some(group) = group else { return Ok(()) };
+/// Notes a unit's result; gives the whole group where this was its last unit.
+fn finish_unit<R>(groups: &Groups<R>, group: Option<usize>, unit: usize, result: R) -> Option<Done<R>> {
+    let group = group?;
     let (_, first, slot) = &groups[groups.partition_point(|g| g.1 <= unit) - 1];
-    let complete = {
-        let mut slot = slot.lock().expect("no thread panics while it holds this");
-        slot.results[unit - first] = Some(result);
-        slot.left -= 1;
-        (slot.left == 0).then(|| std::mem::take(&mut slot.results))
-    };
-    match complete {
-        Some(results) => sink.finish_group(group, close(group, results.into_iter().flatten().collect())?),
-        None => Ok(()),
-    }
+    let mut slot = slot.lock().expect("no thread panics while it holds this");
+    slot.results[unit - first] = Some(result);
+    slot.left -= 1;
+    (slot.left == 0).then(|| (group, std::mem::take(&mut slot.results).into_iter().flatten().collect()))
 }
 
 /// `f` over `items` on `workers` threads; results in the items' order, the first error (by item) where there is one.

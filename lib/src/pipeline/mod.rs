@@ -95,6 +95,27 @@ impl SourceHashes {
     }
 }
 
+/// Puts, behind the last unit that reads each source shard, a unit that hashes it: its pages are in memory then, and
+/// the output, whose hash takes longest, is not kept waiting.
+pub(crate) fn hash_behind<T>(
+    units: &mut Vec<executor::Unit<T>>,
+    shards: usize,
+    reads: impl Fn(&T) -> Option<usize>,
+    hash: impl Fn(usize) -> T,
+) {
+    let mut last = vec![0; shards];
+    for (i, unit) in units.iter().enumerate() {
+        if let Some(shard) = reads(&unit.work) {
+            last[shard] = i + 1;
+        }
+    }
+    let mut order: Vec<(usize, usize)> = last.into_iter().enumerate().map(|(shard, at)| (at, shard)).collect();
+    order.sort_unstable();
+    for (at, shard) in order.into_iter().rev() {
+        units.insert(at, executor::Unit { group: None, bytes: 0, work: hash(shard) });
+    }
+}
+
 /// How a checkpoint stores its weights, in a word.
 pub fn layout_name(checkpoint: &Checkpoint) -> String {
     use safetensors::Dtype;

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::executor::{self, Unit};
-use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, seal, side_files};
+use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files};
 use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
@@ -120,9 +120,8 @@ impl<'a> Plan<'a> {
         };
         plan.every_pattern_hits()?;
         plan.every_scheme_fits()?;
-        let mut hashed = vec![false; source.map_or(0, |s| s.shards.len())];
         for slot in model::slots(&plan.config) {
-            plan.slot(&slot, &mut hashed)?;
+            plan.slot(&slot)?;
         }
         Ok(plan)
     }
@@ -180,14 +179,11 @@ impl<'a> Plan<'a> {
         if self.ignore.any(&linear.module()) { None } else { self.schemes.get(&linear.proj).copied() }
     }
 
-    fn slot(&mut self, slot: &Slot, hashed: &mut [bool]) -> Result<()> {
+    fn slot(&mut self, slot: &Slot) -> Result<()> {
         let experts_stay = self.recipe.experts.scheme == SchemeName::Keep;
         match slot.role {
             Role::Experts(fused, layer) if self.mxfp4 => {
                 let specs = model::mxfp4_specs(fused, layer, &self.config);
-                for spec in &specs {
-                    self.hash_first(&spec.name, hashed);
-                }
                 if experts_stay {
                     self.stay(slot, "mxfp4");
                     specs.into_iter().try_for_each(|spec| self.copy(slot.group, spec, &[Dtype::U8]))
@@ -195,20 +191,13 @@ impl<'a> Plan<'a> {
                     self.experts(slot, fused, layer)
                 }
             }
-            Role::Experts(fused, layer) if !experts_stay => {
-                self.hash_first(&slot.name, hashed);
-                self.experts(slot, fused, layer)
-            }
+            Role::Experts(fused, layer) if !experts_stay => self.experts(slot, fused, layer),
             Role::ExpertBias(fused, layer) if !experts_stay => self.biases(slot, fused, layer),
-            Role::Weight(linear) if self.scheme(&linear).is_some() => {
-                self.hash_first(&slot.name, hashed);
-                self.linear(slot.group, linear)
-            }
+            Role::Weight(linear) if self.scheme(&linear).is_some() => self.linear(slot.group, linear),
             _ => {
                 if let Role::Weight(linear) = slot.role {
                     self.unquantized.push(linear.module());
                 }
-                self.hash_first(&slot.name, hashed);
                 let float = self.float_of(&slot.name)?;
                 self.stay(slot, float.config_name());
                 self.copy(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()), &FLOATS)
@@ -216,10 +205,14 @@ impl<'a> Plan<'a> {
         }
     }
 
-    fn hash_first(&mut self, tensor: &str, hashed: &mut [bool]) {
-        let shard = self.source.and_then(|s| s.get(tensor)).map(|t| t.shard);
-        if let Some(shard) = shard.filter(|&s| !std::mem::replace(&mut hashed[s], true)) {
-            self.units.push(Unit { group: None, bytes: 0, work: Work::Hash(shard) });
+    /// The shard that a unit reads.
+    fn shard_of(&self, work: &Work, source: &Checkpoint) -> Option<usize> {
+        match work {
+            Work::Copy { tensor, .. } | Work::Biases { tensor, .. } => Some(tensor.shard),
+            Work::Quantize { job, .. } | Work::Plain { job, .. } => {
+                source.get(&self.source_tensor(&self.jobs[*job].linear, source)).map(|t| t.shard)
+            }
+            Work::Hash(_) => None,
         }
     }
 
@@ -413,6 +406,7 @@ impl<'a> Plan<'a> {
         let sink = Sink::open(&paths.dst, layout, &print, paths.force)?;
         let mut units = std::mem::take(&mut self.units);
         units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
+        hash_behind(&mut units, source.shards.len(), |work| self.shard_of(work, source), Work::Hash);
         resources.progress.start("quantize", units.iter().map(|u| u.bytes).sum());
         let hashes = SourceHashes::new(source);
         let (groups, failed) = self.work(&units, workers, &sink, resources, &hashes, source);
@@ -454,7 +448,7 @@ impl<'a> Plan<'a> {
             |group, sums: Vec<Option<(usize, ErrorSums)>>| {
                 let value = serde_json::to_value(self.close(group, sums)).expect("plain data serializes");
                 closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
-                Ok(value)
+                value
             },
         )
         .err();
