@@ -69,7 +69,7 @@ fn dequantize(bencher: Bencher, dtype: &str) {
     let to = if dtype == "fp16" { Float::F16 } else { Float::Bf16 };
     let data = Data::new();
     let (mut out, mut want) = (vec![0u16; EXPERTS * OUT], vec![1u16; OUT]);
-    let mut fill = |out: &mut [u16]| data.chunks(to, |at, chunk| out[at..at + CHUNK].copy_from_slice(chunk));
+    let fill = |out: &mut [u16]| data.chunks(to, |at, chunk| out[at..at + CHUNK].copy_from_slice(chunk));
     fill(&mut out);
     transposed_reference(data.expert(0), 0..GROUPS, to, &mut want);
     assert!(out[..OUT] == want[..], "the fast path is wrong");

@@ -228,7 +228,7 @@ pub struct Verdict {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Finding {
-    /// `hash`, `size`, `missing`, `extra`, `index`, `shape`, `value`, `config`, `manifest`.
+    /// `hash`, `size`, `missing`, `extra`, `index`, `tensor`, `header`, `value`, `config`, `manifest`.
     pub kind: String,
     /// The file.
     pub file: String,

@@ -212,7 +212,9 @@ impl Hub<'_> {
             Some(code @ (401 | 403)) => {
                 format!("the hub refuses {what} with status {code}: it is private or gated, or does not exist; {token}")
             }
-            Some(404) => format!("the hub has no {what} (status 404): check the spelling of repository and revision"),
+            Some(404) => {
+                format!("the hub does not have {what} (status 404): check the spelling of repository and revision")
+            }
             Some(code) => format!("the hub answers {code} for {what}; try again later"),
             None => match error {
                 ApiError::LockAcquisition(path) => format!("another program is downloading {}", path.display()),

@@ -34,7 +34,7 @@ impl Findings {
             Ok(value) => return Ok(Some(value)),
             Err(Error::BadFile { file, reason }) => self.add("header", name(&file), reason),
             Err(Error::BadTensor { file, tensor, reason }) => {
-                self.add("shape", name(&file), format!("tensor {tensor}: {reason}"))
+                self.add("tensor", name(&file), format!("tensor {tensor}: {reason}"))
             }
             Err(Error::MissingTensor { tensor, reason, .. }) => {
                 self.add("missing", INDEX, format!("tensor {tensor} is missing: {reason}"))

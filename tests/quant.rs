@@ -1,0 +1,242 @@
+//! gptoss-quant, end to end.
+
+mod support;
+
+use serde_json::Value;
+use support::{Shard, assert_same, command, files, root, run, run_with, tiny};
+
+fn json(path: &std::path::Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn mxfp4_and_bf16_sources_give_the_same_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let bf16 = dir.path().join("bf16");
+    run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&bf16)).manifest();
+    for (i, recipe) in [
+        "",
+        "--experts w4a16 --mw w4a16 --asymmetric",
+        "--experts w8a16 --mw w8a8 --group-size channel",
+        "--experts w8a8 --mw w8a16 --mw-group-size 32 --mw-symmetry asymmetric --extra-ignore layers.0.self_attn,experts.3",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let (a, b) = (dir.path().join(format!("a{i}")), dir.path().join(format!("b{i}")));
+        let go = |src: &std::path::Path, out: &std::path::Path| {
+            run(command("gptoss-quant --quiet").args(recipe.split_whitespace()).arg("--model-in").arg(src).arg("--output-dir").arg(out)).manifest()
+        };
+        let (x, y) = (go(&tiny(), &a), go(&bf16, &b));
+        assert_eq!(x["tensors"], y["tensors"], "{recipe}: the errors are the same");
+        let (mut x, mut y) = (files(&a), files(&b));
+        // The manifests name different sources, and only one source's config had a dtype.
+        for name in ["gptoss-manifest.json", "config.json"] {
+            assert!(x.remove(name).is_some() && y.remove(name).is_some());
+        }
+        assert!(x == y, "{recipe}");
+        let (cx, cy) = (json(&a.join("config.json")), json(&b.join("config.json")));
+        assert_eq!(cx["quantization_config"], cy["quantization_config"]);
+        assert_eq!(cx["dtype"], "bfloat16");
+    }
+}
+
+#[test]
+fn threads_memory_and_folder_do_not_change_a_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = None;
+    for (i, flags) in ["--threads 1", "--threads 2", "--threads 5 --max-memory 16MiB", "--threads 2 --max-memory 8GB"]
+        .iter()
+        .enumerate()
+    {
+        let out = dir.path().join(format!("q{i}"));
+        run(command("gptoss-quant --quiet")
+            .args(flags.split(' '))
+            .arg("--model-in")
+            .arg(tiny())
+            .arg("--output-dir")
+            .arg(&out))
+        .manifest();
+        assert_same(first.get_or_insert_with(|| out.clone()), &out);
+    }
+}
+
+#[test]
+fn experts_have_llm_compressors_names_and_gate_and_up_are_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("q");
+    run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    let mut shard = Shard::read(&out.join("model-00001-of-00001.safetensors"));
+    let base = "model.layers.2.mlp.experts.7";
+    for (name, dtype, shape) in [
+        ("gate_proj.weight_packed", "I32", vec![128, 32]),
+        ("up_proj.weight_scale", "BF16", vec![128, 2]),
+        ("down_proj.weight_packed", "I32", vec![256, 16]),
+        ("down_proj.weight_shape", "I64", vec![2]),
+        ("gate_proj.bias", "BF16", vec![128]),
+        ("down_proj.bias", "BF16", vec![256]),
+    ] {
+        let entry = &shard.header[&format!("{base}.{name}")];
+        assert_eq!((entry["dtype"].as_str(), entry["shape"].clone()), (Some(dtype), shape.into()), "{name}");
+    }
+    let mut source = Shard::read(&tiny().join("model-00001-of-00001.safetensors"));
+    let fused = source.tensor("model.layers.2.mlp.experts.gate_up_proj_bias")[7 * 512..8 * 512].to_vec();
+    let every_second = |first: usize| fused.chunks(2).skip(first).step_by(2).flatten().copied().collect::<Vec<u8>>();
+    assert_eq!(shard.tensor(&format!("{base}.gate_proj.bias")), every_second(0));
+    assert_eq!(shard.tensor(&format!("{base}.up_proj.bias")), every_second(1));
+
+    let config = &json(&out.join("config.json"))["quantization_config"];
+    assert_eq!(config["format"], "pack-quantized");
+    let ignore: Vec<&str> = config["ignore"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert!(ignore.contains(&"lm_head") && ignore.contains(&"model.layers.3.mlp.router"), "{ignore:?}");
+    // q, k, v and o have in_features that 128 divides; so have gate and up; down takes 128 as well: two bit widths, two groups.
+    assert_eq!(config["config_groups"].as_object().unwrap().len(), 2);
+}
+
+#[test]
+fn kept_experts_are_the_source_s_bytes_and_config_and_manifest_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("q");
+    let manifest = run(command("gptoss-quant --quiet --experts keep --mw w8a8")
+        .arg("--model-in")
+        .arg(tiny())
+        .arg("--output-dir")
+        .arg(&out))
+    .manifest();
+    let mut ours = Shard::read(&out.join("model-00001-of-00001.safetensors"));
+    let mut compared = 0;
+    for file in ["model-00000-of-00001.safetensors", "model-00001-of-00001.safetensors"] {
+        let mut theirs = Shard::read(&tiny().join(file));
+        let names: Vec<String> = theirs.header.keys().filter(|n| n.contains(".experts.")).cloned().collect();
+        for name in names {
+            assert!(ours.tensor(&name) == theirs.tensor(&name), "{name}");
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 4 * 6);
+    let config = json(&out.join("config.json"));
+    assert_eq!(config["gptoss_kept"]["quant_method"], "mxfp4");
+    assert_eq!(config["quantization_config"]["format"], "int-quantized");
+    assert_eq!(config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["dynamic"], true);
+    assert!(manifest["notes"][0].as_str().unwrap().contains("gptoss_kept"));
+    let lost = |r: &Value| r["status"] != "loads" && !r["reason"].as_str().unwrap().is_empty();
+    assert_eq!(manifest["runtimes"].as_array().unwrap().iter().filter(|r| lost(r)).count(), 3);
+    run(command("gptoss-verify check --quiet").arg(&out)).manifest();
+    let same = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&out)).manifest();
+    let experts = |t: &&Value| t["name"].as_str().unwrap().contains("experts");
+    assert!(same["tensors"].as_array().unwrap().iter().filter(experts).all(|t| t["error"]["max"] == 0.0));
+}
+
+#[test]
+fn a_group_that_does_not_divide_2880_is_refused_before_any_data() {
+    for model in ["20b", "120b"] {
+        let config = root().join(format!("tests/fixtures/configs/gpt-oss-{model}.json"));
+        let ran = run(command("gptoss-quant --dry-run --group-size 128").arg("--model-in").arg(&config));
+        assert_eq!(ran.code, 2);
+        insta::assert_snapshot!("group-128-on-2880", ran.err);
+        let plan =
+            run(command("gptoss-quant --dry-run --quiet --experts w4a16 --mw w4a16").arg("--model-in").arg(&config))
+                .manifest();
+        let stored = |name: &str| {
+            let tensors = plan["tensors"].as_array().unwrap();
+            tensors.iter().find(|t| t["name"] == name).unwrap_or_else(|| panic!("{name}"))["stored"].clone()
+        };
+        assert_eq!(stored("model.layers.0.mlp.experts.*.down_proj"), "int4 g64");
+        assert_eq!(stored("model.layers.0.self_attn.q_proj"), "int4 g64");
+        assert_eq!(stored("model.layers.0.self_attn.o_proj"), "int4 g128", "4096 takes 128");
+        assert_eq!(plan["plan"]["weights_read"], false);
+        let bytes = plan["plan"]["bytes"].as_u64().unwrap();
+        let range = if model == "20b" { 12_000_000_000..14_000_000_000 } else { 63_000_000_000..67_000_000_000u64 };
+        assert!(range.contains(&bytes), "{model}: {bytes}");
+    }
+}
+
+#[test]
+fn a_dry_run_reads_headers_where_weights_are_and_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan =
+        run(command("gptoss-quant --dry-run --quiet").arg("--model-in").arg(tiny()).current_dir(dir.path())).manifest();
+    assert_eq!(plan["plan"]["weights_read"], true);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let table = run(command("gptoss-quant --dry-run --quiet --format table").arg("--model-in").arg(tiny()));
+    insta::assert_snapshot!("dry-run-table", table.out);
+    // The plan is what the run then writes.
+    let out = dir.path().join("q");
+    run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    let size = std::fs::metadata(out.join("model-00001-of-00001.safetensors")).unwrap().len();
+    assert_eq!(plan["plan"]["bytes"], size);
+}
+
+#[test]
+fn the_default_name_says_model_algorithms_and_schemes() {
+    let dir = tempfile::tempdir().unwrap();
+    run(command("gptoss-quant --quiet --experts keep").arg("--model-in").arg(tiny()).current_dir(dir.path()))
+        .manifest();
+    let name = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().file_name();
+    assert_eq!(name, "tiny-gpt-oss-KEEP-RTN-experts-keep-mw-w8a16");
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let quantized = dir.path().join("q");
+    run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&quantized)).manifest();
+    for (flags, want) in [
+        ("--algo gptq", "the algorithm gptq is not in this version; it has rtn"),
+        ("--experts-algo awq", "the algorithm awq is not in this version"),
+        ("--algo magic", "there is no algorithm \"magic\""),
+        ("--experts w4a8", "the scheme w4a8 is not in this version"),
+        ("--experts w5a5", "there is no scheme \"w5a5\""),
+        ("--experts w4a16 --experts-type int8", "--experts-scheme w4a16 does not have weights of --experts-type int8"),
+        ("--experts keep --mw keep", "the output would be a copy"),
+        ("--extra-ignore q_prj", "the ignore pattern \"q_prj\" matches no module"),
+        ("--extra-ignore re:(", "is no regular expression"),
+        ("--extra-ignore re:.*", "nothing is left to quantize"),
+        ("--group-size 0", "is no group size"),
+        (
+            "--group-size 96",
+            "group_size 96 does not divide in_features 256 of model.layers.0.self_attn.q_proj; use --group-size auto, 128 or 64 or 32",
+        ),
+        ("--symmetric --asymmetric", "cannot be used with"),
+    ] {
+        let out = dir.path().join("x");
+        let ran = run(command("gptoss-quant --quiet")
+            .args(flags.split(' '))
+            .arg("--model-in")
+            .arg(tiny())
+            .arg("--output-dir")
+            .arg(&out));
+        assert_eq!(ran.code, 2, "{flags}");
+        assert!(ran.err.contains(want), "{flags}: {}", ran.err);
+        assert!(!out.exists() && !dir.path().join("x.partial").exists(), "{flags}");
+    }
+    let twice = run(command("gptoss-quant --quiet")
+        .arg("--model-in")
+        .arg(&quantized)
+        .arg("--output-dir")
+        .arg(dir.path().join("x")));
+    assert!(twice.code == 2 && twice.err.contains("is quantized already (compressed-tensors)"), "{}", twice.err);
+}
+
+#[test]
+fn the_three_tools_are_one_pipeline() {
+    let dir = tempfile::tempdir().unwrap();
+    let dequantized =
+        run(command("gptoss-dequant --quiet --dst bf16").arg("--src").arg(tiny()).current_dir(dir.path()));
+    let quantized = run_with(command("gptoss-quant --quiet --output-dir q").current_dir(dir.path()), &dequantized.out);
+    let verified = run_with(command("gptoss-verify --quiet").current_dir(dir.path()), &quantized.out).manifest();
+    let verdict = &verified["verdict"];
+    assert_eq!((&verdict["passed"], &verdict["hashes_checked"]), (&true.into(), &true.into()));
+    let relative = verdict["total_error"]["relative"].as_f64().unwrap();
+    assert!((0.01..0.1).contains(&relative), "int4 loses something, but not much: {relative}");
+    // What the quantizer measured is what the comparison of the two folders measures.
+    let quantized = quantized.manifest();
+    for t in quantized["tensors"].as_array().unwrap().iter().filter(|t| !t["error"].is_null()) {
+        let name = &t["name"];
+        let again = verified["tensors"].as_array().unwrap().iter().find(|v| &v["name"] == name).unwrap();
+        for figure in ["rms", "max", "relative"] {
+            let (a, b) = (t["error"][figure].as_f64().unwrap(), again["error"][figure].as_f64().unwrap());
+            assert!((a - b).abs() <= 1e-12 * a, "{name} {figure}: {a} and {b}");
+        }
+    }
+}
