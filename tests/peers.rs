@@ -1,1 +1,67 @@
-//! x
+//! Programs that nobody here wrote judge the output: transformers and compressed-tensors, at the versions of
+//! peers/requirements.txt. `tests/run.sh` installs them; without them these tests fail.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use support::{command, root, run, tiny};
+
+/// Python with the peers in it: `$GPTOSS_PEERS`, or `venv/` in the repository.
+fn python() -> PathBuf {
+    let venv = std::env::var_os("GPTOSS_PEERS").map_or_else(|| root().join("venv"), PathBuf::from);
+    let python = venv.join("bin/python");
+    assert!(python.exists(), "{} is missing: tests/run.sh installs the Python peers", python.display());
+    python
+}
+
+/// Runs a script of tests/peers and gives what it printed.
+fn judge(script: &str, args: &[&Path]) -> String {
+    let mut command = Command::new(python());
+    command
+        .arg(root().join("tests/peers").join(script))
+        .args(args)
+        .env("HF_HUB_OFFLINE", "1")
+        .env("CUDA_VISIBLE_DEVICES", "");
+    let out = command.output().expect("python starts");
+    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+    assert!(out.status.success(), "{script}: {}\n{}", text(&out.stdout), text(&out.stderr));
+    text(&out.stdout)
+}
+
+#[test]
+fn transformers_dequantizes_to_the_same_tensors_and_computes_the_golden_logits() {
+    let dir = tempfile::tempdir().unwrap();
+    let bf16 = dir.path().join("bf16");
+    run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&bf16)).manifest();
+    let golden = root().join("tests/golden/tiny-logits/tiny-logits.safetensors");
+    let said = judge("transformers_equal.py", &[&tiny(), &bf16, &golden]);
+    println!("{said}");
+    assert!(said.contains("71 tensors equal") && said.contains("logits within"), "{said}");
+}
+
+#[test]
+fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
+    for flags in [
+        "",
+        "--experts w4a16 --mw w4a16 --asymmetric --group-size 32",
+        "--experts w8a16 --mw w8a8 --group-size channel",
+        "--experts w8a8 --mw w4a16 --mw-symmetry asymmetric --extra-ignore layers.0.self_attn,layers.1.mlp.experts.3",
+        "--experts keep --mw w8a8 --asymmetric",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (quantized, back) = (dir.path().join("q"), dir.path().join("back"));
+        run(command("gptoss-quant --quiet")
+            .args(flags.split_whitespace())
+            .arg("--model-in")
+            .arg(tiny())
+            .arg("--output-dir")
+            .arg(&quantized))
+        .manifest();
+        run(command("gptoss-dequant --quiet").arg("--src").arg(&quantized).arg("--dst").arg(&back)).manifest();
+        let said = judge("compressed_tensors_equal.py", &[&quantized, &back]);
+        println!("{flags}: {said}");
+        assert!(said.contains("modules equal"), "{flags}: {said}");
+    }
+}

@@ -1,1 +1,180 @@
-//! x
+//! What must not change a byte: a kill at any moment, another processor.
+
+mod support;
+
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+use support::{assert_same, command, files, run, synthetic, tiny};
+
+const KILLS: usize = 10;
+
+/// Compares two folders piece by piece: they are too large to hold.
+fn same_bytes(a: &Path, b: &Path) {
+    let list = |d: &Path| {
+        let mut names: Vec<_> = std::fs::read_dir(d).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(list(a), list(b));
+    let (mut x, mut y) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    for name in list(a) {
+        let open = |d: &Path| std::fs::File::open(d.join(&name)).unwrap();
+        let (mut f, mut g) = (open(a), open(b));
+        assert_eq!(f.metadata().unwrap().len(), g.metadata().unwrap().len(), "{name:?}");
+        loop {
+            let n = f.read(&mut x).unwrap();
+            if n == 0 {
+                break;
+            }
+            g.read_exact(&mut y[..n]).unwrap();
+            assert!(x[..n] == y[..n], "{name:?} differs");
+        }
+    }
+}
+
+/// Kills runs of `tool` at random moments and finishes each.
+fn killed_runs_end_with_the_same_bytes(tool: &str, to: &str) {
+    // One at a time: each takes its own time as the measure.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // Layers of the 20b's shape, so that there are layers to resume behind.
+    let dir = tempfile::tempdir().unwrap();
+    let src = dir.path().join("src");
+    synthetic::write(
+        &src,
+        &synthetic::config(&[("num_hidden_layers", 4), ("num_local_experts", 8), ("vocab_size", 512)]),
+    );
+    let go = |dst: &Path| {
+        let mut c = command(tool);
+        c.arg(&src).arg(to).arg(dst);
+        c
+    };
+    let whole = dir.path().join("whole");
+    run(&mut go(&whole)).manifest();
+    // A second run knows the disk: its time is the one that moments are drawn from.
+    let again = dir.path().join("again");
+    let start = Instant::now();
+    run(&mut go(&again)).manifest();
+    let time = start.elapsed();
+    same_bytes(&whole, &again);
+    std::fs::remove_dir_all(&again).unwrap();
+
+    let mut seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos() | 1;
+    let (mut hits, mut misses, mut resumed, mut time) = (0, 0, 0, time);
+    while hits < KILLS {
+        assert!(misses < 2 * KILLS, "only {hits} kills hit a run of about {time:?}");
+        seed ^= seed << 13;
+        seed ^= seed >> 17;
+        seed ^= seed << 5;
+        let moment = time.mul_f64(f64::from(seed % 1000) / 1000.0);
+        let dst = dir.path().join(format!("killed-{hits}-{misses}"));
+        let mut child = go(&dst).stdout(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(moment);
+        child.kill().unwrap();
+        if child.wait().unwrap().signal() == Some(9) {
+            hits += 1;
+            assert!(!dst.exists(), "killed after {moment:?} of {time:?}, but the output stands there");
+            let manifest = run(&mut go(&dst)).manifest();
+            resumed += manifest["volatile"]["resumed_groups"].as_u64().unwrap();
+        } else {
+            // The disk has become faster since the time was taken: the run was over by then.
+            misses += 1;
+            time = moment;
+        }
+        same_bytes(&whole, &dst);
+        std::fs::remove_dir_all(&dst).unwrap();
+    }
+    println!("{tool}: {hits} kills hit, {misses} came after a run of {time:?}; reruns resumed behind {resumed} groups");
+    assert!(resumed > 0, "no rerun resumed anything");
+}
+
+#[test]
+fn a_killed_dequantization_resumes_and_ends_with_the_same_bytes() {
+    killed_runs_end_with_the_same_bytes("gptoss-dequant --quiet --src", "--dst");
+}
+
+#[test]
+fn a_killed_quantization_resumes_and_ends_with_the_same_bytes() {
+    killed_runs_end_with_the_same_bytes("gptoss-quant --quiet --model-in", "--output-dir");
+}
+
+#[test]
+fn two_runs_into_one_folder_are_not_both_let_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = dir.path().join("src");
+    synthetic::write(
+        &src,
+        &synthetic::config(&[("num_hidden_layers", 1), ("num_local_experts", 16), ("vocab_size", 512)]),
+    );
+    let dst = dir.path().join("out");
+    let go = || {
+        let mut c = command("gptoss-dequant --quiet --src");
+        c.arg(&src).arg("--dst").arg(&dst);
+        c
+    };
+    let mut first = go().stdout(Stdio::null()).spawn().unwrap();
+    let partial = dir.path().join("out.partial");
+    let start = Instant::now();
+    while !partial.join("journal.jsonl").exists() && start.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let second = run(&mut go());
+    assert!(first.wait().unwrap().success());
+    assert!(second.code == 2 && second.err.contains("another run is writing"), "{second:?}");
+}
+
+#[test]
+fn an_unfinished_run_with_other_settings_is_not_mixed_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let dst = dir.path().join("out");
+    let partial = dir.path().join("out.partial");
+    std::fs::create_dir(&partial).unwrap();
+    std::fs::write(partial.join("journal.jsonl"), "{\"fingerprint\":\"another job\"}\n").unwrap();
+    let ran = run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&dst));
+    assert!(ran.code == 2 && ran.err.contains("holds an unfinished run with another source"), "{}", ran.err);
+    assert!(partial.join("journal.jsonl").exists());
+    run(command("gptoss-dequant --quiet --force").arg("--src").arg(tiny()).arg("--dst").arg(&dst)).manifest();
+    assert!(!partial.exists());
+}
+
+/// Hashes of the files of an output, as its manifest has them.
+fn hashes(dir: &Path) -> String {
+    let manifest: Value = serde_json::from_slice(&files(dir)["gptoss-manifest.json"]).unwrap();
+    let lines = manifest["output"]["files"].as_array().unwrap().iter();
+    lines.map(|f| format!("{} {}\n", f["sha256"].as_str().unwrap(), f["name"].as_str().unwrap())).collect()
+}
+
+/// The tools under qemu's model of a processor of 2008: no AVX2, no FMA, no F16C, no SHA extensions.
+#[test]
+fn another_processor_gives_the_committed_hashes() {
+    let dir = tempfile::tempdir().unwrap();
+    let jobs = [
+        ("bf16", "gptoss-dequant", "--src", "--dst", ""),
+        ("fp16", "gptoss-dequant", "--src", "--dst", "--dtype fp16"),
+        ("w4a16", "gptoss-quant", "--model-in", "--output-dir", "--experts w4a16 --mw w8a16"),
+        ("asymmetric", "gptoss-quant", "--model-in", "--output-dir", "--experts w4a16 --mw w8a8 --asymmetric"),
+    ];
+    for (name, tool, from, to, flags) in jobs {
+        let (native, emulated) = (dir.path().join(name), dir.path().join(format!("{name}-qemu")));
+        run(command(tool).arg("--quiet").args(flags.split_whitespace()).arg(from).arg(tiny()).arg(to).arg(&native))
+            .manifest();
+        let mut qemu = Command::new("qemu-x86_64");
+        qemu.args(["-cpu", "Nehalem", support::exe(tool), "--quiet"]).args(flags.split_whitespace());
+        let ran = qemu.arg(from).arg(tiny()).arg(to).arg(&emulated).stdin(Stdio::null()).output();
+        let ran: support::Ran =
+            ran.expect("qemu-x86_64 runs (Debian's package qemu-user; tests/run.sh installs it)").into();
+        ran.manifest();
+        assert_same(&native, &emulated);
+        insta::assert_snapshot!(format!("hashes-{name}"), hashes(&native));
+    }
+    let env =
+        Command::new("qemu-x86_64").args(["-cpu", "Nehalem", support::exe("gptoss-verify"), "env"]).output().unwrap();
+    let env: Value = serde_json::from_slice(&env.stdout).unwrap();
+    assert_eq!(env["environment"]["cpu_features"], Value::Array(Vec::new()), "the other processor is really another");
+}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The main job on the tiny gpt-oss in tests/fixtures: dequantize | quantize | verify, into target/demo.
+set -euo pipefail
+cd "$(dirname "$0")"
+. tests/need.sh
+
+if ! command -v cargo >/dev/null; then
+  echo "cargo is missing: install a Rust toolchain (rust-version in Cargo.toml says which)" >&2
+  exit 1
+fi
+need 'cc --version' build-essential
+cargo build --release --bins
+PATH="$PWD/target/release:$PATH"
+rm -rf target/demo
+mkdir target/demo
+
+gptoss-dequant --src tests/fixtures/tiny-gpt-oss --dst target/demo/bf16 --format json |
+  gptoss-quant --experts w4a16 --mw w8a16 --output-dir target/demo/w4a16 --format json |
+  gptoss-verify --format table
+du -sh tests/fixtures/tiny-gpt-oss/*.safetensors target/demo/*/*.safetensors

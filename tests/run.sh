@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Every test. Installs what they need: a C compiler for the linker, Python with the peers of tests/peers/requirements.txt
+# in venv/ (4.8 GB: PyTorch comes with its CUDA libraries), and qemu-user.
+# Arguments go to `cargo test`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tests/need.sh
+
+if ! command -v cargo >/dev/null; then
+  echo "cargo is missing: install a Rust toolchain (rust-version in Cargo.toml says which)" >&2
+  exit 1
+fi
+need 'cc --version' build-essential
+need 'unshare --version' util-linux
+need 'qemu-x86_64 --version' qemu-user
+
+venv=${GPTOSS_PEERS:-$PWD/venv}
+stamp="$(sha256sum tests/peers/requirements.txt | cut -d' ' -f1)"
+if [ "$(cat "$venv/stamp" 2>/dev/null || true)" != "$stamp" ]; then
+  need 'python3 -c "import ensurepip, venv"' python3 python3-venv
+  echo "installing the Python peers into $venv" >&2
+  python3 -m venv --clear "$venv"
+  # The list is complete, and leaves out what only GPUs use.
+  "$venv/bin/python" -m pip install --quiet --no-deps --no-cache-dir --disable-pip-version-check -r tests/peers/requirements.txt
+  echo "$stamp" > "$venv/stamp"
+fi
+export GPTOSS_PEERS="$venv"
+
+cargo test --release --workspace "$@"
