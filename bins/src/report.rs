@@ -121,6 +121,8 @@ fn tensors(o: &mut String, reports: &[TensorReport]) {
     }
     let _ =
         writeln!(o, "{:<44} {:>7} {:<20} {:>9} {:>9} {:>9}", "tensors", "count", "stored", "relative", "rms", "max");
+    let exact = |row: &Row| matches!(row.error, Some((square, _, max)) if square == 0.0 && max == 0.0);
+    let (same, rows): (Vec<_>, Vec<_>) = rows.into_iter().partition(|(_, row)| exact(row));
     for ((name, stored), row) in rows {
         let _ = write!(o, "{name:<44} {:>7} {stored:<20}", row.tensors);
         let _ = match row.error {
@@ -130,6 +132,18 @@ fn tensors(o: &mut String, reports: &[TensorReport]) {
             }
             None => writeln!(o, " {:>9} {:>9} {:>9}", "-", "-", "-"),
         };
+    }
+    if !same.is_empty() {
+        let (kinds, count): (usize, u64) = (same.len(), same.iter().map(|(_, row)| row.tensors).sum());
+        let _ = writeln!(
+            o,
+            "{:<44} {count:>7} {:<20} {:>9} {:>9} {:>9}",
+            format!("{kinds} other kinds"),
+            "unchanged",
+            "0",
+            "0",
+            "0"
+        );
     }
     o.push('\n');
 }

@@ -58,10 +58,11 @@ pub fn against(src: &Path, dir: &Path, threads: usize, progress: &Progress) -> R
             }
         }
     }
-    progress.start("compare", pairs.iter().map(|p| p.parameters(&config)).sum());
+    // Both sides as 16-bit floats: what a reader would take the sizes for.
+    progress.start("compare", pairs.iter().map(|p| 4 * p.parameters(&config)).sum());
     let sums = executor::map(&pairs, threads, |pair| {
         let sums = pair.compare(&a, &b, &config)?;
-        progress.advance(pair.parameters(&config));
+        progress.advance(4 * pair.parameters(&config));
         Ok(sums)
     })?;
     progress.finish();
