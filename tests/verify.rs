@@ -169,6 +169,23 @@ fn against_reports_a_known_difference_and_exits_0() {
 }
 
 #[test]
+fn against_can_report_every_matrix() {
+    let dir = tempfile::tempdir().unwrap();
+    let q = quantized(dir.path());
+    let tensors = |each: &str| {
+        let ran = run(command("gptoss-verify against --quiet").args(each.split_whitespace()).arg(tiny()).arg(&q));
+        ran.manifest()["tensors"].as_array().unwrap().clone()
+    };
+    let (families, matrices) = (tensors(""), tensors("--each"));
+    // Of each of the 4 layers: 16 experts' 3 projections instead of 3 families.
+    assert_eq!(matrices.len() - families.len(), 4 * (16 * 3 - 3));
+    let worst =
+        &families.iter().find(|t| t["name"] == "model.layers.2.mlp.experts.*.up_proj").unwrap()["error"]["worst"];
+    let one = matrices.iter().find(|t| t["name"] == worst["name"]).unwrap();
+    assert_eq!(one["error"]["relative"], worst["relative"]);
+}
+
+#[test]
 fn models_of_different_shapes_are_not_compared() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_copy(dir.path());

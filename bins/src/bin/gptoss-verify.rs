@@ -10,7 +10,7 @@ use gptoss::checkpoint::hub::Located;
 use gptoss::checkpoint::source::Checkpoint;
 use gptoss::manifest::{FileSet, Job, Manifest, Verdict};
 use gptoss::pipeline::{Resources, layout_name, meter::Meter};
-use gptoss::verify::against::against;
+use gptoss::verify::against::{Detail, against};
 use gptoss::verify::check::check;
 use gptoss::verify::env::Environment;
 use gptoss_tools::{Common, DIFFERENT, run, volatile, write_out};
@@ -52,6 +52,9 @@ enum Command {
         src: PathBuf,
         /// The checkpoint to judge
         dir: PathBuf,
+        /// One line a matrix instead of one for all experts of a layer
+        #[arg(long)]
+        each: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -68,7 +71,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     run("gptoss-verify", || match &args.command {
         Some(Command::Check { dir, common }) => check_folder(dir, common),
-        Some(Command::Against { src, dir, common }) => compare(src, dir, common),
+        Some(Command::Against { src, dir, each, common }) => compare(src, dir, *each, common),
         Some(Command::Env { common }) => environment(common),
         Some(Command::Schema) => schema(),
         None => from_manifest(&args.common),
@@ -86,9 +89,10 @@ fn check_folder(dir: &Path, common: &Common) -> Result<ExitCode> {
     finish(manifest, verdict, None, dir, &resources, meter, common)
 }
 
-fn compare(src: &Path, dir: &Path, common: &Common) -> Result<ExitCode> {
+fn compare(src: &Path, dir: &Path, each: bool, common: &Common) -> Result<ExitCode> {
     let (resources, meter) = (common.resources(), Meter::start());
-    let comparison = against(src, dir, resources.threads, &resources.progress)?;
+    let detail = if each { Detail::Matrices } else { Detail::Families };
+    let comparison = against(src, dir, detail, resources.threads, &resources.progress)?;
     let mut manifest = Manifest::new("gptoss-verify", Job::Against);
     (manifest.source, manifest.output) = (Some(file_set(src)?), Some(file_set(dir)?));
     manifest.tensors = comparison.tensors;
@@ -113,7 +117,7 @@ fn from_manifest(common: &Common) -> Result<ExitCode> {
     (manifest.runtimes, manifest.notes, manifest.conversion) = (piped.runtimes, piped.notes, piped.conversion);
     (manifest.source, manifest.output) = (piped.source, piped.output);
     if let Some(src) = &source {
-        let comparison = against(src, &dir, resources.threads, &resources.progress)?;
+        let comparison = against(src, &dir, Detail::Families, resources.threads, &resources.progress)?;
         manifest.tensors = comparison.tensors;
         verdict.total_error = Some(comparison.total);
     } else if verdict.passed {

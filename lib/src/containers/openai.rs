@@ -9,8 +9,9 @@ use super::{Rows, Weight};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::error::Result;
 use crate::formats::float::Float;
-use crate::formats::mxfp4::{self, BLOCK, BLOCK_BYTES};
+use crate::formats::mxfp4::{BLOCK, BLOCK_BYTES};
 use crate::model::{self, Fused, Linear, ModelConfig};
+use crate::ops::decode;
 use crate::ops::dequantize::Blocks;
 
 /// Blocks and scales of all experts of a layer, checked against the config.
@@ -84,7 +85,7 @@ impl Rows for ExpertRows<'_> {
         for (row, out) in rows.zip(out.chunks_exact_mut(groups * BLOCK)) {
             let at = (self.first + row * self.step) * groups;
             let codes = &self.blocks.codes[at * BLOCK_BYTES..][..groups * BLOCK_BYTES];
-            mxfp4::decode_row(codes, &self.blocks.scales[at..][..groups], out);
+            decode::decode_row(codes, &self.blocks.scales[at..][..groups], out);
         }
     }
 }

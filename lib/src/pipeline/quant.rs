@@ -484,7 +484,8 @@ impl<'a> Plan<'a> {
             Work::Biases { to, tensor, fused } => self.split_biases(*to, tensor, *fused, sink)?,
             Work::Plain { to, job, rows } => {
                 let job = &self.jobs[*job];
-                let columns = self.read(job, rows, scratch, source)?;
+                let columns = self.read(job, rows, scratch);
+                self.not_finite(job, rows, scratch, source)?;
                 let mut bytes = Vec::with_capacity(scratch.rows.len() * job.float.size());
                 scratch.rows.iter().for_each(|&v| job.float.write(v, &mut bytes));
                 sink.write(*to, rows.start * columns * job.float.size(), &bytes)?;
@@ -492,10 +493,22 @@ impl<'a> Plan<'a> {
             Work::Quantize { to, job, rows } => {
                 let number = *job;
                 let job = &self.jobs[number];
-                let columns = self.read(job, rows, scratch, source)?;
+                let columns = self.read(job, rows, scratch);
                 let scheme = job.scheme.expect("planned for quantization");
                 let target = Target { format: scheme.weights, group: scheme.group(columns), float: job.float };
                 let sums = rtn(&scratch.rows, columns, target, &mut scratch.codes);
+                // The squares of finite f32 are finite in f64, so the sum tells without another look at the weights.
+                if !sums.squared_weight.iter().sum::<f64>().is_finite() {
+                    self.not_finite(job, rows, scratch, source)?;
+                }
+                if !sums.squared_error.iter().sum::<f64>().is_finite() {
+                    let (module, float) = (job.linear.module(), job.float.config_name());
+                    return Err(self.about(
+                        job,
+                        source,
+                        format!("{module} spans more than {float} can scale; is it damaged?"),
+                    ));
+                }
                 let shape = job.linear.shape(&self.config);
                 scheme.encode(&scratch.codes, rows.start, shape, job.float, &mut scratch.parts);
                 for (i, part) in scratch.parts.iter().enumerate().filter(|(_, p)| !p.is_empty()) {
@@ -512,21 +525,30 @@ impl<'a> Plan<'a> {
     }
 
     /// Reads rows of a job's weight into the scratch; gives their width.
-    fn read(&self, job: &LinearJob, rows: &Range<usize>, scratch: &mut Scratch, source: &Checkpoint) -> Result<usize> {
+    fn read(&self, job: &LinearJob, rows: &Range<usize>, scratch: &mut Scratch) -> usize {
         let weight = job.weight.as_ref().expect("weights are there in a run");
         let columns = weight.shape().1;
         scratch.rows.resize(rows.len() * columns, 0.0);
         weight.read(rows.clone(), &mut scratch.rows);
-        if let Some(at) = scratch.rows.iter().position(|v| !v.is_finite()) {
-            let (row, column) = (rows.start + at / columns, at % columns);
-            let reason = format!("holds NaN or infinity at row {row}, column {column}; the checkpoint is damaged");
-            let name = self.source_tensor(&job.linear, source);
-            return Err(match source.get(&name) {
-                Some(t) => t.error(format!("{} {reason}", job.linear.module())),
-                None => Error::file(&source.dir, format!("{} {reason}", job.linear.module())),
-            });
+        columns
+    }
+
+    /// The error for the first NaN or infinity among rows that were just read, if there is one.
+    fn not_finite(&self, job: &LinearJob, rows: &Range<usize>, scratch: &Scratch, source: &Checkpoint) -> Result<()> {
+        let Some(at) = scratch.rows.iter().position(|v| !v.is_finite()) else { return Ok(()) };
+        let columns = scratch.rows.len() / rows.len();
+        let (row, column) = (rows.start + at / columns, at % columns);
+        let module = job.linear.module();
+        let reason = format!("{module} holds NaN or infinity at row {row}, column {column}; the checkpoint is damaged");
+        Err(self.about(job, source, reason))
+    }
+
+    /// An error about the source's tensor that a job reads.
+    fn about(&self, job: &LinearJob, source: &Checkpoint, reason: String) -> Error {
+        match source.get(&self.source_tensor(&job.linear, source)) {
+            Some(t) => t.error(reason),
+            None => Error::file(&source.dir, reason),
         }
-        Ok(columns)
     }
 
     /// The source's tensor that holds a linear layer's weight.

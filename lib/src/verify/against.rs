@@ -12,7 +12,7 @@ use crate::ops::round;
 use crate::pipeline::executor;
 use crate::pipeline::progress::Progress;
 
-use super::errors::{report, summary};
+use super::errors::{each, report, summary};
 
 /// Rows that are compared at a time.
 const ROWS: usize = 64;
@@ -32,11 +32,20 @@ pub struct Comparison {
     pub total: ErrorReport,
 }
 
+/// How finely a comparison reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// One line a family: a projection of a layer, all its experts together, with the worst one named.
+    Families,
+    /// One line a matrix.
+    Matrices,
+}
+
 /// Compares the checkpoint in `dir` with its source in `src`, value by value, whatever containers the two have.
 ///
 /// # Errors
 /// Where one of them cannot be read, or where they are of different models.
-pub fn against(src: &Path, dir: &Path, threads: usize, progress: &Progress) -> Result<Comparison> {
+pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress: &Progress) -> Result<Comparison> {
     let (a, b) = (Checkpoint::open(src)?, Checkpoint::open(dir)?);
     let config = ModelConfig::parse(src, &a.config)?;
     let other = ModelConfig::parse(dir, &b.config)?;
@@ -72,7 +81,10 @@ pub fn against(src: &Path, dir: &Path, threads: usize, progress: &Progress) -> R
         Pair::Linear(l) => Some((*l, stored(&b, l), *s)),
         _ => None,
     });
-    let mut tensors = report(matrices);
+    let mut tensors = match detail {
+        Detail::Families => report(matrices),
+        Detail::Matrices => each(matrices),
+    };
     for (pair, s) in pairs.iter().zip(&sums) {
         let name = match pair {
             Pair::Linear(_) => continue,

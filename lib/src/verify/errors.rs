@@ -35,6 +35,18 @@ fn relative(s: &ErrorSums) -> f64 {
     if error == 0.0 { 0.0 } else { (error / weight).sqrt() }
 }
 
+/// One line a matrix.
+pub fn each(matrices: impl Iterator<Item = (Linear, String, ErrorSums)>) -> Vec<TensorReport> {
+    let line = |(linear, stored, sums): (Linear, String, ErrorSums)| TensorReport {
+        name: linear.module(),
+        tensors: 1,
+        parameters: sums.count,
+        stored,
+        error: Some(summary(&sums, None)),
+    };
+    matrices.map(line).collect()
+}
+
 /// Sums as a report.
 pub fn summary(s: &ErrorSums, worst: Option<Worst>) -> ErrorReport {
     let error: f64 = s.squared_error.iter().sum();
