@@ -121,8 +121,22 @@ fn tensors(o: &mut String, reports: &[TensorReport]) {
     }
     let _ =
         writeln!(o, "{:<44} {:>7} {:<20} {:>9} {:>9} {:>9}", "tensors", "count", "stored", "relative", "rms", "max");
+    // What nothing happened to is counted, not listed.
     let exact = |row: &Row| matches!(row.error, Some((square, _, max)) if square == 0.0 && max == 0.0);
-    let (same, rows): (Vec<_>, Vec<_>) = rows.into_iter().partition(|(_, row)| exact(row));
+    let plain = |stored: &str| ["bfloat16", "float16", "float32"].contains(&stored);
+    let mut quiet: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
+    rows.retain(|(_, stored), row| {
+        let label = if exact(row) {
+            "unchanged"
+        } else if row.error.is_none() && plain(stored) {
+            stored
+        } else {
+            return true;
+        };
+        let (kinds, count) = quiet.entry(label).or_default();
+        (*kinds, *count) = (*kinds + 1, *count + row.tensors);
+        false
+    });
     for ((name, stored), row) in rows {
         let _ = write!(o, "{name:<44} {:>7} {stored:<20}", row.tensors);
         let _ = match row.error {
@@ -133,17 +147,8 @@ fn tensors(o: &mut String, reports: &[TensorReport]) {
             None => writeln!(o, " {:>9} {:>9} {:>9}", "-", "-", "-"),
         };
     }
-    if !same.is_empty() {
-        let (kinds, count): (usize, u64) = (same.len(), same.iter().map(|(_, row)| row.tensors).sum());
-        let _ = writeln!(
-            o,
-            "{:<44} {count:>7} {:<20} {:>9} {:>9} {:>9}",
-            format!("{kinds} other kinds"),
-            "unchanged",
-            "0",
-            "0",
-            "0"
-        );
+    for (label, (kinds, count)) in quiet {
+        let _ = writeln!(o, "{:<44} {count:>7} {label:<20} {:>9} {:>9} {:>9}", format!("{kinds} kinds"), "-", "-", "-");
     }
     o.push('\n');
 }
