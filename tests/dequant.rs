@@ -144,6 +144,25 @@ fn a_destination_that_holds_something_is_left_alone_without_force() {
 }
 
 #[test]
+fn a_link_to_the_destination_stays_a_link() {
+    let dir = tempfile::tempdir().unwrap();
+    let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+    std::fs::create_dir(&real).unwrap();
+    std::os::unix::fs::symlink(&real, &link).unwrap();
+    for force in ["", "--force"] {
+        let ran = run(command("gptoss-dequant --quiet")
+            .args(force.split_whitespace())
+            .arg("--src")
+            .arg(tiny())
+            .arg("--dst")
+            .arg(&link));
+        ran.manifest();
+        assert!(link.is_symlink() && real.join("config.json").exists());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+}
+
+#[test]
 fn the_source_is_never_the_destination() {
     let dir = tempfile::tempdir().unwrap();
     let src = tiny_copy(dir.path());

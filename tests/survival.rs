@@ -143,6 +143,28 @@ fn an_unfinished_run_with_other_settings_is_not_mixed_in() {
     assert!(!partial.exists());
 }
 
+#[test]
+fn what_a_kill_around_the_last_rename_leaves_does_not_get_into_the_output() {
+    let dir = tempfile::tempdir().unwrap();
+    let (fresh, dst, partial) = (dir.path().join("fresh"), dir.path().join("out"), dir.path().join("out.partial"));
+    let go = |dst: &Path| run(command("gptoss-dequant --quiet --force").arg("--src").arg(tiny()).arg("--dst").arg(dst));
+    go(&fresh).manifest();
+    // Just after the exchange: the old checkpoint lies under the partial name.
+    support::copy_folder(&fresh, &partial);
+    std::fs::write(partial.join("model-00007-of-00009.safetensors"), "old").unwrap();
+    std::fs::write(partial.join("chat_template.jinja"), "old").unwrap();
+    go(&dst).manifest();
+    assert_same(&fresh, &dst);
+    assert!(!partial.exists());
+    // A folder of that name with something else in it is not ours to empty.
+    std::fs::create_dir(&partial).unwrap();
+    std::fs::write(partial.join("diary.txt"), "mine").unwrap();
+    let ran = go(&dst);
+    assert!(ran.code == 2 && ran.err.contains("diary.txt is in the way"), "{}", ran.err);
+    assert_eq!(std::fs::read_to_string(partial.join("diary.txt")).unwrap(), "mine");
+    assert_same(&fresh, &dst);
+}
+
 /// Hashes of the files of an output, as its manifest has them.
 fn hashes(dir: &Path) -> String {
     let manifest: Value = serde_json::from_slice(&files(dir)["gptoss-manifest.json"]).unwrap();

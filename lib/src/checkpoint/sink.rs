@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::header::{self, TensorSpec};
 use super::journal::Journal;
+use super::source::is_side_file;
 use super::{CONFIG, INDEX, MANIFEST, digest};
 use crate::error::{Error, Result};
 use crate::manifest::FileRecord;
@@ -196,7 +197,16 @@ pub fn partial_path(dst: &Path) -> PathBuf {
 
 /// Refuses a destination that cannot be meant: the source itself, a folder above or below it, or a folder with
 /// content that `force` does not cover. Writes nothing.
-pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<()> {
+///
+/// Gives the path to write: where `dst` is a link to a folder, that folder, so that the link stays.
+pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<PathBuf> {
+    let resolved;
+    let dst = if dst.is_symlink() {
+        resolved = dst.canonicalize().map_err(Error::io("follow the link", dst))?;
+        &resolved
+    } else {
+        dst
+    };
     if dst.file_name().is_none() {
         return Err(Error::Refused(format!("{} cannot be a destination: it has no name of its own", dst.display())));
     }
@@ -208,13 +218,14 @@ pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<()> {
             "the destination {d} and the source {s} lie in one another; the source is never written"
         )));
     }
-    let Ok(meta) = std::fs::metadata(dst) else { return Ok(()) };
+    let found = || Ok(dst.to_path_buf());
+    let Ok(meta) = std::fs::metadata(dst) else { return found() };
     if !meta.is_dir() {
         return Err(Error::Refused(format!("{} exists and is no folder", dst.display())));
     }
     let mut entries = std::fs::read_dir(dst).map_err(Error::io("list", dst))?;
     if entries.next().is_none() {
-        return Ok(());
+        return found();
     }
     if !force {
         return Err(Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display())));
@@ -225,7 +236,7 @@ pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<()> {
             dst.display()
         )));
     }
-    Ok(())
+    found()
 }
 
 impl Sink {
@@ -237,6 +248,9 @@ impl Sink {
         room_for(parent, &partial, &layout)?;
         std::fs::create_dir_all(&partial).map_err(Error::io("create", &partial))?;
         let lock = take_lock(&partial)?;
+        if !partial.join(JOURNAL).exists() {
+            clear_leftovers(&partial)?;
+        }
         let journal = match Journal::open(&partial.join(JOURNAL), fingerprint)? {
             Some(found) => found,
             None if force => {
@@ -385,15 +399,39 @@ fn take_lock(partial: &Path) -> Result<File> {
     Ok(lock)
 }
 
-/// Empties a partial folder but for its lock.
-fn clear(partial: &Path) -> Result<()> {
+/// Everything in a partial folder but its lock.
+fn contents(partial: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
     for entry in std::fs::read_dir(partial).map_err(Error::io("list", partial))? {
         let path = entry.map_err(Error::io("list", partial))?.path();
         if path.file_name().is_some_and(|n| n != LOCK) {
-            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            paths.push(path);
         }
     }
-    Ok(())
+    Ok(paths)
+}
+
+/// Empties a partial folder but for its lock.
+fn clear(partial: &Path) -> Result<()> {
+    contents(partial)?.iter().try_for_each(|path| std::fs::remove_file(path).map_err(Error::io("remove", path)))
+}
+
+/// A partial folder without a journal was left in the last moments of a run: just before its rename, or, with the old
+/// checkpoint in it, just after. Either may go; anything else is somebody's.
+fn clear_leftovers(partial: &Path) -> Result<()> {
+    let ours = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let table = [CONFIG, INDEX, MANIFEST].contains(&&*name);
+        path.is_file() && (table || name.ends_with(".safetensors") || is_side_file(&name))
+    };
+    match contents(partial)?.iter().find(|p| !ours(p)) {
+        Some(foreign) => Err(Error::Refused(format!(
+            "{} is in the way: unfinished output goes to {}, which holds no run of this tool; move it away",
+            foreign.display(),
+            partial.display()
+        ))),
+        None => clear(partial),
+    }
 }
 
 fn open_shard(partial: &Path, layout: &ShardLayout) -> Result<OpenShard> {

@@ -214,12 +214,12 @@ impl<'a> Plan<'a> {
 
     /// Does it. The manifest's `volatile` part is left to the caller.
     pub fn run(mut self, paths: &Paths, resources: &Resources) -> Result<(Manifest, usize)> {
-        check_destination(&paths.src, &paths.dst, paths.force)?;
+        let dst = check_destination(&paths.src, &paths.dst, paths.force)?;
         let workers = resources.workers(self.scratch_bytes())?;
         let job = Job::Dequantize { dtype: self.options.dtype, shard_size: self.options.shard_size };
         let layout = Layout::new(std::mem::take(&mut self.tensors), self.options.shard_size);
         let print = fingerprint(&job, &layout.fingerprint(), self.source)?;
-        let sink = Sink::open(&paths.dst, layout, &print, paths.force)?;
+        let sink = Sink::open(&dst, layout, &print, paths.force)?;
         let mut units = std::mem::take(&mut self.units);
         units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
         hash_behind(&mut units, self.source.shards.len(), |work| self.shard_of(work), Work::Hash);

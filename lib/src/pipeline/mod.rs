@@ -148,7 +148,8 @@ pub fn model_name(dir: &Path, config: &crate::model::ModelConfig) -> String {
 pub(crate) fn fingerprint(job: &Job, layout: &str, source: &Checkpoint) -> Result<String> {
     use std::os::unix::fs::MetadataExt;
     let mut files = Vec::new();
-    for path in source.shards.iter().map(|s| s.path.clone()).chain([source.dir.join(CONFIG)]) {
+    let small = source.side_files()?.into_iter().chain([CONFIG.to_owned()]).map(|n| source.dir.join(n));
+    for path in source.shards.iter().map(|s| s.path.clone()).chain(small) {
         let m = std::fs::metadata(&path).map_err(Error::io("stat", &path))?;
         files.push((path.file_name().map(|n| n.to_string_lossy().into_owned()), m.len(), m.mtime(), m.mtime_nsec()));
     }

@@ -398,12 +398,12 @@ impl<'a> Plan<'a> {
                 "there are no weights to quantize, only a config.json; --dry-run plans from that".into(),
             ));
         };
-        check_destination(&paths.src, &paths.dst, paths.force)?;
+        let dst = check_destination(&paths.src, &paths.dst, paths.force)?;
         let workers = resources.workers(self.scratch_bytes())?;
         let job = Job::Quantize { recipe: self.recipe.clone() };
         let layout = Layout::new(std::mem::take(&mut self.tensors), self.recipe.shard_size);
         let print = fingerprint(&job, &layout.fingerprint(), source)?;
-        let sink = Sink::open(&paths.dst, layout, &print, paths.force)?;
+        let sink = Sink::open(&dst, layout, &print, paths.force)?;
         let mut units = std::mem::take(&mut self.units);
         units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
         hash_behind(&mut units, source.shards.len(), |work| self.shard_of(work, source), Work::Hash);
