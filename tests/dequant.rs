@@ -172,7 +172,59 @@ fn the_source_is_never_the_destination() {
         assert_eq!(ran.code, 2, "{}", dst.display());
         assert!(ran.err.contains("lie in one another") || ran.err.contains("no name of its own"), "{}", ran.err);
     }
+    // By way of a link, and of a folder that does not exist.
+    std::os::unix::fs::symlink(&src, dir.path().join("link")).unwrap();
+    for dst in ["link/sub", "link/sub/deeper", "other/../model/sub"] {
+        let ran = run(command("gptoss-dequant --quiet").arg("--src").arg(&src).arg("--dst").arg(dir.path().join(dst)));
+        assert_eq!(ran.code, 2, "{dst}");
+    }
+    let partial = support::copy_folder(&src, &dir.path().join("out.partial"));
+    let ran =
+        run(command("gptoss-dequant --quiet").arg("--src").arg(&partial).arg("--dst").arg(dir.path().join("out")));
+    assert!(ran.code == 2 && ran.err.contains("lie in one another"), "{}", ran.err);
+    assert_eq!(before, files(&partial));
     assert_eq!(before, files(&src));
+}
+
+#[test]
+fn force_replaces_a_checkpoint_and_nothing_that_lies_beside_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let dst = tiny_copy(dir.path());
+    for text in ["calib.jsonl", "test.jsonl"] {
+        std::fs::remove_file(dst.join(text)).unwrap();
+    }
+    std::fs::create_dir(dst.join(".git")).unwrap();
+    let go = || run(command("gptoss-dequant --quiet --force").arg("--src").arg(tiny()).arg("--dst").arg(&dst));
+    let ran = go();
+    assert!(ran.code == 2 && ran.err.contains(".git is no file of a checkpoint"), "{}", ran.err);
+    std::fs::remove_dir(dst.join(".git")).unwrap();
+    go().manifest();
+}
+
+#[test]
+fn what_is_no_part_of_the_model_is_named_when_it_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = tiny_copy(dir.path());
+    let (path, name) = (src.join("model-00000-of-00001.safetensors"), "model.layers.0.self_attn.q_norm.weight");
+    let mut shard = Shard::read(&path);
+    let end = shard.data.len();
+    shard.data.extend_from_slice(&[0; 4]);
+    shard
+        .header
+        .insert(name.into(), serde_json::json!({"dtype": "BF16", "shape": [2], "data_offsets": [end, end + 4]}));
+    shard.write(&path);
+    edit(&src.join("model.safetensors.index.json"), |i| {
+        i["weight_map"][name] = "model-00000-of-00001.safetensors".into()
+    });
+    std::fs::remove_file(src.join("tokenizer.json")).unwrap();
+    std::fs::remove_file(src.join("tokenizer_config.json")).unwrap();
+    let both = [("gptoss-dequant --quiet --src", "--dst"), ("gptoss-quant --quiet --model-in", "--output-dir")];
+    for (i, (tool, to)) in both.into_iter().enumerate() {
+        let manifest = run(command(tool).arg(&src).arg(to).arg(dir.path().join(i.to_string()))).manifest();
+        let notes = manifest["notes"].to_string();
+        assert!(notes.contains(&format!("{name} is no tensor of gpt-oss and was left out")), "{notes}");
+        assert!(notes.contains("the source has no tokenizer"), "{notes}");
+    }
 }
 
 #[test]

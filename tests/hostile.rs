@@ -110,7 +110,11 @@ fn cases() -> Vec<(&'static str, Change, Vec<&'static str>)> {
             vec!["intermediate_size is 1152921504606846976"],
         ),
         ("negative experts", config("num_local_experts", json!(-1)), vec!["config.json", "-1"]),
-        ("a million layers", config("num_hidden_layers", json!(1_000_000)), vec!["num_hidden_layers is 1000000"]),
+        (
+            "a million layers",
+            config("num_hidden_layers", json!(1_000_000)),
+            vec!["config.json", "1000000 layers of 16 experts"],
+        ),
         ("heads in words", config("num_attention_heads", json!("eight")), vec!["config.json", "eight"]),
         (
             "more layers than weights",
@@ -303,8 +307,123 @@ fn each_is_a_clear_error_and_nothing_is_written() {
             let left: Vec<_> = std::fs::read_dir(&place).unwrap().collect();
             assert!(left.is_empty(), "{name}: {left:?}");
         }
+        // The judges meet the same folders: whatever they say of them, they say it.
+        let dir = tempfile::tempdir().unwrap();
+        let model = tiny_copy(dir.path());
+        change(&model);
+        let check = run(command("gptoss-verify check --quiet").arg(&model));
+        assert!([1, 2].contains(&check.code) && !check.err.contains("panicked"), "{name}: {check:?}");
+        let against = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&model));
+        assert!([0, 1, 2].contains(&against.code) && !against.err.contains("panicked"), "{name}: {against:?}");
+        let dry = run(command("gptoss-quant --dry-run --quiet --model-in").arg(&model).current_dir(dir.path()));
+        assert!([0, 2].contains(&dry.code) && !dry.err.contains("panicked"), "{name}: {dry:?}");
     }
     println!("{} hostile checkpoints, two tools each", cases.len());
+}
+
+/// A compressed-tensors checkpoint, changed; `gptoss-dequant` reads it.
+#[test]
+fn hostile_quantized_checkpoints_are_clear_errors_too() {
+    const SHARD: &str = "model-00001-of-00001.safetensors";
+    const MODULE: &str = "model.layers.1.self_attn.q_proj";
+    let weights = |change: fn(&mut Shard)| -> Change {
+        Box::new(move |d| {
+            let mut s = Shard::read(&d.join(SHARD));
+            change(&mut s);
+            s.write(&d.join(SHARD));
+        })
+    };
+    let scheme = |field: &'static str, value: Value| -> Change {
+        Box::new(move |d| {
+            edit(&d.join("config.json"), |c| {
+                for group in c["quantization_config"]["config_groups"].as_object_mut().unwrap().values_mut() {
+                    group["weights"][field] = value.clone();
+                }
+            });
+        })
+    };
+    let cases: Vec<(&str, Change, &str)> = vec![
+        (
+            "a NaN scale",
+            weights(|s| s.tensor(&format!("{MODULE}.weight_scale"))[..2].copy_from_slice(&[0xc0, 0x7f])),
+            "weight_scale: holds NaN",
+        ),
+        (
+            "an infinite scale",
+            weights(|s| {
+                s.tensor("model.layers.0.mlp.experts.3.up_proj.weight_scale")[..2].copy_from_slice(&[0x80, 0x7f]);
+            }),
+            "experts.3.up_proj.weight_scale: holds NaN or infinity",
+        ),
+        (
+            "a shape that lies",
+            weights(|s| s.tensor(&format!("{MODULE}.weight_shape"))[0] = 9),
+            "weight_shape: holds [521, 256]",
+        ),
+        (
+            "no scale",
+            Box::new(|d| edit(&d.join("config.json"), |c| c["quantization_config"]["ignore"] = vec!["re:.*"].into())),
+            "has no group for its module",
+        ),
+        ("ten bits", scheme("num_bits", json!(10)), "num_bits is 10"),
+        ("no bits", scheme("num_bits", json!(0)), "num_bits is 0"),
+        ("groups of nothing", scheme("group_size", json!(0)), "group_size Some(0)"),
+        ("groups of 7", scheme("group_size", json!(7)), "group_size 7 does not divide"),
+        ("other groups", scheme("group_size", json!(32)), "has shape"),
+        ("another strategy", scheme("strategy", json!("mystery")), "mystery"),
+        ("floats", scheme("type", json!("float")), "float"),
+        ("asymmetric without zero points", scheme("symmetric", json!(false)), "weight_zero_point is missing"),
+        (
+            "no groups",
+            Box::new(|d| edit(&d.join("config.json"), |c| c["quantization_config"]["config_groups"] = json!(3))),
+            "config_groups",
+        ),
+        (
+            "a target that is no expression",
+            Box::new(|d| {
+                edit(&d.join("config.json"), |c| {
+                    c["quantization_config"]["config_groups"]["group_0"]["targets"] = vec!["re:("].into()
+                });
+            }),
+            "is no regular expression",
+        ),
+    ];
+    let home = tempfile::tempdir().unwrap();
+    let sound = home.path().join("q");
+    run(command("gptoss-quant --quiet --model-in").arg(tiny()).arg("--output-dir").arg(&sound)).manifest();
+    for (name, change, want) in &cases {
+        let dir = tempfile::tempdir().unwrap();
+        let model = support::copy_folder(&sound, &dir.path().join("model"));
+        change(&model);
+        let ran = run(command("gptoss-dequant --quiet --src").arg(&model).arg("--dst").arg(dir.path().join("out")));
+        assert_eq!(ran.code, 2, "{name}: {}", ran.err);
+        assert!(ran.err.contains(want) && ran.err.lines().count() == 1, "{name}: wanted {want:?} in: {}", ran.err);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "{name}: something was left");
+        let check = run(command("gptoss-verify check --quiet").arg(&model));
+        assert_eq!(check.code, 1, "{name}: {}", check.err);
+    }
+}
+
+#[test]
+fn sizes_beyond_reason_are_refused_by_a_dry_run() {
+    let million = 1 << 20;
+    for (changes, want) in [
+        (vec![("num_attention_heads", million), ("head_dim", million), ("hidden_size", million)], "times head_dim is"),
+        (vec![("num_hidden_layers", 4096), ("num_local_experts", 4096)], "layers of 4096 experts"),
+        (
+            vec![("hidden_size", million), ("intermediate_size", million), ("num_local_experts", 1024)],
+            "parameters, wanted at most",
+        ),
+        (vec![("vocab_size", million + 1)], "vocab_size is 1048577"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = support::synthetic::config(&[]);
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, Value::Object(config).to_string()).unwrap();
+        edit(&path, |c| changes.iter().for_each(|&(k, v)| c[k] = v.into()));
+        let ran = run(command("gptoss-quant --dry-run --quiet --model-in").arg(&path));
+        assert!(ran.code == 2 && ran.err.contains(want), "{changes:?}: {ran:?}");
+    }
 }
 
 #[test]

@@ -195,7 +195,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         ("--group-size 0", "is no group size"),
         (
             "--group-size 96",
-            "group_size 96 does not divide in_features 256 of model.layers.0.self_attn.q_proj; use --group-size auto, 128 or 64 or 32",
+            "group_size 96 does not divide in_features 256 of model.layers.0.self_attn.q_proj; use --group-size auto (or one of 128, 64, 32)",
         ),
         ("--symmetric --asymmetric", "cannot be used with"),
     ] {

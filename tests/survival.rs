@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -102,6 +102,80 @@ fn a_killed_dequantization_resumes_and_ends_with_the_same_bytes() {
 #[test]
 fn a_killed_quantization_resumes_and_ends_with_the_same_bytes() {
     killed_runs_end_with_the_same_bytes("gptoss-quant --quiet --model-in", "--output-dir");
+}
+
+/// Kills a run over four layers once two of them are finished; gives the folder with `src` and `out.partial`.
+fn interrupted() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let src = dir.path().join("src");
+    synthetic::write(
+        &src,
+        &synthetic::config(&[("num_hidden_layers", 4), ("num_local_experts", 8), ("vocab_size", 512)]),
+    );
+    for _ in 0..20 {
+        let mut child = resume(dir.path()).stdout(Stdio::null()).spawn().unwrap();
+        let journal = dir.path().join("out.partial/journal.jsonl");
+        let lines = || std::fs::read_to_string(&journal).unwrap_or_default().lines().count();
+        while lines() < 4 && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        if child.wait().unwrap().signal() == Some(9) && lines() >= 4 {
+            return dir;
+        }
+        let _ = std::fs::remove_dir_all(dir.path().join("out"));
+    }
+    panic!("no kill hit");
+}
+
+fn files_of(dir: &Path) -> Vec<String> {
+    std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn resume(dir: &Path) -> Command {
+    let mut c = command("gptoss-dequant --shard-size 300MB --src");
+    c.arg(dir.join("src")).arg("--dst").arg(dir.join("out"));
+    c
+}
+
+#[test]
+fn a_shard_that_was_taken_away_is_made_again_and_not_believed() {
+    let dir = interrupted();
+    let whole = dir.path().join("whole");
+    run(command("gptoss-dequant --quiet --shard-size 300MB --src")
+        .arg(dir.path().join("src"))
+        .arg("--dst")
+        .arg(&whole))
+    .manifest();
+    let partial = dir.path().join("out.partial");
+    let first = files_of(&partial).into_iter().find(|n| n.starts_with("model-00001-of-")).unwrap();
+    std::fs::remove_file(partial.join(first)).unwrap();
+    let ran = run(&mut resume(dir.path()));
+    assert_eq!(ran.manifest()["volatile"]["resumed_groups"], 0);
+    same_bytes(&whole, &dir.path().join("out"));
+}
+
+#[test]
+fn a_destination_that_fills_up_during_the_run_is_left_alone() {
+    let dir = interrupted();
+    let dst = dir.path().join("out");
+    let mut child = resume(dir.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut err = BufReader::new(child.stderr.take().unwrap());
+    let mut said = String::new();
+    err.read_line(&mut said).unwrap();
+    assert!(said.starts_with("resuming behind"), "{said}");
+    std::fs::create_dir(&dst).unwrap();
+    std::fs::write(dst.join("thesis.tex"), "years of work").unwrap();
+    err.read_to_string(&mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(2));
+    assert!(said.contains("exists and is not empty"), "{said}");
+    assert_eq!(std::fs::read_to_string(dst.join("thesis.tex")).unwrap(), "years of work");
+    // And nothing is lost: once it is out of the way, all layers are there.
+    std::fs::remove_dir_all(&dst).unwrap();
+    let ran = run(&mut resume(dir.path()));
+    assert_eq!(ran.manifest()["volatile"]["resumed_groups"], 6);
+    assert!(ran.err.contains("resuming behind 6 finished groups"), "{}", ran.err);
+    run(command("gptoss-verify check --quiet").arg(&dst)).manifest();
 }
 
 #[test]

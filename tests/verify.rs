@@ -186,6 +186,44 @@ fn against_can_report_every_matrix() {
 }
 
 #[test]
+fn what_is_no_number_is_counted_and_left_out_of_the_figures() {
+    let dir = tempfile::tempdir().unwrap();
+    let q = quantized(dir.path());
+    poke(&q, "model.layers.1.self_attn.q_proj.weight_scale", &[0xc0, 0x7f]);
+    let ran = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&q));
+    assert_eq!(ran.code, 1, "{}", ran.err);
+    let manifest: Value = serde_json::from_str(&ran.out).unwrap();
+    let total = &manifest["verdict"]["total_error"];
+    assert_eq!(total["non_finite"], 128, "one group");
+    assert!(total["relative"].as_f64().unwrap() < 0.1, "{total}");
+}
+
+#[test]
+fn a_source_that_has_changed_is_not_compared_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, out) = (tiny_copy(dir.path()), dir.path().join("q"));
+    let made = run(command("gptoss-quant --quiet").arg("--model-in").arg(&src).arg("--output-dir").arg(&out));
+    flip(&src.join(SHARD));
+    let manifest = run_with(&mut command("gptoss-verify --quiet"), &made.out).manifest();
+    assert!(manifest["verdict"]["total_error"].is_null());
+    assert!(manifest["notes"].to_string().contains("has changed since"), "{manifest}");
+}
+
+#[test]
+fn a_plan_is_no_output() {
+    let plan = run(command("gptoss-quant --dry-run --quiet --model-in").arg(tiny()));
+    let ran = run_with(&mut command("gptoss-verify --quiet"), &plan.out);
+    assert!(ran.code == 2 && ran.err.contains("is a plan (--dry-run)"), "{}", ran.err);
+}
+
+#[test]
+fn flags_may_stand_before_or_behind_a_subcommand() {
+    for line in ["gptoss-verify --format table --quiet env", "gptoss-verify env --format table --quiet"] {
+        assert!(run(&mut command(line)).out.starts_with("cpu "), "{line}");
+    }
+}
+
+#[test]
 fn models_of_different_shapes_are_not_compared() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_copy(dir.path());

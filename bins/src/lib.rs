@@ -34,16 +34,16 @@ pub enum Format {
 #[derive(Debug, clap::Args)]
 pub struct Common {
     /// Worker threads [default: all processors]
-    #[arg(long, value_name = "N", help_heading = "Resources")]
-    threads: Option<std::num::NonZeroUsize>,
+    #[arg(long, value_name = "N", value_parser = parse_threads, global = true, help_heading = "Resources")]
+    threads: Option<usize>,
     /// Most working memory; changes the speed, never the output
-    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size, help_heading = "Resources")]
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size, global = true, help_heading = "Resources")]
     max_memory: u64,
     /// No progress and no notes on standard error
-    #[arg(long, short)]
+    #[arg(long, short, global = true)]
     quiet: bool,
     /// What goes to standard output
-    #[arg(long, value_enum, default_value = "auto")]
+    #[arg(long, value_enum, default_value = "auto", global = true)]
     format: Format,
 }
 
@@ -51,7 +51,7 @@ impl Common {
     /// Threads, memory, progress.
     pub fn resources(&self) -> Resources {
         let all = || std::thread::available_parallelism().map_or(1, Into::into);
-        let threads = self.threads.map_or_else(all, Into::into);
+        let threads = self.threads.unwrap_or_else(all);
         Resources { threads, max_memory: self.max_memory, progress: Progress::new(self.quiet) }
     }
 
@@ -84,6 +84,13 @@ pub fn run(tool: &str, body: impl FnOnce() -> Result<ExitCode>) -> ExitCode {
             let _ = writeln!(std::io::stderr(), "{tool}: error: {error:#}");
             ExitCode::from(FAILED)
         }
+    }
+}
+
+fn parse_threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=4096) => Ok(n),
+        _ => Err("wanted a number from 1 to 4096".into()),
     }
 }
 

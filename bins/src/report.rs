@@ -27,6 +27,9 @@ pub fn table(m: &Manifest) -> String {
             line(o, "error", &format!("relative {:.3e}, rms {:.3e}, max {:.3e}", e.relative, e.rms, e.max));
         }
         let hashes = if v.hashes_checked { "hashes compared" } else { "no manifest, so no hashes" };
+        if let Some(n) = v.total_error.as_ref().map(|e| e.non_finite).filter(|&n| n > 0) {
+            line(o, "left out", &format!("{n} numbers that are NaN or infinite"));
+        }
         let state = if v.passed { "passed" } else { "FAILED" };
         line(o, "check", &format!("{state}: {} tensors, {hashes}, {} findings", v.tensors, v.findings.len()));
         for f in v.findings.iter().take(20) {

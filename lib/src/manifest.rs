@@ -18,6 +18,9 @@ use crate::recipe::Recipe;
 /// The version of the schema that this program writes and reads.
 pub const SCHEMA: &str = "gptoss.manifest/1";
 
+/// The arithmetic of this version; raised when a change of code changes bits, so that no run resumes across it.
+pub const NUMERICS: &str = "cpu-1";
+
 /// One manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -168,9 +171,16 @@ pub struct ErrorReport {
     pub rms: f64,
     /// Norm of the difference over the norm of the original.
     pub relative: f64,
+    /// Numbers that are NaN or infinite on one side; the other figures leave them out.
+    #[serde(skip_serializing_if = "is_zero", default)]
+    pub non_finite: u64,
     /// Greatest `relative` of a single matrix, and which.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub worst: Option<Worst>,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// The matrix of a family that lost most.
@@ -271,7 +281,7 @@ impl Manifest {
             schema: SCHEMA.into(),
             tool: Tool { name: tool.into(), version: env!("CARGO_PKG_VERSION").into() },
             job,
-            numerics: "cpu-1".into(),
+            numerics: NUMERICS.into(),
             source: None,
             output: None,
             plan: None,
@@ -319,6 +329,10 @@ impl Manifest {
     /// The folder of the checkpoint that this manifest speaks of.
     pub fn output_path(&self) -> Result<&Path> {
         let path = self.volatile.as_ref().and_then(|v| v.output_path.as_deref()).map(Path::new);
+        if self.plan.is_some() {
+            let reason = "is a plan (--dry-run): nothing was written that could be looked at".into();
+            return Err(Error::BadManifest { origin: "the manifest".into(), reason });
+        }
         path.ok_or_else(|| Error::BadManifest {
             origin: "the manifest".into(),
             reason: "does not say where its output lies (volatile.output_path); pipe the tool's own standard output"

@@ -76,3 +76,15 @@ print(f"dd, fsync       {median(b):6.2f} s  ({min(b):.2f} to {max(b):.2f})")
 print(f"transformers    {slow:6.2f} s  ({min(p[0] for p in peers):.2f} to {max(p[0] for p in peers):.2f}), {max(p[1] for p in peers) / 1e9:.1f} GB memory")
 print(f"of dd's rate    {median(ratios):6.2f}    ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 print(f"x transformers  {slow / median(a):6.1f}")
+
+missed = [
+    name
+    for name, held in {
+        "0.7 of dd's rate": median(ratios) >= 0.7,
+        "10 x transformers": slow / median(a) >= 10,
+        "1 GB of anonymous memory": anonymous < 1e9,
+    }.items()
+    if not held
+]
+if missed:
+    sys.exit("missed: " + ", ".join(missed))

@@ -64,11 +64,11 @@ enum Dtype {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum DeviceMap {
-    /// Use GPUs that are there
+    /// As sequential: there is nothing here for a GPU to do
     Auto,
     /// Stream
     Sequential,
-    /// Never use a GPU
+    /// As sequential
     CpuOnly,
 }
 
@@ -91,6 +91,10 @@ fn dequantize(args: &Args) -> Result<ExitCode> {
         Dtype::Fp16 => Float::F16,
     };
     let plan = Plan::new(&checkpoint, Options { dtype, shard_size: args.shard_size })?;
+    if let Some(folder) = &args.offload_folder {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create the offload folder {}", folder.display()))?;
+    }
     let paths = Paths { src: located.dir.clone(), dst: args.dst.clone(), force: args.force };
     let (mut manifest, resumed) = plan.run(&paths, &resources)?;
 

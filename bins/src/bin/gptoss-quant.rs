@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use gptoss::algorithms::Algorithm;
+use gptoss::checkpoint::INDEX;
 use gptoss::checkpoint::hub::Wanted;
+use gptoss::checkpoint::sink::{check_destination, check_room};
 use gptoss::checkpoint::source::{Checkpoint, read_config, read_object};
-use gptoss::checkpoint::{CONFIG, INDEX};
 use gptoss::model::ModelConfig;
 use gptoss::pipeline::quant::Plan;
 use gptoss::pipeline::{Paths, meter::Meter, model_name};
@@ -91,8 +92,8 @@ struct Args {
     #[arg(long, value_enum, value_name = "KIND", help_heading = "Recipe")]
     mw_symmetry: Option<Symmetry>,
     /// More modules to leave as they are, beside embed_tokens, mlp.router and lm_head: name components (q_proj, layers.0)
-    /// or re: and a regular expression; may be given several times or with commas
-    #[arg(long, value_name = "PATTERN", value_delimiter = ',', help_heading = "Recipe")]
+    /// or re: and a regular expression; may be given several times, names also with commas between
+    #[arg(long, value_name = "PATTERN", help_heading = "Recipe")]
     extra_ignore: Vec<String>,
 
     #[command(flatten)]
@@ -141,18 +142,21 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Plans from headers where weights are there, from the config alone where they are not.
+/// Plans from headers where weights are there (and then checks destination and room as a run would), from the config
+/// alone where they are not.
 fn dry_run(args: &Args, path: &Path, recipe: Recipe) -> Result<ExitCode> {
     let has_weights = path.join(INDEX).exists() || path.join("model.safetensors").exists();
-    let manifest = if has_weights {
-        let checkpoint = Checkpoint::open(path)?;
-        Plan::new(path, &checkpoint.config, recipe, Some(&checkpoint))?.preview()
-    } else if path.is_file() {
-        let dir = if path.ends_with(CONFIG) { path.parent().unwrap_or(path) } else { path };
-        Plan::new(dir, &read_object(path)?, recipe, None)?.preview()
-    } else {
-        Plan::new(path, &read_config(path)?, recipe, None)?.preview()
-    };
+    let file = path.is_file();
+    let dir = if file { path.parent().unwrap_or(path) } else { path };
+    let config = if file { read_object(path)? } else { read_config(path)? };
+    let checkpoint = if has_weights { Some(Checkpoint::open(path)?) } else { None };
+    let model = model_name(dir, &ModelConfig::parse(dir, &config)?);
+    let dst = args.output_dir.clone().unwrap_or_else(|| recipe.output_name(&model).into());
+    let manifest = Plan::new(dir, &config, recipe, checkpoint.as_ref())?.preview();
+    if has_weights {
+        let dst = check_destination(dir, &dst, args.force)?;
+        check_room(&dst, manifest.plan.as_ref().map_or(0, |p| p.bytes))?;
+    }
     args.common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -160,7 +164,12 @@ fn dry_run(args: &Args, path: &Path, recipe: Recipe) -> Result<ExitCode> {
 impl Args {
     fn recipe(&self) -> Result<Recipe> {
         let symmetry = |own: Option<Symmetry>| own.map_or(!self.asymmetric, |s| s == Symmetry::Symmetric);
-        let ignore = DEFAULT_IGNORE.into_iter().map(str::to_owned).chain(self.extra_ignore.iter().cloned()).collect();
+        // A regular expression may have commas of its own.
+        let extra = self.extra_ignore.iter().flat_map(|p| match p.starts_with("re:") {
+            true => vec![p.clone()],
+            false => p.split(',').map(str::to_owned).collect(),
+        });
+        let ignore = DEFAULT_IGNORE.into_iter().map(str::to_owned).chain(extra).collect();
         Ok(Recipe {
             experts: ClassRecipe {
                 algorithm: self.experts_algo.unwrap_or(self.algo),

@@ -6,9 +6,12 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
+use gptoss::checkpoint::digest::record;
 use gptoss::checkpoint::hub::Located;
 use gptoss::checkpoint::source::Checkpoint;
-use gptoss::manifest::{FileSet, Job, Manifest, Verdict};
+use gptoss::checkpoint::{CONFIG, INDEX};
+use gptoss::manifest::{FileSet, Finding, Job, Manifest, Verdict};
+use gptoss::pipeline::executor::map;
 use gptoss::pipeline::{Resources, layout_name, meter::Meter};
 use gptoss::verify::against::{Detail, against};
 use gptoss::verify::check::check;
@@ -43,8 +46,6 @@ enum Command {
     Check {
         /// The checkpoint's folder
         dir: PathBuf,
-        #[command(flatten)]
-        common: Common,
     },
     /// Dequantize two checkpoints and report the difference, tensor by tensor
     Against {
@@ -55,14 +56,9 @@ enum Command {
         /// One line a matrix instead of one for all experts of a layer
         #[arg(long)]
         each: bool,
-        #[command(flatten)]
-        common: Common,
     },
     /// Describe processor, memory, driver, GPUs, nvcc and installed kernels
-    Env {
-        #[command(flatten)]
-        common: Common,
-    },
+    Env,
     /// Print the JSON Schema of manifests
     Schema,
 }
@@ -70,9 +66,9 @@ enum Command {
 fn main() -> ExitCode {
     let args = Args::parse();
     run("gptoss-verify", || match &args.command {
-        Some(Command::Check { dir, common }) => check_folder(dir, common),
-        Some(Command::Against { src, dir, each, common }) => compare(src, dir, *each, common),
-        Some(Command::Env { common }) => environment(common),
+        Some(Command::Check { dir }) => check_folder(dir, &args.common),
+        Some(Command::Against { src, dir, each }) => compare(src, dir, *each, &args.common),
+        Some(Command::Env) => environment(&args.common),
         Some(Command::Schema) => schema(),
         None => from_manifest(&args.common),
     })
@@ -94,12 +90,21 @@ fn compare(src: &Path, dir: &Path, each: bool, common: &Common) -> Result<ExitCo
     let detail = if each { Detail::Matrices } else { Detail::Families };
     let comparison = against(src, dir, detail, resources.threads, &resources.progress)?;
     let mut manifest = Manifest::new("gptoss-verify", Job::Against);
-    (manifest.source, manifest.output) = (Some(file_set(src)?), Some(file_set(dir)?));
+    (manifest.source, manifest.output) =
+        (Some(file_set(src, resources.threads)?), Some(file_set(dir, resources.threads)?));
     manifest.tensors = comparison.tensors;
-    let total_error = Some(comparison.total);
-    // A comparison judges nothing, so there are no findings in it.
     let tensors = Checkpoint::open(dir)?.names().count() as u64;
-    let verdict = Verdict { passed: true, tensors, hashes_checked: false, findings: Vec::new(), total_error };
+    // A difference is no failure. What is no number cannot be compared, unless its maker said that it would be there.
+    let stated = Manifest::in_folder(dir)?.and_then(|m| m.conversion).map_or(0, |c| c.overflows);
+    let non_finite = comparison.total.non_finite;
+    let finding = (non_finite > stated).then(|| Finding {
+        kind: "value".into(),
+        file: dir.display().to_string(),
+        message: format!("{non_finite} numbers are NaN or infinite here or in the source; the figures leave them out"),
+    });
+    let findings: Vec<Finding> = finding.into_iter().collect();
+    let total_error = Some(comparison.total);
+    let verdict = Verdict { passed: findings.is_empty(), tensors, hashes_checked: false, findings, total_error };
     finish(manifest, verdict, Some(src), dir, &resources, meter, common)
 }
 
@@ -116,7 +121,14 @@ fn from_manifest(common: &Common) -> Result<ExitCode> {
     let mut manifest = Manifest::new("gptoss-verify", Job::Check);
     (manifest.runtimes, manifest.notes, manifest.conversion) = (piped.runtimes, piped.notes, piped.conversion);
     (manifest.source, manifest.output) = (piped.source, piped.output);
-    if let Some(src) = &source {
+    let changed = match (&source, &manifest.source) {
+        (Some(src), Some(files)) => changed_file(src, files, resources.threads)?,
+        _ => None,
+    };
+    if let (Some(src), Some(file)) = (&source, &changed) {
+        let note = format!("{} in {} has changed since, so nothing was compared with it", file, src.display());
+        manifest.notes.push(note);
+    } else if let Some(src) = &source {
         let comparison = against(src, &dir, Detail::Families, resources.threads, &resources.progress)?;
         manifest.tensors = comparison.tensors;
         verdict.total_error = Some(comparison.total);
@@ -147,16 +159,29 @@ fn finish(
     Ok(code)
 }
 
-/// A folder's files as its manifest has them, or their sizes where it has none.
-fn file_set(dir: &Path) -> Result<FileSet> {
+/// The first file of `files` that is not in `dir` as it was.
+fn changed_file(dir: &Path, files: &FileSet, threads: usize) -> Result<Option<String>> {
+    let changed = map(&files.files, threads, |was| {
+        let same = match std::fs::metadata(dir.join(&was.name)) {
+            Ok(m) if m.len() == was.bytes => record(dir, &was.name)?.sha256 == was.sha256,
+            _ => false,
+        };
+        Ok((!same).then(|| was.name.clone()))
+    })?;
+    Ok(changed.into_iter().flatten().next())
+}
+
+/// A folder's files as its manifest has them; where it has none, its model's files, hashed here.
+fn file_set(dir: &Path, threads: usize) -> Result<FileSet> {
     if let Some(set) = Manifest::in_folder(dir)?.and_then(|m| m.output) {
         return Ok(set);
     }
     let checkpoint = Checkpoint::open(dir)?;
-    let mut files = Vec::new();
-    for shard in &checkpoint.shards {
-        files.push(gptoss::checkpoint::digest::record(dir, &shard.name)?);
-    }
+    let mut names: Vec<String> = checkpoint.shards.iter().map(|s| s.name.clone()).collect();
+    names.extend(checkpoint.side_files()?);
+    names.extend([CONFIG, INDEX].map(str::to_owned).into_iter().filter(|n| dir.join(n).exists()));
+    names.sort();
+    let files = map(&names, threads, |name| record(dir, name))?;
     Ok(FileSet::new(layout_name(&checkpoint), files))
 }
 

@@ -55,6 +55,8 @@ pub struct ErrorSums {
     pub max_error: f32,
     /// Numbers seen.
     pub count: u64,
+    /// Numbers that are NaN or infinite on one side, left out of the sums.
+    pub non_finite: u64,
 }
 
 impl ErrorSums {
@@ -66,5 +68,6 @@ impl ErrorSums {
         }
         self.max_error = self.max_error.max(other.max_error);
         self.count += other.count;
+        self.non_finite += other.non_finite;
     }
 }

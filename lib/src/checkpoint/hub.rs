@@ -75,15 +75,17 @@ struct Settings {
 impl Settings {
     fn from_env() -> Result<Self> {
         let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
-        let home = match (var("HF_HOME"), var("HOME")) {
-            (Some(home), _) => PathBuf::from(home),
-            (None, Some(home)) => Path::new(&home).join(".cache/huggingface"),
-            (None, None) => {
+        let home = match (var("HF_HOME"), var("XDG_CACHE_HOME"), var("HOME")) {
+            (Some(home), _, _) => PathBuf::from(home),
+            (None, Some(cache), _) => Path::new(&cache).join("huggingface"),
+            (None, None, Some(home)) => Path::new(&home).join(".cache/huggingface"),
+            (None, None, None) => {
                 return Err(Error::Refused("neither HF_HOME nor HOME is set: there is no place for downloads".into()));
             }
         };
         let cache = var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
-        let stored = || std::fs::read_to_string(home.join("token")).ok();
+        let stored =
+            || std::fs::read_to_string(var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from)).ok();
         let token = var("HF_TOKEN").or_else(stored).map(|t| t.trim().to_owned()).filter(|t| !t.is_empty());
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         let offline =
@@ -96,7 +98,13 @@ impl Settings {
 pub fn locate(text: &str, wanted: Wanted, progress: &Progress) -> Result<Located> {
     let path = Path::new(text);
     match HubId::parse(text) {
-        Some(id) if !path.exists() => fetch(&id, &Settings::from_env()?, wanted, progress),
+        Some(id) if !path.exists() => match fetch(&id, &Settings::from_env()?, wanted, progress) {
+            Err(Error::Hub { repo, reason }) => Err(Error::Hub {
+                repo,
+                reason: format!("{reason} (there is no folder {text} here, so it was taken for a hub id)"),
+            }),
+            other => other,
+        },
         _ => Ok(Located { dir: path.to_path_buf(), hub: None }),
     }
 }

@@ -33,8 +33,9 @@ impl Journal {
     /// Opens or starts the journal at `path` for the job `fingerprint`; gives the finished groups with their results.
     /// `None` where the journal there belongs to another job.
     pub fn open(path: &Path, fingerprint: &str) -> Result<Option<(Self, Finished)>> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
+        let text = match std::fs::read(path) {
+            // Bytes that are no text are no line of ours; the rest of the file decides.
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(e) => return Err(Error::io("read", path)(e)),
         };
@@ -56,6 +57,12 @@ impl Journal {
             journal.line(&Head { fingerprint: fingerprint.to_owned() })?;
         }
         Ok(Some((journal, done)))
+    }
+
+    /// Forgets every group, durably.
+    pub fn restart(&mut self, fingerprint: &str) -> Result<()> {
+        self.file.set_len(0).map_err(Error::io("write", &self.path))?;
+        self.line(&Head { fingerprint: fingerprint.to_owned() })
     }
 
     /// Notes that `group` is finished, durably.

@@ -20,7 +20,6 @@ use super::{CONFIG, INDEX, MANIFEST, digest};
 use crate::error::{Error, Result};
 use crate::manifest::FileRecord;
 
-const LOCK: &str = "lock";
 const JOURNAL: &str = "journal.jsonl";
 
 /// A planned tensor: what it is and the group (layer) whose end completes it.
@@ -183,7 +182,9 @@ pub struct Sink {
     layout: Layout,
     shards: Vec<OpenShard>,
     journal: Mutex<Journal>,
+    /// The partial folder itself, locked; the lock goes with it through the rename.
     lock: File,
+    force: bool,
     /// Groups that an earlier run finished, with the results that it noted.
     pub resumed: BTreeMap<usize, Value>,
 }
@@ -195,67 +196,127 @@ pub fn partial_path(dst: &Path) -> PathBuf {
     dst.with_file_name(name)
 }
 
-/// Refuses a destination that cannot be meant: the source itself, a folder above or below it, or a folder with
-/// content that `force` does not cover. Writes nothing.
-///
-/// Gives the path to write: where `dst` is a link to a folder, that folder, so that the link stays.
+/// The nearest folder at or above `path` that exists.
+fn nearest_existing(path: &Path) -> &Path {
+    let mut at = path;
+    while !at.exists() {
+        match at.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => at = parent,
+            _ => return Path::new("."),
+        }
+    }
+    at
+}
+
+/// `path` without links and `..`, as far as it exists; the rest must be plain names.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    let full = std::path::absolute(path).map_err(Error::io("resolve", path))?;
+    if full.is_symlink() && !full.exists() {
+        return Err(Error::Refused(format!("{} is a link to nothing", path.display())));
+    }
+    let existing = nearest_existing(&full);
+    let rest = full.strip_prefix(existing).expect("it was found by going up");
+    if rest.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
+        return Err(Error::Refused(format!("{} goes up from a folder that does not exist", path.display())));
+    }
+    Ok(existing.canonicalize().map_err(Error::io("resolve", existing))?.join(rest))
+}
+
+/// Refuses a destination that cannot be meant: the source itself, a folder above or below it, a mount point, or a folder
+/// with content that `force` does not cover. Writes nothing; gives the path to write, without links.
 pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<PathBuf> {
-    let resolved;
-    let dst = if dst.is_symlink() {
-        resolved = dst.canonicalize().map_err(Error::io("follow the link", dst))?;
-        &resolved
-    } else {
-        dst
-    };
-    if dst.file_name().is_none() {
+    let (source, target) = (resolve(src)?, resolve(dst)?);
+    if dst.file_name().is_none() || target.file_name().is_none() {
         return Err(Error::Refused(format!("{} cannot be a destination: it has no name of its own", dst.display())));
     }
-    let full = |p: &Path| std::path::absolute(p).and_then(|p| p.canonicalize().or(Ok(p)));
-    let (s, d) = (full(src).map_err(Error::io("resolve", src))?, full(dst).map_err(Error::io("resolve", dst))?);
-    if s == d || s.starts_with(&d) || d.starts_with(&s) {
-        let (s, d) = (s.display(), d.display());
-        return Err(Error::Refused(format!(
-            "the destination {d} and the source {s} lie in one another; the source is never written"
-        )));
+    for written in [&target, &partial_path(&target)] {
+        if source.starts_with(written) || written.starts_with(&source) {
+            let (s, d) = (source.display(), written.display());
+            return Err(Error::Refused(format!(
+                "the destination {d} and the source {s} lie in one another; the source is never written"
+            )));
+        }
     }
-    let found = || Ok(dst.to_path_buf());
-    let Ok(meta) = std::fs::metadata(dst) else { return found() };
+    check_occupant(&target, force)?;
+    Ok(target)
+}
+
+/// What may stand under the final name: nothing, an empty folder, or with `force` a checkpoint and nothing else.
+fn check_occupant(dst: &Path, force: bool) -> Result<()> {
+    let Ok(meta) = std::fs::metadata(dst) else { return Ok(()) };
     if !meta.is_dir() {
         return Err(Error::Refused(format!("{} exists and is no folder", dst.display())));
     }
-    let mut entries = std::fs::read_dir(dst).map_err(Error::io("list", dst))?;
-    if entries.next().is_none() {
-        return found();
+    if dst.parent().and_then(|p| p.metadata().ok()).is_some_and(|p| p.dev() != meta.dev()) {
+        return Err(Error::Refused(format!(
+            "{} is a mount point, which cannot be replaced; give a folder in it",
+            dst.display()
+        )));
+    }
+    let inside = contents(dst)?;
+    if inside.is_empty() {
+        return Ok(());
     }
     if !force {
         return Err(Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display())));
     }
-    if !dst.join(CONFIG).exists() && !dst.join(MANIFEST).exists() {
+    let weights = dst.join(INDEX).exists() || dst.join("model.safetensors").exists();
+    let is_checkpoint = dst.join(MANIFEST).exists() || (dst.join(CONFIG).exists() && weights);
+    if !is_checkpoint {
         return Err(Error::Refused(format!(
             "{} holds no checkpoint; --force replaces only a checkpoint",
             dst.display()
         )));
     }
-    found()
+    match inside.iter().find(|p| !is_checkpoint_file(p)) {
+        Some(other) => Err(Error::Refused(format!(
+            "{} is no file of a checkpoint; --force replaces only a checkpoint, so move it away first",
+            other.display()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// True for the files that make a checkpoint, ours or one from the hub.
+fn is_checkpoint_file(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let known = [CONFIG, INDEX, MANIFEST, JOURNAL, "README.md", ".gitattributes"].contains(&&*name);
+    path.is_file() && (known || name.ends_with(".safetensors") || is_side_file(&name))
+}
+
+/// Refuses where the output, of `needed` bytes, does not fit.
+pub fn check_room(dst: &Path, needed: u64) -> Result<()> {
+    let dir = nearest_existing(dst);
+    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("ask for the free space of", dir)(e.into()))?;
+    // What an unfinished run has taken is ours already.
+    let partial = contents(&partial_path(dst)).unwrap_or_default();
+    let taken: u64 = partial.iter().filter_map(|p| std::fs::metadata(p).ok()).map(|m| m.blocks() * 512).sum();
+    let available = stat.f_bavail * stat.f_frsize + taken;
+    if needed > available {
+        return Err(Error::NoSpace { dir: dir.to_path_buf(), needed, available });
+    }
+    Ok(())
 }
 
 impl Sink {
-    /// Opens `<dst>.partial`: a fresh one, or the one that an interrupted run of the job `fingerprint` left.
+    /// Opens `<dst>.partial`: a fresh one, or the one that an interrupted run of the job `fingerprint` left. `dst` comes
+    /// from [`check_destination`].
     pub fn open(dst: &Path, layout: Layout, fingerprint: &str, force: bool) -> Result<Self> {
+        check_room(dst, layout.total_bytes())?;
         let partial = partial_path(dst);
-        let parent = partial.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        room_for(parent, &partial, &layout)?;
         std::fs::create_dir_all(&partial).map_err(Error::io("create", &partial))?;
         let lock = take_lock(&partial)?;
-        if !partial.join(JOURNAL).exists() {
-            clear_leftovers(&partial)?;
+        refuse_foreign(&partial)?;
+        let path = partial.join(JOURNAL);
+        if !path.exists() {
+            // Left in the last moments of a run: just before its rename, or, with the old checkpoint in it, just after.
+            clear(&partial)?;
         }
-        let journal = match Journal::open(&partial.join(JOURNAL), fingerprint)? {
+        let (mut journal, mut done) = match Journal::open(&path, fingerprint)? {
             Some(found) => found,
             None if force => {
                 clear(&partial)?;
-                Journal::open(&partial.join(JOURNAL), fingerprint)?.expect("a new journal is ours")
+                Journal::open(&path, fingerprint)?.expect("a new journal is ours")
             }
             None => {
                 return Err(Error::Refused(format!(
@@ -264,11 +325,24 @@ impl Sink {
                 )));
             }
         };
-        let (journal, done) = journal;
+        if !done.is_empty() && !layout.shards.iter().all(|s| is_intact(&partial, s)) {
+            // Somebody, or a power cut, took a shard away: what the journal says of it is no longer so.
+            journal.restart(fingerprint)?;
+            done.clear();
+        }
         let shards = layout.shards.iter().map(|s| open_shard(&partial, s)).collect::<Result<Vec<_>>>()?;
+        sync_dir(&partial)?;
         let resumed: BTreeMap<usize, Value> = done.into_iter().collect();
-        let sink =
-            Self { dst: dst.to_path_buf(), partial, layout, shards, journal: Mutex::new(journal), lock, resumed };
+        let sink = Self {
+            dst: dst.to_path_buf(),
+            partial,
+            layout,
+            shards,
+            journal: Mutex::new(journal),
+            lock,
+            force,
+            resumed,
+        };
         for (i, t) in sink.layout.tensors.iter().enumerate() {
             if sink.resumed.contains_key(&t.group) {
                 let (s, at) = sink.layout.places[i];
@@ -281,6 +355,11 @@ impl Sink {
     /// The plan of this output.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Where the unfinished output lies.
+    pub fn partial(&self) -> &Path {
+        &self.partial
     }
 
     /// Writes `bytes` into tensor number `tensor`, `offset` bytes from its start.
@@ -352,18 +431,24 @@ impl Sink {
         }
         records.sort_by(|a, b| a.name.cmp(&b.name));
         write_file(&self.partial.join(MANIFEST), manifest(&records)?.as_bytes())?;
-        for name in [JOURNAL, LOCK] {
-            let path = self.partial.join(name);
-            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-        }
+        // The destination was free when the run began; it may not be now, and the journal is still there to resume from.
+        check_occupant(&self.dst, self.force)?;
+        let journal = self.partial.join(JOURNAL);
+        std::fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
         put_in_place(&self.partial, &self.dst)?;
         drop(self.lock);
         Ok(records)
     }
 
-    /// Removes the unfinished output.
+    /// Removes the unfinished output: the files that it made, and the folder if that leaves it empty.
     pub fn discard(self) -> Result<()> {
-        std::fs::remove_dir_all(&self.partial).map_err(Error::io("remove", &self.partial))
+        let planned = self.layout.shards.iter().map(|s| s.name.as_str());
+        for name in planned.chain([JOURNAL]) {
+            let path = self.partial.join(name);
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+        let _ = std::fs::remove_dir(&self.partial);
+        Ok(())
     }
 }
 
@@ -374,64 +459,53 @@ pub fn to_text(value: &impl serde::Serialize) -> String {
     text
 }
 
-fn room_for(parent: &Path, partial: &Path, layout: &Layout) -> Result<()> {
-    let stat = rustix::fs::statvfs(parent).map_err(|e| Error::io("ask for the free space of", parent)(e.into()))?;
-    let there: u64 = layout
-        .shards
-        .iter()
-        .filter_map(|s| std::fs::metadata(partial.join(&s.name)).ok())
-        .map(|m| m.blocks() * 512)
-        .sum();
-    let available = stat.f_bavail * stat.f_frsize + there;
-    let needed = layout.total_bytes();
-    if needed > available {
-        return Err(Error::NoSpace { dir: parent.to_path_buf(), needed, available });
-    }
-    Ok(())
-}
-
+/// Locks the folder for this process. A run that was just killed may still be in the kernel, so it waits a moment.
 fn take_lock(partial: &Path) -> Result<File> {
-    let path = partial.join(LOCK);
-    let lock =
-        OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(Error::io("open", &path))?;
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|_| Error::Refused(format!("another run is writing {}", partial.display())))?;
-    Ok(lock)
-}
-
-/// Everything in a partial folder but its lock.
-fn contents(partial: &Path) -> Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(partial).map_err(Error::io("list", partial))? {
-        let path = entry.map_err(Error::io("list", partial))?.path();
-        if path.file_name().is_some_and(|n| n != LOCK) {
-            paths.push(path);
+    let busy = || Error::Refused(format!("another run is writing {}", partial.display()));
+    let lock = File::open(partial).map_err(Error::io("open", partial))?;
+    for wait in [0, 50, 200, 500] {
+        std::thread::sleep(std::time::Duration::from_millis(wait));
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            // Another run may have renamed the folder away between opening and locking.
+            let inode = |m: std::io::Result<std::fs::Metadata>| m.ok().map(|m| (m.dev(), m.ino()));
+            let same = inode(lock.metadata()) == inode(std::fs::metadata(partial));
+            return if same { Ok(lock) } else { Err(busy()) };
         }
     }
-    Ok(paths)
+    Err(busy())
 }
 
-/// Empties a partial folder but for its lock.
+/// Everything in a folder.
+fn contents(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(dir).map_err(Error::io("list", dir))?;
+    entries.map(|e| e.map(|e| e.path()).map_err(Error::io("list", dir))).collect()
+}
+
+/// A partial folder with something in it that no run of this tool puts there is somebody's own.
+fn refuse_foreign(partial: &Path) -> Result<()> {
+    match contents(partial)?.iter().find(|p| !is_checkpoint_file(p)) {
+        Some(foreign) => Err(Error::Refused(format!(
+            "{} is in the way: unfinished output goes to {}; move it away",
+            foreign.display(),
+            partial.display()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Empties a partial folder that [`refuse_foreign`] has looked at.
 fn clear(partial: &Path) -> Result<()> {
     contents(partial)?.iter().try_for_each(|path| std::fs::remove_file(path).map_err(Error::io("remove", path)))
 }
 
-/// A partial folder without a journal was left in the last moments of a run: just before its rename, or, with the old
-/// checkpoint in it, just after. Either may go; anything else is somebody's.
-fn clear_leftovers(partial: &Path) -> Result<()> {
-    let ours = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let table = [CONFIG, INDEX, MANIFEST].contains(&&*name);
-        path.is_file() && (table || name.ends_with(".safetensors") || is_side_file(&name))
-    };
-    match contents(partial)?.iter().find(|p| !ours(p)) {
-        Some(foreign) => Err(Error::Refused(format!(
-            "{} is in the way: unfinished output goes to {}, which holds no run of this tool; move it away",
-            foreign.display(),
-            partial.display()
-        ))),
-        None => clear(partial),
-    }
+/// True where an earlier run's shard is still as that run made it: its length and its header.
+fn is_intact(partial: &Path, layout: &ShardLayout) -> bool {
+    let mut header = vec![0; layout.header.len()];
+    let read = File::open(partial.join(&layout.name)).and_then(|f| {
+        f.read_exact_at(&mut header, 0)?;
+        f.metadata()
+    });
+    read.is_ok_and(|m| m.len() == layout.len && header == layout.header)
 }
 
 fn open_shard(partial: &Path, layout: &ShardLayout) -> Result<OpenShard> {
@@ -465,19 +539,23 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("sync", path))
 }
 
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io("sync", dir))
+}
+
 /// The one moment at which the output appears. An old checkpoint under that name is exchanged in the same step.
 fn put_in_place(partial: &Path, dst: &Path) -> Result<()> {
-    File::open(partial).and_then(|f| f.sync_all()).map_err(Error::io("sync", partial))?;
+    sync_dir(partial)?;
     let occupied = std::fs::read_dir(dst).is_ok_and(|mut d| d.next().is_some());
     if occupied {
         rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE)
             .map_err(|e| Error::io("replace", dst)(e.into()))?;
-        std::fs::remove_dir_all(partial).map_err(Error::io("remove", partial))?;
+        clear(partial)?;
+        std::fs::remove_dir(partial).map_err(Error::io("remove", partial))?;
     } else {
         std::fs::rename(partial, dst).map_err(Error::io("rename the finished output to", dst))?;
     }
-    let parent = dst.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent).and_then(|f| f.sync_all()).map_err(Error::io("sync", parent))
+    sync_dir(dst.parent().unwrap_or(Path::new("/")))
 }
 
 #[cfg(test)]

@@ -91,6 +91,12 @@ pub fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
 
 /// Reads `dir/config.json`, with a message that says what a checkpoint is where there is none.
 pub fn read_config(dir: &Path) -> Result<serde_json::Map<String, Value>> {
+    if dir.is_file() {
+        return Err(Error::file(
+            dir,
+            "is a file; give a checkpoint's folder (a config.json alone is enough for --dry-run)",
+        ));
+    }
     if !dir.is_dir() {
         return Err(Error::file(
             dir,
@@ -170,7 +176,7 @@ impl Checkpoint {
 
 /// True for files that travel with the model unchanged.
 pub fn is_side_file(name: &str) -> bool {
-    const STARTS: [&str; 9] = [
+    const STARTS: [&str; 12] = [
         "tokenizer",
         "special_tokens_map",
         "added_tokens",
@@ -179,10 +185,13 @@ pub fn is_side_file(name: &str) -> bool {
         "generation_config",
         "chat_template",
         "LICENSE",
+        "LICENCE",
+        "NOTICE",
+        "COPYING",
         "USAGE_POLICY",
     ];
     let tables = [CONFIG, INDEX, MANIFEST];
-    !tables.contains(&name) && (STARTS.iter().any(|s| name.starts_with(s)) || name == "NOTICE" || name == "LICENCE")
+    !tables.contains(&name) && STARTS.iter().any(|s| name.starts_with(s))
 }
 
 /// Tensor to shard, from the index; empty where there is none and `model.safetensors` is the whole model.

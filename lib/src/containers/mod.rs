@@ -5,12 +5,13 @@ pub mod compressed_tensors;
 pub mod dense;
 pub mod openai;
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::checkpoint::source::Checkpoint;
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
-use crate::model::{Fused, Linear, ModelConfig};
+use crate::model::{self, Fused, Linear, ModelConfig, Role};
 
 /// The weight of one linear layer, read row by row as values.
 pub trait Rows: Sync {
@@ -44,6 +45,36 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linea
         tensor: format!("{}.weight", linear.module()),
         reason: "config.json implies it, and no container that this tool reads has it".into(),
     })
+}
+
+/// Every name that a tensor of this model can have, in any container.
+pub fn known_names(config: &ModelConfig) -> BTreeSet<String> {
+    const OF_A_MODULE: [&str; 6] =
+        ["weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias"];
+    let mut known = BTreeSet::new();
+    let mut module = |linear: Linear| known.extend(OF_A_MODULE.map(|t| format!("{}.{t}", linear.module())));
+    let mut others = Vec::new();
+    for slot in model::slots(config) {
+        match slot.role {
+            Role::Weight(linear) => module(linear),
+            Role::Experts(fused, layer) => {
+                others.extend(model::mxfp4_specs(fused, layer, config).map(|s| s.name));
+                for expert in 0..config.experts {
+                    fused.parts().iter().for_each(|&(proj, _, _)| module(Linear { proj, layer, expert }));
+                }
+            }
+            Role::Plain | Role::ExpertBias(..) => {}
+        }
+        others.push(slot.name);
+    }
+    known.extend(others);
+    known
+}
+
+/// Tensors of a checkpoint that are no part of the model; an output leaves them out.
+pub fn foreign_tensors<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig) -> Vec<&'a str> {
+    let known = known_names(config);
+    checkpoint.names().filter(|n| !known.contains(*n)).collect()
 }
 
 /// The biases of all experts of a layer, f32 [E, out] with gate and up interleaved, from the fused tensor or from one

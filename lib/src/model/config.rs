@@ -7,8 +7,12 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// Largest extent that is believed; it keeps every product of three extents far from overflow.
+/// Largest extent that is believed.
 const MAX_EXTENT: usize = 1 << 20;
+/// Most layers times experts, 14 times those of the 120b: a plan names each.
+const MAX_EXPERTS: usize = 1 << 16;
+/// Most parameters that are believed, 75 times those of the 120b: every size in bytes is far from overflow.
+const MAX_PARAMETERS: u128 = 1 << 43;
 
 /// Shapes of a gpt-oss.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,12 +87,7 @@ impl ModelConfig {
                 return Err(bad(format!("{name} is {n}, wanted 1 to {MAX_EXTENT}")));
             }
         }
-        for (name, n) in [("num_hidden_layers", raw.num_hidden_layers), ("num_local_experts", raw.num_local_experts)] {
-            if n > 4096 {
-                return Err(bad(format!("{name} is {n}, wanted at most 4096")));
-            }
-        }
-        Ok(Self {
+        let config = Self {
             layers: raw.num_hidden_layers,
             experts: raw.num_local_experts,
             hidden: raw.hidden_size,
@@ -99,7 +98,31 @@ impl ModelConfig {
             vocab: raw.vocab_size,
             attention_bias: raw.attention_bias,
             tied: raw.tie_word_embeddings,
-        })
+        };
+        config.check_products().map_err(bad)?;
+        Ok(config)
+    }
+
+    /// Products of extents, each of which is at most 2^20.
+    fn check_products(&self) -> std::result::Result<(), String> {
+        if self.layers * self.experts > MAX_EXPERTS {
+            let (l, e) = (self.layers, self.experts);
+            return Err(format!("{l} layers of {e} experts are {} experts, wanted at most {MAX_EXPERTS}", l * e));
+        }
+        for (name, heads) in [("num_attention_heads", self.heads), ("num_key_value_heads", self.kv_heads)] {
+            let width = heads * self.head_dim;
+            if width > MAX_EXTENT {
+                return Err(format!("{name} times head_dim is {width}, wanted at most {MAX_EXTENT}"));
+            }
+        }
+        let wide = |n: usize| n as u128;
+        let attention = 2 * wide(self.hidden) * wide((self.heads + self.kv_heads) * self.head_dim);
+        let experts = wide(self.experts) * wide(self.hidden) * wide(3 * self.intermediate + 1);
+        let total = wide(self.layers) * (attention + experts) + 2 * wide(self.vocab) * wide(self.hidden);
+        if total > MAX_PARAMETERS {
+            return Err(format!("its sizes make {total} parameters, wanted at most {MAX_PARAMETERS}"));
+        }
+        Ok(())
     }
 
     /// The name of the published model that has these shapes.

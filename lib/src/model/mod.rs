@@ -215,15 +215,6 @@ pub fn slots(c: &ModelConfig) -> Vec<Slot> {
     slots
 }
 
-/// What people call a group of [`Slot`]s.
-pub fn group_name(group: usize, c: &ModelConfig) -> String {
-    match group {
-        0 => "embedding".into(),
-        g if g <= c.layers => format!("layer {}", g - 1),
-        _ => "head".into(),
-    }
-}
-
 /// Blocks and scales of a fused expert weight in OpenAI's MXFP4 layout: u8 [E, out, in/32, 16] and u8 [E, out, in/32].
 pub fn mxfp4_specs(fused: Fused, layer: usize, c: &ModelConfig) -> [TensorSpec; 2] {
     let (out, inp) = fused.shape(c);

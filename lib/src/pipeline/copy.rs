@@ -83,8 +83,11 @@ pub fn convert(
     Ok(counts)
 }
 
-/// What becomes of the finite number `v` in the type `to`.
+/// What becomes of the number `v` in the type `to`. Infinity before the conversion is no overflow of it.
 pub fn fate(v: f32, to: Float) -> Fate {
+    if !v.is_finite() {
+        return Fate::Nan;
+    }
     let rounded = to.round(v);
     let smallest = match to {
         Float::F16 => f16::MIN_POSITIVE.to_f32(),

@@ -6,7 +6,9 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::executor::{self, Unit};
-use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files};
+use super::{
+    GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files, source_notes,
+};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
@@ -64,24 +66,18 @@ pub struct Plan<'a> {
     experts: Vec<Option<Experts<'a>>>,
     units: Vec<Unit<Work<'a>>>,
     tensors: Vec<Planned>,
-    notes: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
     /// Plans from the headers alone; every tensor that the config implies must be there with its type and shape.
     pub fn new(source: &'a Checkpoint, options: Options) -> Result<Self> {
+        if options.dtype == Float::F32 {
+            return Err(Error::Refused("the output is bf16 or fp16".into()));
+        }
         let config = ModelConfig::parse(&source.dir, &source.config)?;
         let slots = model::slots(&config);
-        let mut plan = Self {
-            source,
-            config,
-            options,
-            slots,
-            experts: Vec::new(),
-            units: Vec::new(),
-            tensors: Vec::new(),
-            notes: Vec::new(),
-        };
+        let mut plan =
+            Self { source, config, options, slots, experts: Vec::new(), units: Vec::new(), tensors: Vec::new() };
         for i in 0..plan.slots.len() {
             plan.slot(i)?;
         }
@@ -181,26 +177,6 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Anything in the checkpoint that the model does not have is left out; says so.
-    fn leftovers(&self) -> Vec<String> {
-        let mut known: std::collections::BTreeSet<String> = self.slots.iter().map(|s| s.name.clone()).collect();
-        for s in &self.slots {
-            if let Role::Experts(fused, layer) = s.role {
-                known.extend(model::mxfp4_specs(fused, layer, &self.config).map(|t| t.name));
-            }
-        }
-        let quantized = self.source.config.contains_key("quantization_config");
-        let module =
-            |n: &str| quantized && (n.contains(".weight_") || n.contains(".experts.") || n.ends_with(".weight"));
-        let unknown: Vec<&str> = self.source.names().filter(|n| !known.contains(*n) && !module(n)).collect();
-        unknown.iter().map(|n| format!("{n} is no tensor of gpt-oss and was left out")).collect()
-    }
-
-    /// Bytes of the output.
-    pub fn output_bytes(&self) -> u64 {
-        self.tensors.iter().map(|t| t.spec.byte_len() as u64).sum()
-    }
-
     /// Working memory of one worker.
     fn scratch_bytes(&self) -> u64 {
         let general = self.units.iter().filter_map(|u| match u.work {
@@ -223,18 +199,16 @@ impl<'a> Plan<'a> {
         let mut units = std::mem::take(&mut self.units);
         units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
         hash_behind(&mut units, self.source.shards.len(), |work| self.shard_of(work), Work::Hash);
+        super::announce(&sink, resources);
         resources.progress.start("dequantize", units.iter().map(|u| u.bytes).sum());
         let hashes = SourceHashes::new(self.source);
         let (done, failed) = self.work(&units, workers, &sink, resources, &hashes);
         if let Some(error) = failed {
-            if !error.is_transient() {
-                sink.discard()?;
-            }
-            return Err(error);
+            return Err(super::give_up(sink, error, resources));
         }
         resources.progress.finish();
         let resumed = sink.resumed.len();
-        let mut manifest = self.manifest(job, &done, hashes.file_set(self.source)?);
+        let mut manifest = self.manifest(job, &done, hashes.file_set(self.source)?)?;
         let files = side_files(self.source, &self.output_config())?;
         let mut text = |files: &[_]| Ok(seal(&mut manifest, layout_word(self.options.dtype), files));
         sink.finish(files, &mut text)?;
@@ -269,7 +243,7 @@ impl<'a> Plan<'a> {
         .err();
         let mut all = sink.resumed.clone();
         all.extend(closed.into_inner().expect("no thread panics while it holds this"));
-        (all.into_values().filter_map(|v| serde_json::from_value(v).ok()).collect(), failed)
+        super::group_results(all, failed)
     }
 
     fn unit(&self, work: &Work<'a>, scratch: &mut Scratch, sink: &Sink, hashes: &SourceHashes) -> Result<HalfCounts> {
@@ -358,8 +332,30 @@ impl<'a> Plan<'a> {
             }
             Role::Plain => unreachable!("a plain tensor is copied"),
         };
+        if counts.nans > 0 {
+            return Err(self.not_finite(slot, expert));
+        }
         sink.write(to, offset, as_bytes(scratch))?;
         Ok(counts)
+    }
+
+    /// The error for a weight whose stored form stands for NaN or infinity.
+    fn not_finite(&self, slot: &Slot, expert: usize) -> Error {
+        let modules: Vec<String> = match slot.role {
+            Role::Weight(linear) => vec![linear.module()],
+            Role::Experts(fused, layer) | Role::ExpertBias(fused, layer) => {
+                fused.parts().iter().map(|&(proj, _, _)| Linear { proj, layer, expert }.module()).collect()
+            }
+            Role::Plain => Vec::new(),
+        };
+        let bad = |tensor: &TensorRef| float_of(tensor).is_ok_and(|f| f.first_non_finite(tensor.bytes).is_some());
+        let names = modules.iter().flat_map(|m| ["weight_scale", "weight", "bias"].map(|t| format!("{m}.{t}")));
+        let found: Vec<String> = names.chain([slot.name.clone()]).collect();
+        let reason = "holds NaN or infinity; the checkpoint is damaged";
+        match found.iter().filter_map(|n| self.source.get(n)).find(bad) {
+            Some(tensor) => tensor.error(reason),
+            None => Error::tensor(&self.source.dir, &slot.name, reason),
+        }
     }
 
     fn output_config(&self) -> serde_json::Map<String, Value> {
@@ -375,7 +371,7 @@ impl<'a> Plan<'a> {
         config
     }
 
-    fn manifest(&self, job: Job, groups: &[GroupResult], source: crate::manifest::FileSet) -> Manifest {
+    fn manifest(&self, job: Job, groups: &[GroupResult], source: crate::manifest::FileSet) -> Result<Manifest> {
         let mut manifest = Manifest::new("gptoss-dequant", job);
         manifest.source = Some(source);
         let mut conversion = HalfCounts::default();
@@ -396,7 +392,7 @@ impl<'a> Plan<'a> {
                 error: None,
             })
             .collect();
-        manifest.notes = self.notes.iter().cloned().chain(self.leftovers()).collect();
+        manifest.notes = source_notes(self.source, &self.config)?;
         if conversion.overflows > 0 {
             let n = conversion.overflows;
             manifest.notes.push(format!(
@@ -404,7 +400,7 @@ impl<'a> Plan<'a> {
                 self.options.dtype.config_name()
             ));
         }
-        manifest
+        Ok(manifest)
     }
 }
 

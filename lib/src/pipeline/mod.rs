@@ -8,16 +8,18 @@ pub mod meter;
 pub mod progress;
 pub mod quant;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::checkpoint::sink::to_text;
+use crate::checkpoint::sink::{Sink, to_text};
 use crate::checkpoint::source::Checkpoint;
 use crate::checkpoint::{CONFIG, INDEX, digest};
 use crate::error::{Error, Result};
-use crate::manifest::{FileRecord, FileSet, Job, Manifest, TensorReport};
+use crate::manifest::{FileRecord, FileSet, Job, Manifest, NUMERICS, TensorReport};
 use crate::ops::dequantize::HalfCounts;
 use progress::Progress;
 
@@ -153,14 +155,14 @@ pub(crate) fn fingerprint(job: &Job, layout: &str, source: &Checkpoint) -> Resul
         let m = std::fs::metadata(&path).map_err(Error::io("stat", &path))?;
         files.push((path.file_name().map(|n| n.to_string_lossy().into_owned()), m.len(), m.mtime(), m.mtime_nsec()));
     }
-    let all = serde_json::json!([env!("CARGO_PKG_VERSION"), job, layout, files]);
+    let all = serde_json::json!([env!("CARGO_PKG_VERSION"), NUMERICS, job, layout, files]);
     Ok(digest::sha256(all.to_string().as_bytes()))
 }
 
 /// The small files of the output: the configuration and what travels unchanged.
 pub(crate) fn side_files(
     source: &Checkpoint,
-    config: &serde_json::Map<String, serde_json::Value>,
+    config: &serde_json::Map<String, Value>,
 ) -> Result<Vec<(String, Vec<u8>)>> {
     let mut files = vec![(CONFIG.to_owned(), to_text(config).into_bytes())];
     for name in source.side_files()? {
@@ -168,6 +170,50 @@ pub(crate) fn side_files(
         files.push((name, std::fs::read(&path).map_err(Error::io("read", &path))?));
     }
     Ok(files)
+}
+
+/// What a reader of the output must know of its source.
+pub(crate) fn source_notes(source: &Checkpoint, config: &crate::model::ModelConfig) -> Result<Vec<String>> {
+    let foreign = crate::containers::foreign_tensors(source, config);
+    let mut notes: Vec<String> =
+        foreign.iter().map(|n| format!("{n} is no tensor of gpt-oss and was left out")).collect();
+    if !source.side_files()?.iter().any(|n| n.starts_with("tokenizer")) {
+        notes.push("the source has no tokenizer, and so has the output".into());
+    }
+    Ok(notes)
+}
+
+/// Tells that an interrupted run goes on.
+pub(crate) fn announce(sink: &Sink, resources: &Resources) {
+    match sink.resumed.len() {
+        0 => {}
+        n => resources.progress.note(&format!("resuming behind {n} finished groups of an interrupted run")),
+    }
+}
+
+/// After a failure: what could go better next time is kept to resume from, what bad input made is removed.
+pub(crate) fn give_up(sink: Sink, error: Error, resources: &Resources) -> Error {
+    resources.progress.clear();
+    if error.is_transient() {
+        resources
+            .progress
+            .note(&format!("unfinished output stays in {}; the same command resumes", sink.partial().display()));
+        return error;
+    }
+    sink.discard().err().unwrap_or(error)
+}
+
+/// The groups' results, of this run and of those before it.
+pub(crate) fn group_results(all: BTreeMap<usize, Value>, failed: Option<Error>) -> (Vec<GroupResult>, Option<Error>) {
+    let parsed: std::result::Result<Vec<GroupResult>, _> = all.into_values().map(serde_json::from_value).collect();
+    match (parsed, failed) {
+        (Ok(results), failed) => (results, failed),
+        (Err(_), Some(error)) => (Vec::new(), Some(error)),
+        (Err(e), None) => {
+            let reason = format!("holds a result that this version does not read: {e}");
+            (Vec::new(), Some(Error::BadManifest { origin: "the journal of the interrupted run".into(), reason }))
+        }
+    }
 }
 
 /// Completes the manifest with the output's files; the text for the folder.

@@ -49,11 +49,11 @@ impl Progress {
             Kind::Bar(bar) => {
                 let style =
                     ProgressStyle::with_template("{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
-                bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
                 bar.set_style(style.expect("the template is a constant"));
                 bar.reset();
                 bar.set_length(total);
                 bar.set_message(what.to_owned());
+                bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
             }
             Kind::Lines(lines) => {
                 let now = Instant::now();
@@ -90,6 +90,13 @@ impl Progress {
                 let l = lines.lock().expect("no thread panics while it holds this");
                 eprintln!("{}: done after {:.1} s", l.what, l.start.elapsed().as_secs_f64());
             }
+        }
+    }
+
+    /// The phase ended in an error: takes the bar away.
+    pub fn clear(&self) {
+        if let Kind::Bar(bar) = &*self.0 {
+            bar.finish_and_clear();
         }
     }
 

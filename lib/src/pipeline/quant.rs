@@ -9,7 +9,9 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::executor::{self, Unit};
-use super::{GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files};
+use super::{
+    GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files, source_notes,
+};
 use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
@@ -273,7 +275,9 @@ impl<'a> Plan<'a> {
         let firsts: Vec<usize> = specs.into_iter().map(|s| self.add(group, s)).collect();
         let (to, job) = (firsts[0], self.jobs.len());
         self.jobs.push(LinearJob { linear, weight, float, scheme });
-        for start in (0..shape.0).step_by(ROWS) {
+        // Without weights there is nothing to do, only to plan.
+        let rows = if self.source.is_some() { 0..shape.0 } else { 0..0 };
+        for start in rows.step_by(ROWS) {
             let rows = start..shape.0.min(start + ROWS);
             let bytes = (bytes * rows.len() / shape.0) as u64;
             let work = if scheme.is_some() { Work::Quantize { to, job, rows } } else { Work::Plain { to, job, rows } };
@@ -303,7 +307,7 @@ impl<'a> Plan<'a> {
 
     /// Working memory of one worker: rows, codes, packed codes and parameters.
     fn scratch_bytes(&self) -> u64 {
-        let widest = Self::linears(&self.config).take(9).map(|l| l.shape(&self.config).1).max().unwrap_or(1);
+        let widest = Self::linears(&self.config).take(10).map(|l| l.shape(&self.config).1).max().unwrap_or(1);
         (ROWS * widest * (4 + 1 + 1 + 1) + copy::PIECE) as u64
     }
 
@@ -407,20 +411,19 @@ impl<'a> Plan<'a> {
         let mut units = std::mem::take(&mut self.units);
         units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
         hash_behind(&mut units, source.shards.len(), |work| self.shard_of(work, source), Work::Hash);
+        super::announce(&sink, resources);
         resources.progress.start("quantize", units.iter().map(|u| u.bytes).sum());
         let hashes = SourceHashes::new(source);
         let (groups, failed) = self.work(&units, workers, &sink, resources, &hashes, source);
         if let Some(error) = failed {
-            if !error.is_transient() {
-                sink.discard()?;
-            }
-            return Err(error);
+            return Err(super::give_up(sink, error, resources));
         }
         resources.progress.finish();
         let resumed = sink.resumed.len();
         let mut manifest = Manifest::new("gptoss-quant", job);
         manifest.source = Some(hashes.file_set(source)?);
         manifest.tensors = groups.into_iter().flat_map(|g| g.tensors).collect();
+        manifest.notes = source_notes(source, &self.config)?;
         self.say_what_matters(&mut manifest);
         let files = side_files(source, &self.output_config())?;
         let layout = if self.keeps_mxfp4() { "compressed-tensors+mxfp4" } else { "compressed-tensors" };
@@ -454,7 +457,7 @@ impl<'a> Plan<'a> {
         .err();
         let mut all = sink.resumed.clone();
         all.extend(closed.into_inner().expect("no thread panics while it holds this"));
-        (all.into_values().filter_map(|v| serde_json::from_value(v).ok()).collect(), failed)
+        super::group_results(all, failed)
     }
 
     /// A group's errors, by family; `sums` come in unit order, so the result is the same for any number of workers.

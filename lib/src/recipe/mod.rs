@@ -178,7 +178,8 @@ impl ClassRecipe {
             GroupSize::Size(n) => {
                 let fits: Vec<String> =
                     AUTO_GROUPS.into_iter().filter(|g| inp % g == 0).map(|g| g.to_string()).collect();
-                let offer = if fits.is_empty() { "channel".into() } else { format!("auto, {}", fits.join(" or ")) };
+                let offer =
+                    if fits.is_empty() { "channel".into() } else { format!("auto (or one of {})", fits.join(", ")) };
                 return Err(Error::Refused(format!(
                     "group_size {n} does not divide in_features {inp} of {}; use --group-size {offer}",
                     linear.module()

@@ -135,20 +135,33 @@ impl Pair {
                     let n = rows.len() * inp;
                     a.read(rows.clone(), &mut x[..n]);
                     b.read(rows, &mut y[..n]);
-                    round::measure(&y[..n], &x[..n], &mut sums);
+                    measure(&mut y[..n], &mut x[..n], &mut sums);
                 }
             }
             Self::Plain(name, shape) => {
-                let x = read(&a.tensor(name)?, shape)?;
-                round::measure(&read(&b.tensor(name)?, shape)?, &x, &mut sums);
+                let (mut x, mut y) = (read(&a.tensor(name)?, shape)?, read(&b.tensor(name)?, shape)?);
+                measure(&mut y, &mut x, &mut sums);
             }
             Self::Biases(fused, layer) => {
-                let x = containers::expert_biases(a, config, *fused, *layer)?;
-                round::measure(&containers::expert_biases(b, config, *fused, *layer)?, &x, &mut sums);
+                let mut x = containers::expert_biases(a, config, *fused, *layer)?;
+                let mut y = containers::expert_biases(b, config, *fused, *layer)?;
+                measure(&mut y, &mut x, &mut sums);
             }
         }
         Ok(sums)
     }
+}
+
+/// Adds the error of `values` against `reference`; pairs with NaN or infinity are counted and made zero first.
+fn measure(values: &mut [f32], reference: &mut [f32], sums: &mut ErrorSums) {
+    let bad = |v: &[f32]| v.iter().fold(false, |any, v| any | !v.is_finite());
+    if bad(values) || bad(reference) {
+        for (v, r) in values.iter_mut().zip(reference.iter_mut()).filter(|(v, r)| !v.is_finite() || !r.is_finite()) {
+            (*v, *r) = (0.0, 0.0);
+            sums.non_finite += 1;
+        }
+    }
+    round::measure(values, reference, sums);
 }
 
 fn read(tensor: &TensorRef, shape: &[usize]) -> Result<Vec<f32>> {

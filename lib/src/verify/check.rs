@@ -73,7 +73,7 @@ pub fn check(dir: &Path, manifest: Option<&Manifest>, threads: usize) -> Result<
     Ok(Verdict { passed: findings.0.is_empty(), tensors, hashes_checked, findings: findings.0, total_error: None })
 }
 
-/// Every file of the manifest's output: there, of that size, with that hash; and none besides.
+/// Every file of the manifest's output: there, of that size, with that hash; and no shard besides.
 fn files(dir: &Path, manifest: &Manifest, threads: usize, findings: &mut Findings) -> Result<()> {
     let Some(output) = &manifest.output else {
         findings.add("manifest", MANIFEST, format!("was written by {} and names no output", manifest.tool.name));
@@ -127,31 +127,21 @@ fn total_size(checkpoint: &Checkpoint, findings: &mut Findings) -> Result<()> {
 
 /// Every tensor that the config implies is there with its type and shape, and no other.
 fn structure(checkpoint: &Checkpoint, config: &ModelConfig, findings: &mut Findings) -> Result<()> {
-    let mut known: BTreeSet<String> = BTreeSet::new();
     for slot in model::slots(config) {
-        known.insert(slot.name.clone());
         match slot.role {
             Role::Experts(fused, layer) => {
-                known.extend(model::mxfp4_specs(fused, layer, config).map(|s| s.name));
                 says_mxfp4(checkpoint, config, fused, layer, findings);
                 for expert in 0..config.experts {
                     for &(proj, _, _) in fused.parts() {
-                        linear(checkpoint, config, &Linear { proj, layer, expert }, &mut known, findings)?;
+                        linear(checkpoint, config, &Linear { proj, layer, expert }, findings)?;
                     }
                     if findings.0.len() > 1000 {
                         return Ok(());
                     }
                 }
             }
-            Role::Weight(l) => linear(checkpoint, config, &l, &mut known, findings)?,
+            Role::Weight(l) => linear(checkpoint, config, &l, findings)?,
             Role::ExpertBias(fused, layer) => {
-                let experts = 0..config.experts;
-                known.extend(experts.flat_map(|expert| {
-                    fused
-                        .parts()
-                        .iter()
-                        .map(move |&(proj, _, _)| format!("{}.bias", Linear { proj, layer, expert }.module()))
-                }));
                 findings.absorb(containers::expert_biases(checkpoint, config, fused, layer))?;
             }
             Role::Plain => {
@@ -160,7 +150,7 @@ fn structure(checkpoint: &Checkpoint, config: &ModelConfig, findings: &mut Findi
             }
         }
     }
-    for name in checkpoint.names().filter(|n| !known.contains(*n)) {
+    for name in containers::foreign_tensors(checkpoint, config) {
         findings.add("extra", shard_of(checkpoint, name), format!("tensor {name} is no part of this model"));
     }
     Ok(())
@@ -171,16 +161,8 @@ fn shard_of(checkpoint: &Checkpoint, tensor: &str) -> String {
 }
 
 /// One linear layer: opens in some container, and in the one that the config names.
-fn linear(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    linear: &Linear,
-    known: &mut BTreeSet<String>,
-    findings: &mut Findings,
-) -> Result<()> {
+fn linear(checkpoint: &Checkpoint, config: &ModelConfig, linear: &Linear, findings: &mut Findings) -> Result<()> {
     let module = linear.module();
-    let tensors = ["weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"];
-    known.extend(tensors.map(|t| format!("{module}.{t}")));
     findings.absorb(containers::open(checkpoint, config, linear))?;
     let stored = checkpoint.get(&format!("{module}.weight_scale")).is_some();
     let said = findings.absorb(scheme_of(checkpoint, &module))?.flatten().is_some();

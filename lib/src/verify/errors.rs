@@ -32,7 +32,8 @@ impl Family {
 /// `relative` of some sums: the norm of the difference over the norm of the original.
 fn relative(s: &ErrorSums) -> f64 {
     let (error, weight): (f64, f64) = (s.squared_error.iter().sum(), s.squared_weight.iter().sum());
-    if error == 0.0 { 0.0 } else { (error / weight).sqrt() }
+    // Something out of nothing is as wrong as can be, but JSON has no infinity.
+    if error == 0.0 { 0.0 } else { (error / weight).sqrt().min(f64::MAX) }
 }
 
 /// One line a matrix.
@@ -50,12 +51,8 @@ pub fn each(matrices: impl Iterator<Item = (Linear, String, ErrorSums)>) -> Vec<
 /// Sums as a report.
 pub fn summary(s: &ErrorSums, worst: Option<Worst>) -> ErrorReport {
     let error: f64 = s.squared_error.iter().sum();
-    ErrorReport {
-        max: f64::from(s.max_error),
-        rms: (error / s.count.max(1) as f64).sqrt(),
-        relative: relative(s),
-        worst,
-    }
+    let rms = (error / s.count.max(1) as f64).sqrt();
+    ErrorReport { max: f64::from(s.max_error), rms, relative: relative(s), non_finite: s.non_finite, worst }
 }
 
 /// One line a family, from matrices in a fixed order, each with how it is stored.
