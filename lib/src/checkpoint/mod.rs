@@ -1,10 +1,12 @@
 //! Checkpoints on disk: a [`source`] is mapped shards with tensors by name, a [`sink`] writes shards header first and
 //! gives them their final name only when all of them are complete. [`hub`] turns a hub id into a local folder.
 
+pub mod destination;
 pub mod digest;
 pub mod header;
 pub mod hub;
 pub mod journal;
+pub mod layout;
 pub mod sink;
 pub mod source;
 
@@ -14,3 +16,5 @@ pub const INDEX: &str = "model.safetensors.index.json";
 pub const CONFIG: &str = "config.json";
 /// Name under which a manifest lies in the folder that it describes.
 pub const MANIFEST: &str = "gptoss-manifest.json";
+/// Name of the record of finished groups in an unfinished output.
+const JOURNAL: &str = "journal.jsonl";

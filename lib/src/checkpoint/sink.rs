@@ -10,107 +10,16 @@ use std::sync::Mutex;
 
 use memmap2::Mmap;
 use rustix::fs::{CWD, FallocateFlags, FlockOperation, RenameFlags};
-use serde_json::{Value, json};
+use rustix::io::Errno;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::header::{self, TensorSpec};
+use super::destination::{check_occupant, check_room, contents, is_checkpoint_file, partial_path};
 use super::journal::Journal;
-use super::source::is_side_file;
-use super::{CONFIG, INDEX, MANIFEST, digest};
+use super::layout::{Layout, ShardLayout};
+use super::{INDEX, JOURNAL, MANIFEST, digest};
 use crate::error::{Error, Result};
 use crate::manifest::FileRecord;
-
-const JOURNAL: &str = "journal.jsonl";
-
-/// A planned tensor: what it is and the group (layer) whose end completes it.
-#[derive(Debug, Clone)]
-pub struct Planned {
-    /// Name, type, shape.
-    pub spec: TensorSpec,
-    /// Number of the group that writes it.
-    pub group: usize,
-}
-
-/// Where every byte of the output will lie; made from headers alone.
-pub struct Layout {
-    /// Every tensor, in the order given.
-    pub tensors: Vec<Planned>,
-    /// For each tensor: its shard and the offset of its data in the file.
-    places: Vec<(usize, u64)>,
-    shards: Vec<ShardLayout>,
-}
-
-struct ShardLayout {
-    name: String,
-    header: Vec<u8>,
-    len: u64,
-}
-
-impl Layout {
-    /// Fills shards of at most `shard_size` bytes of data (a larger tensor gets its own) in the order of `tensors`.
-    pub fn new(tensors: Vec<Planned>, shard_size: u64) -> Self {
-        let mut members: Vec<Vec<usize>> = vec![Vec::new()];
-        let mut filled = 0u64;
-        for (i, t) in tensors.iter().enumerate() {
-            let len = t.spec.byte_len() as u64;
-            if filled > 0 && filled + len > shard_size {
-                members.push(Vec::new());
-                filled = 0;
-            }
-            filled += len;
-            members.last_mut().expect("never empty").push(i);
-        }
-        let mut places = vec![(0, 0); tensors.len()];
-        let mut shards = Vec::new();
-        for (s, list) in members.iter_mut().enumerate() {
-            // Wide types first: readers view the bytes in place and need each tensor aligned to its own type.
-            list.sort_by_key(|&i| std::cmp::Reverse(tensors[i].spec.dtype.bitsize()));
-            let header = header::encode(&list.iter().map(|&i| &tensors[i].spec).collect::<Vec<_>>());
-            let mut at = header.len() as u64;
-            for &i in list.iter() {
-                places[i] = (s, at);
-                at += tensors[i].spec.byte_len() as u64;
-            }
-            shards.push(ShardLayout { name: String::new(), header, len: at });
-        }
-        let n = shards.len();
-        for (s, shard) in shards.iter_mut().enumerate() {
-            shard.name = format!("model-{:05}-of-{n:05}.safetensors", s + 1);
-        }
-        Self { tensors, places, shards }
-    }
-
-    /// Bytes of all shards, headers included.
-    pub fn total_bytes(&self) -> u64 {
-        self.shards.iter().map(|s| s.len).sum()
-    }
-
-    /// Number of shards.
-    pub fn shard_count(&self) -> usize {
-        self.shards.len()
-    }
-
-    /// A digest of everything that the layout fixes.
-    pub fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
-        for s in &self.shards {
-            hash.update(&s.header);
-        }
-        digest::hex(&hash.finalize())
-    }
-
-    /// The index file's content.
-    fn index(&self) -> Value {
-        let total: u64 = self.tensors.iter().map(|t| t.spec.byte_len() as u64).sum();
-        let map: BTreeMap<&str, &str> = self
-            .tensors
-            .iter()
-            .zip(&self.places)
-            .map(|(t, &(s, _))| (t.spec.name.as_str(), self.shards[s].name.as_str()))
-            .collect();
-        json!({"metadata": {"total_size": total}, "weight_map": map})
-    }
-}
 
 /// A shard that is being filled and, right behind, hashed.
 struct OpenShard {
@@ -187,115 +96,6 @@ pub struct Sink {
     force: bool,
     /// Groups that an earlier run finished, with the results that it noted.
     pub resumed: BTreeMap<usize, Value>,
-}
-
-/// Where an unfinished output for `dst` lies.
-pub fn partial_path(dst: &Path) -> PathBuf {
-    let mut name = dst.file_name().unwrap_or_default().to_os_string();
-    name.push(".partial");
-    dst.with_file_name(name)
-}
-
-/// The nearest folder at or above `path` that exists.
-fn nearest_existing(path: &Path) -> &Path {
-    let mut at = path;
-    while !at.exists() {
-        match at.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => at = parent,
-            _ => return Path::new("."),
-        }
-    }
-    at
-}
-
-/// `path` without links and `..`, as far as it exists; the rest must be plain names.
-fn resolve(path: &Path) -> Result<PathBuf> {
-    let full = std::path::absolute(path).map_err(Error::io("resolve", path))?;
-    if full.is_symlink() && !full.exists() {
-        return Err(Error::Refused(format!("{} is a link to nothing", path.display())));
-    }
-    let existing = nearest_existing(&full);
-    let rest = full.strip_prefix(existing).expect("it was found by going up");
-    if rest.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
-        return Err(Error::Refused(format!("{} goes up from a folder that does not exist", path.display())));
-    }
-    Ok(existing.canonicalize().map_err(Error::io("resolve", existing))?.join(rest))
-}
-
-/// Refuses a destination that cannot be meant: the source itself, a folder above or below it, a mount point, or a folder
-/// with content that `force` does not cover. Writes nothing; gives the path to write, without links.
-pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<PathBuf> {
-    let (source, target) = (resolve(src)?, resolve(dst)?);
-    if dst.file_name().is_none() || target.file_name().is_none() {
-        return Err(Error::Refused(format!("{} cannot be a destination: it has no name of its own", dst.display())));
-    }
-    for written in [&target, &partial_path(&target)] {
-        if source.starts_with(written) || written.starts_with(&source) {
-            let (s, d) = (source.display(), written.display());
-            return Err(Error::Refused(format!(
-                "the destination {d} and the source {s} lie in one another; the source is never written"
-            )));
-        }
-    }
-    check_occupant(&target, force)?;
-    Ok(target)
-}
-
-/// What may stand under the final name: nothing, an empty folder, or with `force` a checkpoint and nothing else.
-fn check_occupant(dst: &Path, force: bool) -> Result<()> {
-    let Ok(meta) = std::fs::metadata(dst) else { return Ok(()) };
-    if !meta.is_dir() {
-        return Err(Error::Refused(format!("{} exists and is no folder", dst.display())));
-    }
-    if dst.parent().and_then(|p| p.metadata().ok()).is_some_and(|p| p.dev() != meta.dev()) {
-        return Err(Error::Refused(format!(
-            "{} is a mount point, which cannot be replaced; give a folder in it",
-            dst.display()
-        )));
-    }
-    let inside = contents(dst)?;
-    if inside.is_empty() {
-        return Ok(());
-    }
-    if !force {
-        return Err(Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display())));
-    }
-    let weights = dst.join(INDEX).exists() || dst.join("model.safetensors").exists();
-    let is_checkpoint = dst.join(MANIFEST).exists() || (dst.join(CONFIG).exists() && weights);
-    if !is_checkpoint {
-        return Err(Error::Refused(format!(
-            "{} holds no checkpoint; --force replaces only a checkpoint",
-            dst.display()
-        )));
-    }
-    match inside.iter().find(|p| !is_checkpoint_file(p)) {
-        Some(other) => Err(Error::Refused(format!(
-            "{} is no file of a checkpoint; --force replaces only a checkpoint, so move it away first",
-            other.display()
-        ))),
-        None => Ok(()),
-    }
-}
-
-/// True for the files that make a checkpoint, ours or one from the hub.
-fn is_checkpoint_file(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let known = [CONFIG, INDEX, MANIFEST, JOURNAL, "README.md", ".gitattributes"].contains(&&*name);
-    path.is_file() && (known || name.ends_with(".safetensors") || is_side_file(&name))
-}
-
-/// Refuses where the output, of `needed` bytes, does not fit.
-pub fn check_room(dst: &Path, needed: u64) -> Result<()> {
-    let dir = nearest_existing(dst);
-    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("ask for the free space of", dir)(e.into()))?;
-    // What an unfinished run has taken is ours already.
-    let partial = contents(&partial_path(dst)).unwrap_or_default();
-    let taken: u64 = partial.iter().filter_map(|p| std::fs::metadata(p).ok()).map(|m| m.blocks() * 512).sum();
-    let available = stat.f_bavail * stat.f_frsize + taken;
-    if needed > available {
-        return Err(Error::NoSpace { dir: dir.to_path_buf(), needed, available });
-    }
-    Ok(())
 }
 
 impl Sink {
@@ -475,12 +275,6 @@ fn take_lock(partial: &Path) -> Result<File> {
     Err(busy())
 }
 
-/// Everything in a folder.
-fn contents(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(dir).map_err(Error::io("list", dir))?;
-    entries.map(|e| e.map(|e| e.path()).map_err(Error::io("list", dir))).collect()
-}
-
 /// A partial folder with something in it that no run of this tool puts there is somebody's own.
 fn refuse_foreign(partial: &Path) -> Result<()> {
     match contents(partial)?.iter().find(|p| !is_checkpoint_file(p)) {
@@ -520,7 +314,7 @@ fn open_shard(partial: &Path, layout: &ShardLayout) -> Result<OpenShard> {
     // Reserving the blocks now turns a full disk into an error before any work is done.
     match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, layout.len) {
         Ok(()) => {}
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
             file.set_len(layout.len).map_err(Error::io("size", &path))?;
         }
         Err(e) => return Err(Error::io("reserve room for", &path)(e.into())),
@@ -543,15 +337,38 @@ fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io("sync", dir))
 }
 
+/// Removes an old checkpoint whose files [`check_occupant`] has looked at.
+fn remove_checkpoint(dir: &Path) -> Result<()> {
+    clear(dir)?;
+    std::fs::remove_dir(dir).map_err(Error::io("remove", dir))
+}
+
+/// Replaces `dst` where two folders cannot be exchanged: for a moment nothing has that name, and if the machine stops
+/// then, the old checkpoint lies under `<dst>.replaced`.
+fn replace_in_steps(partial: &Path, dst: &Path) -> Result<()> {
+    let mut name = dst.file_name().unwrap_or_default().to_os_string();
+    name.push(".replaced");
+    let aside = dst.with_file_name(name);
+    std::fs::rename(dst, &aside).map_err(Error::io("move aside", dst))?;
+    if let Err(e) = std::fs::rename(partial, dst) {
+        // The old one is still whole: it gets its name back.
+        std::fs::rename(&aside, dst).map_err(Error::io("move back", &aside))?;
+        return Err(Error::io("rename the finished output to", dst)(e));
+    }
+    remove_checkpoint(&aside)
+}
+
 /// The one moment at which the output appears. An old checkpoint under that name is exchanged in the same step.
 fn put_in_place(partial: &Path, dst: &Path) -> Result<()> {
     sync_dir(partial)?;
     let occupied = std::fs::read_dir(dst).is_ok_and(|mut d| d.next().is_some());
     if occupied {
-        rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE)
-            .map_err(|e| Error::io("replace", dst)(e.into()))?;
-        clear(partial)?;
-        std::fs::remove_dir(partial).map_err(Error::io("remove", partial))?;
+        match rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE) {
+            Ok(()) => remove_checkpoint(partial)?,
+            // Network file systems have no exchange.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => replace_in_steps(partial, dst)?,
+            Err(e) => return Err(Error::io("replace", dst)(e.into())),
+        }
     } else {
         std::fs::rename(partial, dst).map_err(Error::io("rename the finished output to", dst))?;
     }
@@ -561,6 +378,9 @@ fn put_in_place(partial: &Path, dst: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::CONFIG;
+    use crate::checkpoint::header::TensorSpec;
+    use crate::checkpoint::layout::Planned;
     use safetensors::Dtype;
 
     fn planned(name: &str, dtype: Dtype, n: usize, group: usize) -> Planned {
@@ -584,6 +404,21 @@ mod tests {
         for (t, &(_, at)) in l.tensors.iter().zip(&l.places) {
             assert_eq!(at as usize % (t.spec.dtype.bitsize() / 8), 0, "{}", t.spec.name);
         }
+    }
+
+    #[test]
+    fn without_an_exchange_the_old_checkpoint_is_replaced_or_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (new, dst) = (dir.path().join("new"), dir.path().join("dst"));
+        for (d, text) in [(&new, "new"), (&dst, "old")] {
+            std::fs::create_dir(d).unwrap();
+            std::fs::write(d.join(CONFIG), text).unwrap();
+        }
+        assert!(replace_in_steps(&dir.path().join("nowhere"), &dst).is_err());
+        assert_eq!(std::fs::read_to_string(dst.join(CONFIG)).unwrap(), "old");
+        replace_in_steps(&new, &dst).unwrap();
+        assert_eq!(std::fs::read_to_string(dst.join(CONFIG)).unwrap(), "new");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -5,12 +5,12 @@ use std::ops::Range;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::executor::{self, Unit};
-use super::{
-    GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files, source_notes,
-};
+use super::executor::Unit;
+use super::task::{self, GroupResult, Pipeline, Task};
+use super::{Paths, Resources, copy, seal, side_files, source_notes};
 use crate::checkpoint::header::TensorSpec;
-use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
+use crate::checkpoint::layout::Planned;
+use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::float_of;
 use crate::containers::openai::Experts;
@@ -39,9 +39,7 @@ pub struct Options {
 }
 
 /// A unit of work; `to` is the output tensor's number.
-enum Work<'a> {
-    /// Hash a source shard.
-    Hash(usize),
+pub(super) enum Work<'a> {
     /// Pass a byte range on.
     Copy { to: usize, tensor: TensorRef<'a>, from: Float, range: Range<usize> },
     /// Blocks of one expert through the fast path.
@@ -52,7 +50,7 @@ enum Work<'a> {
 
 /// A worker's buffers.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     out: Vec<u16>,
     scales: ScalesByGroup,
 }
@@ -123,15 +121,6 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// The shard that a unit reads; the general path may read several, and names none.
-    fn shard_of(&self, work: &Work) -> Option<usize> {
-        match work {
-            Work::Copy { tensor, .. } => Some(tensor.shard),
-            Work::Blocks { slot, .. } => self.experts[*slot].as_ref().map(|e| e.blocks.shard),
-            Work::Hash(_) | Work::Rows { .. } => None,
-        }
-    }
-
     fn copies(&mut self, group: usize, to: usize, tensor: TensorRef<'a>, shape: &[usize]) -> Result<()> {
         tensor.expect(&containers::dense::FLOATS, shape)?;
         let from = float_of(&tensor)?;
@@ -167,7 +156,6 @@ impl<'a> Plan<'a> {
     fn refuse_pointless(&self) -> Result<()> {
         let same = |u: &Unit<Work>| match &u.work {
             Work::Copy { from, .. } => *from == self.options.dtype,
-            Work::Hash(_) => true,
             _ => false,
         };
         if self.units.iter().all(same) {
@@ -188,78 +176,23 @@ impl<'a> Plan<'a> {
         general.max().map_or(0, |b| b + rows) + (CHUNK.max(out * BLOCK * 2) + copy::PIECE * 3) as u64
     }
 
-    /// Does it. The manifest's `volatile` part is left to the caller.
+    /// Does it. The manifest's `volatile` part is left to the caller, who is told how many groups were there already.
     pub fn run(mut self, paths: &Paths, resources: &Resources) -> Result<(Manifest, usize)> {
-        let dst = check_destination(&paths.src, &paths.dst, paths.force)?;
-        let workers = resources.workers(self.scratch_bytes())?;
         let job = Job::Dequantize { dtype: self.options.dtype, shard_size: self.options.shard_size };
-        let layout = Layout::new(std::mem::take(&mut self.tensors), self.options.shard_size);
-        let print = fingerprint(&job, &layout.fingerprint(), self.source)?;
-        let sink = Sink::open(&dst, layout, &print, paths.force)?;
-        let mut units = std::mem::take(&mut self.units);
-        units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
-        hash_behind(&mut units, self.source.shards.len(), |work| self.shard_of(work), Work::Hash);
-        super::announce(&sink, resources);
-        resources.progress.start("dequantize", units.iter().map(|u| u.bytes).sum());
-        let hashes = SourceHashes::new(self.source);
-        let (done, failed) = self.work(&units, workers, &sink, resources, &hashes);
-        if let Some(error) = failed {
-            return Err(super::give_up(sink, error, resources));
-        }
-        resources.progress.finish();
-        let resumed = sink.resumed.len();
-        let mut manifest = self.manifest(job, &done, hashes.file_set(self.source)?)?;
+        let task = Task {
+            verb: "dequantize",
+            source: self.source,
+            job: &job,
+            scratch_bytes: self.scratch_bytes(),
+            tensors: std::mem::take(&mut self.tensors),
+            shard_size: self.options.shard_size,
+            units: std::mem::take(&mut self.units),
+        };
+        let done = task::run(&self, task, paths, resources)?;
+        let mut manifest = self.manifest(job, &done.groups, done.source)?;
         let files = side_files(self.source, &self.output_config())?;
-        let mut text = |files: &[_]| Ok(seal(&mut manifest, layout_word(self.options.dtype), files));
-        sink.finish(files, &mut text)?;
-        Ok((manifest, resumed))
-    }
-
-    fn work(
-        &self,
-        units: &[Unit<Work<'a>>],
-        workers: usize,
-        sink: &Sink,
-        resources: &Resources,
-        hashes: &SourceHashes,
-    ) -> (Vec<GroupResult>, Option<Error>) {
-        let closed = std::sync::Mutex::new(std::collections::BTreeMap::<usize, Value>::new());
-        let failed = executor::run(
-            units,
-            workers,
-            sink,
-            &resources.progress,
-            Scratch::default,
-            |work, scratch| self.unit(work, scratch, sink, hashes),
-            |group, counts: Vec<HalfCounts>| {
-                let mut conversion = HalfCounts::default();
-                counts.into_iter().for_each(|c| conversion += c);
-                let result = GroupResult { tensors: Vec::new(), conversion };
-                let value = serde_json::to_value(result).expect("plain data serializes");
-                closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
-                value
-            },
-        )
-        .err();
-        let mut all = sink.resumed.clone();
-        all.extend(closed.into_inner().expect("no thread panics while it holds this"));
-        super::group_results(all, failed)
-    }
-
-    fn unit(&self, work: &Work<'a>, scratch: &mut Scratch, sink: &Sink, hashes: &SourceHashes) -> Result<HalfCounts> {
-        let dtype = self.options.dtype;
-        match work {
-            Work::Hash(shard) => {
-                hashes.compute(self.source, *shard);
-                Ok(HalfCounts::default())
-            }
-            Work::Copy { to, tensor, from, range } => copy::convert(sink, *to, tensor, range, *from, dtype),
-            Work::Blocks { to, slot, expert } => {
-                let experts = self.experts[*slot].as_ref().expect("planned from its blocks");
-                self.fast(*to, experts, *expert, scratch, sink)
-            }
-            Work::Rows { to, slot, expert } => self.general(*to, &self.slots[*slot], *expert, &mut scratch.out, sink),
-        }
+        done.sink.finish(files, |files| Ok(seal(&mut manifest, layout_word(self.options.dtype), files)))?;
+        Ok((manifest, done.resumed))
     }
 
     /// One expert's blocks, a chunk of columns at a time: each is written, and hashed, while it is in the cache.
@@ -401,6 +334,40 @@ impl<'a> Plan<'a> {
             ));
         }
         Ok(manifest)
+    }
+}
+
+impl<'a> Pipeline for Plan<'a> {
+    type Work = Work<'a>;
+    type Scratch = Scratch;
+    type Found = HalfCounts;
+
+    /// The general path may read several shards, and names none.
+    fn shard_of(&self, work: &Work) -> Option<usize> {
+        match work {
+            Work::Copy { tensor, .. } => Some(tensor.shard),
+            Work::Blocks { slot, .. } => self.experts[*slot].as_ref().map(|e| e.blocks.shard),
+            Work::Rows { .. } => None,
+        }
+    }
+
+    fn work(&self, work: &Work<'a>, scratch: &mut Scratch, sink: &Sink) -> Result<HalfCounts> {
+        match work {
+            Work::Copy { to, tensor, from, range } => {
+                copy::convert(sink, *to, tensor, range, *from, self.options.dtype)
+            }
+            Work::Blocks { to, slot, expert } => {
+                let experts = self.experts[*slot].as_ref().expect("planned from its blocks");
+                self.fast(*to, experts, *expert, scratch, sink)
+            }
+            Work::Rows { to, slot, expert } => self.general(*to, &self.slots[*slot], *expert, &mut scratch.out, sink),
+        }
+    }
+
+    fn close(&self, _group: usize, found: Vec<HalfCounts>) -> GroupResult {
+        let mut conversion = HalfCounts::default();
+        found.into_iter().for_each(|c| conversion += c);
+        GroupResult { tensors: Vec::new(), conversion }
     }
 }
 

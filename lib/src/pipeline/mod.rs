@@ -1,5 +1,5 @@
 //! `source -> plan -> for each group of tensors: read, round, pack -> sink`. [`dequant`] and [`quant`] are the two loops;
-//! what they share is here: the crew of workers, progress, memory, pass-through copies.
+//! what they share is [`task`] and the files beside it: workers, progress, memory, pass-through copies.
 
 pub mod copy;
 pub mod dequant;
@@ -7,20 +7,17 @@ pub mod executor;
 pub mod meter;
 pub mod progress;
 pub mod quant;
+mod task;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint::sink::{Sink, to_text};
+use crate::checkpoint::CONFIG;
+use crate::checkpoint::sink::to_text;
 use crate::checkpoint::source::Checkpoint;
-use crate::checkpoint::{CONFIG, INDEX, digest};
 use crate::error::{Error, Result};
-use crate::manifest::{FileRecord, FileSet, Job, Manifest, NUMERICS, TensorReport};
-use crate::ops::dequantize::HalfCounts;
+use crate::manifest::{FileRecord, FileSet, Manifest};
 use progress::Progress;
 
 /// What a run may use. None of it changes a bit of the output.
@@ -57,67 +54,6 @@ pub struct Paths {
     pub force: bool,
 }
 
-/// What a group's units found, in the form that the journal keeps.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(crate) struct GroupResult {
-    pub(crate) tensors: Vec<TensorReport>,
-    pub(crate) conversion: HalfCounts,
-}
-
-/// Hashes of the source's shards, filled in by workers as they come by.
-pub(crate) struct SourceHashes(Vec<OnceLock<String>>);
-
-impl SourceHashes {
-    pub(crate) fn new(source: &Checkpoint) -> Self {
-        Self(source.shards.iter().map(|_| OnceLock::new()).collect())
-    }
-
-    pub(crate) fn compute(&self, source: &Checkpoint, shard: usize) {
-        self.0[shard].get_or_init(|| digest::sha256(source.shards[shard].bytes()));
-    }
-
-    /// Records of every file that was read. A shard that no unit touched is hashed here.
-    pub(crate) fn file_set(&self, source: &Checkpoint) -> Result<FileSet> {
-        let mut files = Vec::new();
-        for (i, shard) in source.shards.iter().enumerate() {
-            self.compute(source, i);
-            let sha256 = self.0[i].get().expect("computed right above").clone();
-            files.push(FileRecord { name: shard.name.clone(), bytes: shard.bytes().len() as u64, sha256 });
-        }
-        let mut small = source.side_files()?;
-        small.push(CONFIG.into());
-        if source.dir.join(INDEX).exists() {
-            small.push(INDEX.into());
-        }
-        for name in small {
-            files.push(digest::record(&source.dir, &name)?);
-        }
-        files.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(FileSet::new(layout_name(source), files))
-    }
-}
-
-/// Puts, behind the last unit that reads each source shard, a unit that hashes it: its pages are in memory then, and
-/// the output, whose hash takes longest, is not kept waiting.
-pub(crate) fn hash_behind<T>(
-    units: &mut Vec<executor::Unit<T>>,
-    shards: usize,
-    reads: impl Fn(&T) -> Option<usize>,
-    hash: impl Fn(usize) -> T,
-) {
-    let mut last = vec![0; shards];
-    for (i, unit) in units.iter().enumerate() {
-        if let Some(shard) = reads(&unit.work) {
-            last[shard] = i + 1;
-        }
-    }
-    let mut order: Vec<(usize, usize)> = last.into_iter().enumerate().map(|(shard, at)| (at, shard)).collect();
-    order.sort_unstable();
-    for (at, shard) in order.into_iter().rev() {
-        units.insert(at, executor::Unit { group: None, bytes: 0, work: hash(shard) });
-    }
-}
-
 /// How a checkpoint stores its weights, in a word.
 pub fn layout_name(checkpoint: &Checkpoint) -> String {
     use safetensors::Dtype;
@@ -146,19 +82,6 @@ pub fn model_name(dir: &Path, config: &crate::model::ModelConfig) -> String {
     config.known_name().map(str::to_owned).or_else(folder).unwrap_or_else(|| "model".into())
 }
 
-/// What makes two runs the same job: version, recipe, planned layout, and the source's files as the system dates them.
-pub(crate) fn fingerprint(job: &Job, layout: &str, source: &Checkpoint) -> Result<String> {
-    use std::os::unix::fs::MetadataExt;
-    let mut files = Vec::new();
-    let small = source.side_files()?.into_iter().chain([CONFIG.to_owned()]).map(|n| source.dir.join(n));
-    for path in source.shards.iter().map(|s| s.path.clone()).chain(small) {
-        let m = std::fs::metadata(&path).map_err(Error::io("stat", &path))?;
-        files.push((path.file_name().map(|n| n.to_string_lossy().into_owned()), m.len(), m.mtime(), m.mtime_nsec()));
-    }
-    let all = serde_json::json!([env!("CARGO_PKG_VERSION"), NUMERICS, job, layout, files]);
-    Ok(digest::sha256(all.to_string().as_bytes()))
-}
-
 /// The small files of the output: the configuration and what travels unchanged.
 pub(crate) fn side_files(
     source: &Checkpoint,
@@ -181,39 +104,6 @@ pub(crate) fn source_notes(source: &Checkpoint, config: &crate::model::ModelConf
         notes.push("the source has no tokenizer, and so has the output".into());
     }
     Ok(notes)
-}
-
-/// Tells that an interrupted run goes on.
-pub(crate) fn announce(sink: &Sink, resources: &Resources) {
-    match sink.resumed.len() {
-        0 => {}
-        n => resources.progress.note(&format!("resuming behind {n} finished groups of an interrupted run")),
-    }
-}
-
-/// After a failure: what could go better next time is kept to resume from, what bad input made is removed.
-pub(crate) fn give_up(sink: Sink, error: Error, resources: &Resources) -> Error {
-    resources.progress.clear();
-    if error.is_transient() {
-        resources
-            .progress
-            .note(&format!("unfinished output stays in {}; the same command resumes", sink.partial().display()));
-        return error;
-    }
-    sink.discard().err().unwrap_or(error)
-}
-
-/// The groups' results, of this run and of those before it.
-pub(crate) fn group_results(all: BTreeMap<usize, Value>, failed: Option<Error>) -> (Vec<GroupResult>, Option<Error>) {
-    let parsed: std::result::Result<Vec<GroupResult>, _> = all.into_values().map(serde_json::from_value).collect();
-    match (parsed, failed) {
-        (Ok(results), failed) => (results, failed),
-        (Err(_), Some(error)) => (Vec::new(), Some(error)),
-        (Err(e), None) => {
-            let reason = format!("holds a result that this version does not read: {e}");
-            (Vec::new(), Some(Error::BadManifest { origin: "the journal of the interrupted run".into(), reason }))
-        }
-    }
 }
 
 /// Completes the manifest with the output's files; the text for the folder.

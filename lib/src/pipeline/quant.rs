@@ -8,13 +8,13 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use super::executor::{self, Unit};
-use super::{
-    GroupResult, Paths, Resources, SourceHashes, copy, fingerprint, hash_behind, seal, side_files, source_notes,
-};
+use super::executor::Unit;
+use super::task::{self, GroupResult, Pipeline, Task};
+use super::{Paths, Resources, copy, seal, side_files, source_notes};
 use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::header::TensorSpec;
-use crate::checkpoint::sink::{Layout, Planned, Sink, check_destination};
+use crate::checkpoint::layout::{Layout, Planned};
+use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
 use crate::containers::dense::{FLOATS, float_of};
@@ -36,9 +36,7 @@ pub const KEPT: &str = "gptoss_kept";
 const ROWS: usize = 256;
 
 /// A unit of work; `to` is the (first) output tensor's number.
-enum Work<'a> {
-    /// Hash a source shard.
-    Hash(usize),
+pub(super) enum Work<'a> {
     /// Pass a byte range on unchanged.
     Copy { to: usize, tensor: TensorRef<'a>, range: Range<usize> },
     /// Round rows of a linear layer.
@@ -204,17 +202,6 @@ impl<'a> Plan<'a> {
                 self.stay(slot, float.config_name());
                 self.copy(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()), &FLOATS)
             }
-        }
-    }
-
-    /// The shard that a unit reads.
-    fn shard_of(&self, work: &Work, source: &Checkpoint) -> Option<usize> {
-        match work {
-            Work::Copy { tensor, .. } | Work::Biases { tensor, .. } => Some(tensor.shard),
-            Work::Quantize { job, .. } | Work::Plain { job, .. } => {
-                source.get(&self.source_tensor(&self.jobs[*job].linear, source)).map(|t| t.shard)
-            }
-            Work::Hash(_) => None,
         }
     }
 
@@ -395,136 +382,33 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Does it. The manifest's `volatile` part is left to the caller.
+    /// Does it. The manifest's `volatile` part is left to the caller, who is told how many groups were there already.
     pub fn run(mut self, paths: &Paths, resources: &Resources) -> Result<(Manifest, usize)> {
         let Some(source) = self.source else {
             return Err(Error::Refused(
                 "there are no weights to quantize, only a config.json; --dry-run plans from that".into(),
             ));
         };
-        let dst = check_destination(&paths.src, &paths.dst, paths.force)?;
-        let workers = resources.workers(self.scratch_bytes())?;
         let job = Job::Quantize { recipe: self.recipe.clone() };
-        let layout = Layout::new(std::mem::take(&mut self.tensors), self.recipe.shard_size);
-        let print = fingerprint(&job, &layout.fingerprint(), source)?;
-        let sink = Sink::open(&dst, layout, &print, paths.force)?;
-        let mut units = std::mem::take(&mut self.units);
-        units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
-        hash_behind(&mut units, source.shards.len(), |work| self.shard_of(work, source), Work::Hash);
-        super::announce(&sink, resources);
-        resources.progress.start("quantize", units.iter().map(|u| u.bytes).sum());
-        let hashes = SourceHashes::new(source);
-        let (groups, failed) = self.work(&units, workers, &sink, resources, &hashes, source);
-        if let Some(error) = failed {
-            return Err(super::give_up(sink, error, resources));
-        }
-        resources.progress.finish();
-        let resumed = sink.resumed.len();
+        let task = Task {
+            verb: "quantize",
+            source,
+            job: &job,
+            scratch_bytes: self.scratch_bytes(),
+            tensors: std::mem::take(&mut self.tensors),
+            shard_size: self.recipe.shard_size,
+            units: std::mem::take(&mut self.units),
+        };
+        let done = task::run(&self, task, paths, resources)?;
         let mut manifest = Manifest::new("gptoss-quant", job);
-        manifest.source = Some(hashes.file_set(source)?);
-        manifest.tensors = groups.into_iter().flat_map(|g| g.tensors).collect();
+        manifest.source = Some(done.source);
+        manifest.tensors = done.groups.into_iter().flat_map(|g| g.tensors).collect();
         manifest.notes = source_notes(source, &self.config)?;
         self.say_what_matters(&mut manifest);
         let files = side_files(source, &self.output_config())?;
         let layout = if self.keeps_mxfp4() { "compressed-tensors+mxfp4" } else { "compressed-tensors" };
-        sink.finish(files, |files| Ok(seal(&mut manifest, layout.into(), files)))?;
-        Ok((manifest, resumed))
-    }
-
-    fn work(
-        &self,
-        units: &[Unit<Work<'a>>],
-        workers: usize,
-        sink: &Sink,
-        resources: &Resources,
-        hashes: &SourceHashes,
-        source: &Checkpoint,
-    ) -> (Vec<GroupResult>, Option<Error>) {
-        let closed = std::sync::Mutex::new(BTreeMap::<usize, Value>::new());
-        let failed = executor::run(
-            units,
-            workers,
-            sink,
-            &resources.progress,
-            Scratch::default,
-            |work, scratch| self.unit(work, scratch, sink, hashes, source),
-            |group, sums: Vec<Option<(usize, ErrorSums)>>| {
-                let value = serde_json::to_value(self.close(group, sums)).expect("plain data serializes");
-                closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
-                value
-            },
-        )
-        .err();
-        let mut all = sink.resumed.clone();
-        all.extend(closed.into_inner().expect("no thread panics while it holds this"));
-        super::group_results(all, failed)
-    }
-
-    /// A group's errors, by family; `sums` come in unit order, so the result is the same for any number of workers.
-    fn close(&self, group: usize, sums: Vec<Option<(usize, ErrorSums)>>) -> GroupResult {
-        let mut jobs: BTreeMap<usize, ErrorSums> = BTreeMap::new();
-        for (job, s) in sums.into_iter().flatten() {
-            jobs.entry(job).or_default().merge(&s);
-        }
-        let measured = jobs.iter().map(|(&job, sums)| (self.jobs[job].linear, stored_as(&self.jobs[job]), *sums));
-        let mut tensors = report(measured);
-        tensors.extend(self.stays.iter().filter(|s| s.0 == group).map(|s| s.1.clone()));
-        tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        GroupResult { tensors, conversion: HalfCounts::default() }
-    }
-
-    fn unit(
-        &self,
-        work: &Work<'a>,
-        scratch: &mut Scratch,
-        sink: &Sink,
-        hashes: &SourceHashes,
-        source: &Checkpoint,
-    ) -> Result<Option<(usize, ErrorSums)>> {
-        match work {
-            Work::Hash(shard) => hashes.compute(source, *shard),
-            Work::Copy { to, tensor, range } => copy::copy(sink, *to, tensor, range)?,
-            Work::Biases { to, tensor, fused } => self.split_biases(*to, tensor, *fused, sink)?,
-            Work::Plain { to, job, rows } => {
-                let job = &self.jobs[*job];
-                let columns = self.read(job, rows, scratch);
-                self.not_finite(job, rows, scratch, source)?;
-                let mut bytes = Vec::with_capacity(scratch.rows.len() * job.float.size());
-                scratch.rows.iter().for_each(|&v| job.float.write(v, &mut bytes));
-                sink.write(*to, rows.start * columns * job.float.size(), &bytes)?;
-            }
-            Work::Quantize { to, job, rows } => {
-                let number = *job;
-                let job = &self.jobs[number];
-                let columns = self.read(job, rows, scratch);
-                let scheme = job.scheme.expect("planned for quantization");
-                let target = Target { format: scheme.weights, group: scheme.group(columns), float: job.float };
-                let sums = rtn(&scratch.rows, columns, target, &mut scratch.codes);
-                // The squares of finite f32 are finite in f64, so the sum tells without another look at the weights.
-                if !sums.squared_weight.iter().sum::<f64>().is_finite() {
-                    self.not_finite(job, rows, scratch, source)?;
-                }
-                if !sums.squared_error.iter().sum::<f64>().is_finite() {
-                    let (module, float) = (job.linear.module(), job.float.config_name());
-                    return Err(self.about(
-                        job,
-                        source,
-                        format!("{module} spans more than {float} can scale; is it damaged?"),
-                    ));
-                }
-                let shape = job.linear.shape(&self.config);
-                scheme.encode(&scratch.codes, rows.start, shape, job.float, &mut scratch.parts);
-                for (i, part) in scratch.parts.iter().enumerate().filter(|(_, p)| !p.is_empty()) {
-                    // Each tensor's rows lie behind one another; only the last unit of a layer is shorter.
-                    let whole = sink.layout().tensors[to + i].spec.byte_len();
-                    let last = rows.start > 0 && rows.end == shape.0;
-                    let offset = if last { whole - part.len() } else { rows.start / ROWS * part.len() };
-                    sink.write(to + i, offset, part)?;
-                }
-                return Ok(Some((number, sums)));
-            }
-        }
-        Ok(None)
+        done.sink.finish(files, |files| Ok(seal(&mut manifest, layout.into(), files)))?;
+        Ok((manifest, done.resumed))
     }
 
     /// Reads rows of a job's weight into the scratch; gives their width.
@@ -537,31 +421,29 @@ impl<'a> Plan<'a> {
     }
 
     /// The error for the first NaN or infinity among rows that were just read, if there is one.
-    fn not_finite(&self, job: &LinearJob, rows: &Range<usize>, scratch: &Scratch, source: &Checkpoint) -> Result<()> {
+    fn not_finite(&self, job: &LinearJob, rows: &Range<usize>, scratch: &Scratch) -> Result<()> {
         let Some(at) = scratch.rows.iter().position(|v| !v.is_finite()) else { return Ok(()) };
         let columns = scratch.rows.len() / rows.len();
         let (row, column) = (rows.start + at / columns, at % columns);
         let module = job.linear.module();
         let reason = format!("{module} holds NaN or infinity at row {row}, column {column}; the checkpoint is damaged");
-        Err(self.about(job, source, reason))
+        Err(self.about(job, reason))
     }
 
     /// An error about the source's tensor that a job reads.
-    fn about(&self, job: &LinearJob, source: &Checkpoint, reason: String) -> Error {
-        match source.get(&self.source_tensor(&job.linear, source)) {
+    fn about(&self, job: &LinearJob, reason: String) -> Error {
+        match self.source_tensor(&job.linear) {
             Some(t) => t.error(reason),
-            None => Error::file(&source.dir, reason),
+            None => Error::Refused(reason),
         }
     }
 
     /// The source's tensor that holds a linear layer's weight.
-    fn source_tensor(&self, linear: &Linear, source: &Checkpoint) -> String {
-        match linear.proj.fused() {
-            Some(fused) => {
-                let blocks = format!("{}_blocks", fused.name(linear.layer));
-                if source.get(&blocks).is_some() { blocks } else { fused.name(linear.layer) }
-            }
-            None => format!("{}.weight", linear.module()),
+    fn source_tensor(&self, linear: &Linear) -> Option<TensorRef<'a>> {
+        let source = self.source?;
+        match linear.proj.fused().map(|f| f.name(linear.layer)) {
+            Some(fused) => source.get(&format!("{fused}_blocks")).or_else(|| source.get(&fused)),
+            None => source.get(&format!("{}.weight", linear.module())),
         }
     }
 
@@ -581,9 +463,79 @@ impl<'a> Plan<'a> {
     }
 }
 
+impl<'a> Pipeline for Plan<'a> {
+    type Work = Work<'a>;
+    type Scratch = Scratch;
+    type Found = Option<(usize, ErrorSums)>;
+
+    fn shard_of(&self, work: &Work) -> Option<usize> {
+        match work {
+            Work::Copy { tensor, .. } | Work::Biases { tensor, .. } => Some(tensor.shard),
+            Work::Quantize { job, .. } | Work::Plain { job, .. } => {
+                self.source_tensor(&self.jobs[*job].linear).map(|t| t.shard)
+            }
+        }
+    }
+
+    fn work(&self, work: &Work<'a>, scratch: &mut Scratch, sink: &Sink) -> Result<Self::Found> {
+        match work {
+            Work::Copy { to, tensor, range } => copy::copy(sink, *to, tensor, range)?,
+            Work::Biases { to, tensor, fused } => self.split_biases(*to, tensor, *fused, sink)?,
+            Work::Plain { to, job, rows } => {
+                let job = &self.jobs[*job];
+                let columns = self.read(job, rows, scratch);
+                self.not_finite(job, rows, scratch)?;
+                let mut bytes = Vec::with_capacity(scratch.rows.len() * job.float.size());
+                scratch.rows.iter().for_each(|&v| job.float.write(v, &mut bytes));
+                sink.write(*to, rows.start * columns * job.float.size(), &bytes)?;
+            }
+            Work::Quantize { to, job, rows } => {
+                let number = *job;
+                let job = &self.jobs[number];
+                let columns = self.read(job, rows, scratch);
+                let scheme = job.scheme.expect("planned for quantization");
+                let target = Target { format: scheme.weights, group: scheme.group(columns), float: job.float };
+                let sums = rtn(&scratch.rows, columns, target, &mut scratch.codes);
+                // The squares of finite f32 are finite in f64, so the sum tells without another look at the weights.
+                if !sums.squared_weight.iter().sum::<f64>().is_finite() {
+                    self.not_finite(job, rows, scratch)?;
+                }
+                if !sums.squared_error.iter().sum::<f64>().is_finite() {
+                    let (module, float) = (job.linear.module(), job.float.config_name());
+                    return Err(self.about(job, format!("{module} spans more than {float} can scale; is it damaged?")));
+                }
+                let shape = job.linear.shape(&self.config);
+                scheme.encode(&scratch.codes, rows.start, shape, job.float, &mut scratch.parts);
+                for (i, part) in scratch.parts.iter().enumerate().filter(|(_, p)| !p.is_empty()) {
+                    // Each tensor's rows lie behind one another; only the last unit of a layer is shorter.
+                    let whole = sink.layout().tensors[to + i].spec.byte_len();
+                    let last = rows.start > 0 && rows.end == shape.0;
+                    let offset = if last { whole - part.len() } else { rows.start / ROWS * part.len() };
+                    sink.write(to + i, offset, part)?;
+                }
+                return Ok(Some((number, sums)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Errors by family; they come in unit order, so the result is the same for any number of workers.
+    fn close(&self, group: usize, found: Vec<Self::Found>) -> GroupResult {
+        let mut jobs: BTreeMap<usize, ErrorSums> = BTreeMap::new();
+        for (job, s) in found.into_iter().flatten() {
+            jobs.entry(job).or_default().merge(&s);
+        }
+        let measured = jobs.iter().map(|(&job, sums)| (self.jobs[job].linear, stored_as(&self.jobs[job]), *sums));
+        let mut tensors = report(measured);
+        tensors.extend(self.stays.iter().filter(|s| s.0 == group).map(|s| s.1.clone()));
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        GroupResult { tensors, conversion: HalfCounts::default() }
+    }
+}
+
 /// A worker's buffers.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     rows: Vec<f32>,
     codes: Codes,
     parts: Vec<Vec<u8>>,

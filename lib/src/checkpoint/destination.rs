@@ -1,0 +1,123 @@
+//! May this folder be written? Everything that can be said before the work.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::source::is_side_file;
+use super::{CONFIG, INDEX, JOURNAL, MANIFEST};
+use crate::error::{Error, Result};
+
+/// Where an unfinished output for `dst` lies.
+pub fn partial_path(dst: &Path) -> PathBuf {
+    let mut name = dst.file_name().unwrap_or_default().to_os_string();
+    name.push(".partial");
+    dst.with_file_name(name)
+}
+
+/// The nearest folder at or above `path` that exists.
+fn nearest_existing(path: &Path) -> &Path {
+    let mut at = path;
+    while !at.exists() {
+        match at.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => at = parent,
+            _ => return Path::new("."),
+        }
+    }
+    at
+}
+
+/// `path` without links and `..`, as far as it exists; the rest must be plain names.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    let full = std::path::absolute(path).map_err(Error::io("resolve", path))?;
+    if full.is_symlink() && !full.exists() {
+        return Err(Error::Refused(format!("{} is a link to nothing", path.display())));
+    }
+    let existing = nearest_existing(&full);
+    let rest = full.strip_prefix(existing).expect("it was found by going up");
+    if rest.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
+        return Err(Error::Refused(format!("{} goes up from a folder that does not exist", path.display())));
+    }
+    Ok(existing.canonicalize().map_err(Error::io("resolve", existing))?.join(rest))
+}
+
+/// Refuses a destination that cannot be meant: the source itself, a folder above or below it, a mount point, or a folder
+/// with content that `force` does not cover. Writes nothing; gives the path to write, without links.
+pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<PathBuf> {
+    let (source, target) = (resolve(src)?, resolve(dst)?);
+    if dst.file_name().is_none() || target.file_name().is_none() {
+        return Err(Error::Refused(format!("{} cannot be a destination: it has no name of its own", dst.display())));
+    }
+    for written in [&target, &partial_path(&target)] {
+        if source.starts_with(written) || written.starts_with(&source) {
+            let (s, d) = (source.display(), written.display());
+            return Err(Error::Refused(format!(
+                "the destination {d} and the source {s} lie in one another; the source is never written"
+            )));
+        }
+    }
+    check_occupant(&target, force)?;
+    Ok(target)
+}
+
+/// What may stand under the final name: nothing, an empty folder, or with `force` a checkpoint and nothing else.
+pub(super) fn check_occupant(dst: &Path, force: bool) -> Result<()> {
+    let Ok(meta) = std::fs::metadata(dst) else { return Ok(()) };
+    if !meta.is_dir() {
+        return Err(Error::Refused(format!("{} exists and is no folder", dst.display())));
+    }
+    if dst.parent().and_then(|p| p.metadata().ok()).is_some_and(|p| p.dev() != meta.dev()) {
+        return Err(Error::Refused(format!(
+            "{} is a mount point, which cannot be replaced; give a folder in it",
+            dst.display()
+        )));
+    }
+    let inside = contents(dst)?;
+    if inside.is_empty() {
+        return Ok(());
+    }
+    if !force {
+        return Err(Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display())));
+    }
+    let weights = dst.join(INDEX).exists() || dst.join("model.safetensors").exists();
+    let is_checkpoint = dst.join(MANIFEST).exists() || (dst.join(CONFIG).exists() && weights);
+    if !is_checkpoint {
+        return Err(Error::Refused(format!(
+            "{} holds no checkpoint; --force replaces only a checkpoint",
+            dst.display()
+        )));
+    }
+    match inside.iter().find(|p| !is_checkpoint_file(p)) {
+        Some(other) => Err(Error::Refused(format!(
+            "{} is no file of a checkpoint; --force replaces only a checkpoint, so move it away first",
+            other.display()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// True for the files that make a checkpoint, ours or one from the hub.
+pub(super) fn is_checkpoint_file(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let known = [CONFIG, INDEX, MANIFEST, JOURNAL, "README.md", ".gitattributes"].contains(&&*name);
+    path.is_file() && (known || name.ends_with(".safetensors") || is_side_file(&name))
+}
+
+/// Refuses where the output, of `needed` bytes, does not fit.
+pub fn check_room(dst: &Path, needed: u64) -> Result<()> {
+    let dir = nearest_existing(dst);
+    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("ask for the free space of", dir)(e.into()))?;
+    // What an unfinished run has taken is ours already.
+    let partial = contents(&partial_path(dst)).unwrap_or_default();
+    let taken: u64 = partial.iter().filter_map(|p| std::fs::metadata(p).ok()).map(|m| m.blocks() * 512).sum();
+    let available = stat.f_bavail * stat.f_frsize + taken;
+    if needed > available {
+        return Err(Error::NoSpace { dir: dir.to_path_buf(), needed, available });
+    }
+    Ok(())
+}
+
+/// Everything in a folder.
+pub(super) fn contents(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(dir).map_err(Error::io("list", dir))?;
+    entries.map(|e| e.map(|e| e.path()).map_err(Error::io("list", dir))).collect()
+}
