@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use memmap2::Mmap;
 use rustix::fs::{CWD, FallocateFlags, FlockOperation, RenameFlags};
 use rustix::io::Errno;
+use rustix::mm::Advice;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -52,16 +53,15 @@ impl OpenShard {
         ranges.get(&0).copied().unwrap_or(0)
     }
 
-    /// Has the pages of a range mapped by the thread that wrote them, so that the one that hashes, which is the slowest
-    /// link, does not stop at each. Only a hint: older kernels do not know it.
-    fn populate(&self, at: u64, len: usize) {
+    /// Tells the system about the map's pages in a range. Only a hint: older kernels do not know all of them.
+    fn advise(&self, at: u64, len: usize, advice: Advice) {
         const PAGE: usize = 4096;
         let start = at as usize / PAGE * PAGE;
         let end = (at as usize + len).min(self.map.len());
-        // SAFETY: the range lies inside the map, which is only read.
+        // SAFETY: the range lies inside the map of a shared file: pages that go out of the map come back from the file.
         let _ = unsafe {
             let from = self.map.as_ptr().add(start).cast_mut().cast();
-            rustix::mm::madvise(from, end - start, rustix::mm::Advice::LinuxPopulateRead)
+            rustix::mm::madvise(from, end - start, advice)
         };
     }
 
@@ -75,6 +75,7 @@ impl OpenShard {
             }
             let bytes = &self.map[state.at as usize..ready as usize];
             state.hasher.update(bytes);
+            self.advise(state.at, bytes.len(), Advice::LinuxDontNeed);
             state.at = ready;
         }
     }
@@ -169,7 +170,9 @@ impl Sink {
         let shard = &self.shards[s];
         let at = at + offset as u64;
         shard.file.write_all_at(bytes, at).map_err(Error::io("write", &shard.path))?;
-        shard.populate(at, bytes.len());
+        // Mapped by the thread that wrote them, so that the one that hashes, the slowest link, does not stop at each
+        // page; it lets them go behind itself, so that the output does not count as this process's memory.
+        shard.advise(at, bytes.len(), Advice::LinuxPopulateRead);
         shard.mark(at, at + bytes.len() as u64);
         Ok(())
     }
