@@ -230,6 +230,20 @@ fn what_a_kill_around_the_last_rename_leaves_does_not_get_into_the_output() {
     go(&dst).manifest();
     assert_same(&fresh, &dst);
     assert!(!partial.exists());
+    // Just before the rename: the finished output, without its journal. No --force is needed.
+    let (again, beside) = (dir.path().join("again"), dir.path().join("again.partial"));
+    support::copy_folder(&fresh, &beside);
+    let plain = || run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&again));
+    plain().manifest();
+    assert_same(&fresh, &again);
+    // A checkpoint of somebody's that happens to have that name stays.
+    std::fs::remove_dir_all(&again).unwrap();
+    support::copy_folder(&fresh, &beside);
+    std::fs::remove_file(beside.join("gptoss-manifest.json")).unwrap();
+    let before = files(&beside);
+    let ran = plain();
+    assert!(ran.code == 2 && ran.err.contains("not this run's unfinished output"), "{}", ran.err);
+    assert_eq!(before, files(&beside));
     // A folder of that name with something else in it is not ours to empty.
     std::fs::create_dir(&partial).unwrap();
     std::fs::write(partial.join("diary.txt"), "mine").unwrap();

@@ -39,7 +39,7 @@ struct Args {
     /// Most data in one shard
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
     shard_size: u64,
-    /// Replace a checkpoint that stands at DST
+    /// Replace a checkpoint that stands at DST, and whatever unfinished output lies beside it
     #[arg(long)]
     force: bool,
     /// Where the work is done. Dequantization is bound by the disk, so all three stream through the processor and write

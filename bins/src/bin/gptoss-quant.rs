@@ -42,7 +42,7 @@ struct Args {
     /// Plan, check everything, print the plan, write nothing
     #[arg(long)]
     dry_run: bool,
-    /// Replace a checkpoint that stands at the output folder
+    /// Replace a checkpoint that stands at the output folder, and whatever unfinished output lies beside it
     #[arg(long)]
     force: bool,
     /// Most data in one shard

@@ -38,7 +38,8 @@ struct HashState {
 }
 
 impl OpenShard {
-    fn mark(&self, mut start: u64, mut end: u64) -> u64 {
+    /// Notes that a range holds its final bytes.
+    fn mark(&self, mut start: u64, mut end: u64) {
         let mut ranges = self.written.lock().expect("no writer panics while it holds this");
         if let Some((&s, &e)) = ranges.range(..=start).next_back()
             && e >= start
@@ -50,7 +51,6 @@ impl OpenShard {
             end = e;
         }
         ranges.insert(start, end);
-        ranges.get(&0).copied().unwrap_or(0)
     }
 
     /// Tells the system about the map's pages in a range. Only a hint: older kernels do not know all of them.
@@ -110,8 +110,7 @@ impl Sink {
         refuse_foreign(&partial)?;
         let path = partial.join(JOURNAL);
         if !path.exists() {
-            // Left in the last moments of a run: just before its rename, or, with the old checkpoint in it, just after.
-            clear(&partial)?;
+            clear_leftovers(&partial, &layout, force)?;
         }
         let (mut journal, mut done) = match Journal::open(&path, fingerprint)? {
             Some(found) => found,
@@ -288,6 +287,19 @@ fn refuse_foreign(partial: &Path) -> Result<()> {
         ))),
         None => Ok(()),
     }
+}
+
+/// A partial folder without a journal was left in the last moments of a run: just before its rename, when it is this very
+/// output, or just after an exchange under `force`, with the old checkpoint in it. Any other checkpoint is somebody's.
+fn clear_leftovers(partial: &Path, layout: &Layout, force: bool) -> Result<()> {
+    let this_output = || partial.join(MANIFEST).exists() && layout.shards.iter().all(|s| is_intact(partial, s));
+    if force || contents(partial)?.is_empty() || this_output() {
+        return clear(partial);
+    }
+    Err(Error::Refused(format!(
+        "{} holds a checkpoint that is not this run's unfinished output; move it away, or give --force to replace it",
+        partial.display()
+    )))
 }
 
 /// Empties a partial folder that [`refuse_foreign`] has looked at.
