@@ -6,6 +6,7 @@
 pub mod algorithms;
 pub mod checkpoint;
 pub mod containers;
+pub mod device;
 pub mod error;
 pub mod formats;
 pub mod manifest;

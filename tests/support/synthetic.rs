@@ -1,4 +1,5 @@
-//! A gpt-oss of any size with random weights, in OpenAI's MXFP4 layout: for benchmarks, kills and hostile changes.
+//! A gpt-oss of any size with random weights: for benchmarks, kills, hostile changes, and the forward.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -22,21 +23,30 @@ pub fn config(changes: &[(&str, usize)]) -> Map<String, Value> {
     config
 }
 
-/// Writes the checkpoint: one shard, an index, `config.json`. The bytes depend on `config` alone.
+/// Writes the checkpoint in OpenAI's MXFP4 layout. The bytes depend on `config` alone.
 pub fn write(dir: &Path, config: &Map<String, Value>) {
+    write_with(dir, config, true, 0x9e37_79b9_7f4a_7c15);
+}
+
+/// Writes the checkpoint in BF16, experts transposed as transformers loads them.
+pub fn write_dense(dir: &Path, config: &Map<String, Value>, seed: u64) {
+    write_with(dir, config, false, seed | 1);
+}
+
+/// One shard, an index, `config.json`.
+fn write_with(dir: &Path, config: &Map<String, Value>, mxfp4: bool, mut seed: u64) {
     std::fs::create_dir_all(dir).expect("the folder can be made");
     let shapes = ModelConfig::parse(dir, config).expect("the config is a gpt-oss");
     let mut specs = Vec::new();
     for slot in slots(&shapes) {
         match slot.role {
-            Role::Experts(fused, layer) => specs.extend(mxfp4_specs(fused, layer, &shapes)),
+            Role::Experts(fused, layer) if mxfp4 => specs.extend(mxfp4_specs(fused, layer, &shapes)),
             _ => specs.push(TensorSpec::new(slot.name, Dtype::BF16, slot.shape)),
         }
     }
     let shard = "model-00000-of-00001.safetensors";
     let mut file = BufWriter::with_capacity(1 << 20, File::create(dir.join(shard)).expect("the shard can be made"));
     file.write_all(&encode(&specs.iter().collect::<Vec<_>>())).expect("there is room");
-    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
     for spec in &specs {
         fill(&mut file, spec, &mut seed);
     }

@@ -10,6 +10,7 @@ use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::model::{Linear, ModelConfig};
+use crate::ops::decode;
 
 /// The types that dense weights come in.
 pub const FLOATS: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
@@ -18,6 +19,14 @@ pub const FLOATS: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 pub fn float_of(tensor: &TensorRef) -> Result<Float> {
     let dtype = tensor.info.dtype;
     Float::of(dtype).ok_or_else(|| tensor.error(format!("has type {dtype}, wanted BF16, F16 or F32")))
+}
+
+/// The values of a plain tensor of this shape.
+pub fn read(tensor: &TensorRef, shape: &[usize]) -> Result<Vec<f32>> {
+    tensor.expect(&FLOATS, shape)?;
+    let mut values = vec![0f32; shape.iter().product()];
+    float_of(tensor)?.read(tensor.bytes, &mut values);
+    Ok(values)
 }
 
 struct RowMajor<'a> {
@@ -65,9 +74,12 @@ impl Rows for RowMajor<'_> {
         self.float
     }
 
-    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
-        let row = self.shape.1 * self.float.size();
-        self.float.read(&self.bytes[rows.start * row..rows.end * row], out);
+    fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let (width, size) = (self.shape.1, self.float.size());
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
+            let at = row * width;
+            decode::floats(self.float, &self.bytes[(at + columns.start) * size..(at + columns.end) * size], out);
+        }
     }
 }
 
@@ -80,8 +92,8 @@ impl Rows for Transposed<'_> {
         self.float
     }
 
-    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
-        let (inp, size, n) = (self.shape.1, self.float.size(), rows.len());
+    fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let (first, inp, size, n) = (columns.start, columns.len(), self.float.size(), rows.len());
         if n == 0 {
             return;
         }
@@ -90,8 +102,8 @@ impl Rows for Transposed<'_> {
         let mut strip = vec![0f32; span];
         for start in (0..inp).step_by(32) {
             for i in start..inp.min(start + 32) {
-                let at = (i * self.stride + self.first + rows.start * self.step) * size;
-                self.float.read(&self.bytes[at..at + span * size], &mut strip);
+                let at = ((first + i) * self.stride + self.first + rows.start * self.step) * size;
+                decode::floats(self.float, &self.bytes[at..at + span * size], &mut strip);
                 for (o, &v) in strip.iter().step_by(self.step).enumerate() {
                     out[o * inp + i] = v;
                 }

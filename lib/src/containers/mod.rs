@@ -10,17 +10,34 @@ use std::ops::Range;
 
 use crate::checkpoint::source::Checkpoint;
 use crate::error::{Error, Result};
+use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::model::{self, Fused, Linear, ModelConfig, Role};
 
-/// The weight of one linear layer, read row by row as values.
-pub trait Rows: Sync {
+/// Where a range of columns may begin.
+pub const COLUMNS: usize = 256;
+
+/// The weight of one linear layer, read block by block as values.
+pub trait Rows: Send + Sync {
     /// (out_features, in_features).
     fn shape(&self) -> (usize, usize);
     /// The type whose rounding the values have: arithmetic on them rounds to it.
     fn float(&self) -> Float;
-    /// Rows `rows` into `out`, f32 [rows, in_features].
-    fn read(&self, rows: Range<usize>, out: &mut [f32]);
+    /// What the scheme does to the layer's inputs.
+    fn inputs(&self) -> Activations {
+        Activations::Float
+    }
+    /// The values at `rows` and `columns` into `out`, f32 [rows, columns]. `columns` begins at a multiple of
+    /// [`COLUMNS`] and ends at one or with the row, so that no block that shares a byte is cut.
+    fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]);
+    /// The whole weight [out_features, in_features] where it lies in memory as f32.
+    fn values(&self) -> Option<&[f32]> {
+        None
+    }
+    /// Whole rows into `out`, f32 [rows, in_features].
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        self.read(rows, 0..self.shape().1, out);
+    }
 }
 
 /// A weight of a checkpoint.

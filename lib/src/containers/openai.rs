@@ -80,10 +80,10 @@ impl Rows for ExpertRows<'_> {
         Float::Bf16
     }
 
-    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
-        let groups = self.blocks.groups;
-        for (row, out) in rows.zip(out.chunks_exact_mut(groups * BLOCK)) {
-            let at = (self.first + row * self.step) * groups;
+    fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let groups = columns.len() / BLOCK;
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
+            let at = (self.first + row * self.step) * self.blocks.groups + columns.start / BLOCK;
             let codes = &self.blocks.codes[at * BLOCK_BYTES..][..groups * BLOCK_BYTES];
             decode::decode_row(codes, &self.blocks.scales[at..][..groups], out);
         }

@@ -77,6 +77,7 @@ impl Float {
     ///
     /// # Panics
     /// Where `bytes` is not exactly as long as `out` needs: callers slice by element counts.
+    #[inline(always)]
     pub fn read(self, bytes: &[u8], out: &mut [f32]) {
         assert_eq!(bytes.len(), out.len() * self.size(), "the caller slices whole numbers");
         match self {
@@ -110,6 +111,7 @@ impl Float {
     }
 }
 
+#[inline(always)]
 fn zip2<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
     for (o, b) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *o = convert(*b);

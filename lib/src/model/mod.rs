@@ -1,11 +1,19 @@
-//! What a gpt-oss is: its configuration, its tensors, its linear layers. The only place that knows the architecture.
+//! What a gpt-oss is: its configuration, its tensors, its linear layers, its forward pass. The only place that knows the
+//! architecture.
 //!
 //! Dimension letters: L layers, E experts, H hidden_size, I intermediate_size, A heads x head_dim, B key/value heads x
 //! head_dim, V vocab_size.
 
 mod config;
+pub mod forward;
+pub mod reference;
+pub mod rope;
+mod settings;
+mod weights;
 
 pub use config::ModelConfig;
+pub use settings::Settings;
+pub use weights::{Head, Layer, Model};
 
 use crate::checkpoint::header::TensorSpec;
 use safetensors::Dtype;

@@ -1,6 +1,40 @@
-//! One row of MXFP4 -> f32, in place: what the quantizer and comparisons read. [`mxfp4::decode_row`] is the reference.
+//! Stored numbers -> f32, in place: what the quantizer, comparisons and the forward read. The references are
+//! [`mxfp4::decode_row`], [`Float::read`] and [`int::dequantize`].
 
+use crate::formats::float::Float;
+use crate::formats::int::{self, IntParams};
 use crate::formats::mxfp4;
+use crate::ops::for_this_cpu;
+
+for_this_cpu! {
+    /// Reads `out.len()` little-endian numbers of type `float` from `bytes`.
+    pub fn floats(float: Float, bytes: &[u8], out: &mut [f32]) = floats_body
+}
+
+for_this_cpu! {
+    /// The values of `codes` that share the parameters `p`.
+    pub fn integers(codes: &[i8], p: IntParams, float: Float, out: &mut [f32]) = integers_body
+}
+
+#[inline(always)]
+fn floats_body(float: Float, bytes: &[u8], out: &mut [f32]) {
+    float.read(bytes, out);
+}
+
+#[inline(always)]
+fn integers_body(codes: &[i8], p: IntParams, float: Float, out: &mut [f32]) {
+    // The type is a constant in each arm, so that the loop vectorizes.
+    let mut all = |float: Float| {
+        for (o, &c) in out.iter_mut().zip(codes) {
+            *o = int::dequantize(c, p, float);
+        }
+    };
+    match float {
+        Float::Bf16 => all(Float::Bf16),
+        Float::F16 => all(Float::F16),
+        Float::F32 => all(Float::F32),
+    }
+}
 
 /// Decodes `codes` [in/2] under `scales` [in/32] into `out` [in].
 pub fn decode_row(codes: &[u8], scales: &[u8], out: &mut [f32]) {

@@ -1,31 +1,10 @@
 //! The loops of rounding a group of weights to integers, and of measuring the error. One body, compiled for the baseline
-//! processor and for AVX2; there is no fused multiply-add in it, so both give the same bits.
+//! processor and for AVX2, with the same bits.
 
 use crate::algorithms::rtn::{ErrorSums, LANES};
 use crate::formats::float::Float;
 use crate::formats::int::{IntFormat, IntParams};
-
-/// Compiles `$body` twice and picks the version for this processor.
-macro_rules! for_this_cpu {
-    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
-        $(#[$doc])*
-        #[inline]
-        pub fn $name($($arg: $ty),*) $(-> $ret)? {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx2")]
-                fn fast($($arg: $ty),*) $(-> $ret)? {
-                    $body($($arg),*)
-                }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: AVX2 is there.
-                    return unsafe { fast($($arg),*) };
-                }
-            }
-            $body($($arg),*)
-        }
-    };
-}
+use crate::ops::for_this_cpu;
 
 for_this_cpu! {
     /// Least and greatest of `w`, 0 for an empty slice.

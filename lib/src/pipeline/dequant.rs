@@ -392,7 +392,7 @@ fn for_rows(weight: &Weight, mut each: impl FnMut(usize, &[f32])) {
     let mut rows = vec![0f32; ROWS * inp];
     for start in (0..out).step_by(ROWS) {
         let end = out.min(start + ROWS);
-        weight.read(start..end, &mut rows[..(end - start) * inp]);
+        weight.read_rows(start..end, &mut rows[..(end - start) * inp]);
         rows.chunks_exact(inp).take(end - start).enumerate().for_each(|(i, row)| each(start + i, row));
     }
 }

@@ -416,7 +416,7 @@ impl<'a> Plan<'a> {
         let weight = job.weight.as_ref().expect("weights are there in a run");
         let columns = weight.shape().1;
         scratch.rows.resize(rows.len() * columns, 0.0);
-        weight.read(rows.clone(), &mut scratch.rows);
+        weight.read_rows(rows.clone(), &mut scratch.rows);
         columns
     }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::algorithms::rtn::ErrorSums;
-use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::checkpoint::source::Checkpoint;
 use crate::containers::{self, dense};
 use crate::error::{Error, Result};
 use crate::manifest::{ErrorReport, TensorReport};
@@ -133,13 +133,13 @@ impl Pair {
                 for start in (0..out).step_by(ROWS) {
                     let rows = start..out.min(start + ROWS);
                     let n = rows.len() * inp;
-                    a.read(rows.clone(), &mut x[..n]);
-                    b.read(rows, &mut y[..n]);
+                    a.read_rows(rows.clone(), &mut x[..n]);
+                    b.read_rows(rows, &mut y[..n]);
                     measure(&mut y[..n], &mut x[..n], &mut sums);
                 }
             }
             Self::Plain(name, shape) => {
-                let (mut x, mut y) = (read(&a.tensor(name)?, shape)?, read(&b.tensor(name)?, shape)?);
+                let (mut x, mut y) = (dense::read(&a.tensor(name)?, shape)?, dense::read(&b.tensor(name)?, shape)?);
                 measure(&mut y, &mut x, &mut sums);
             }
             Self::Biases(fused, layer) => {
@@ -162,11 +162,4 @@ fn measure(values: &mut [f32], reference: &mut [f32], sums: &mut ErrorSums) {
         }
     }
     round::measure(values, reference, sums);
-}
-
-fn read(tensor: &TensorRef, shape: &[usize]) -> Result<Vec<f32>> {
-    tensor.expect(&dense::FLOATS, shape)?;
-    let mut values = vec![0f32; shape.iter().product()];
-    dense::float_of(tensor)?.read(tensor.bytes, &mut values);
-    Ok(values)
 }

@@ -63,6 +63,11 @@ pub fn encode(schemes: &[(Proj, Scheme)], ignore: &[String]) -> Value {
                 Activations::DynamicTokenInt8 => {
                     arguments(IntFormat { num_bits: 8, symmetric: true }, "token", None, true)
                 }
+                Activations::DynamicTokenFp8 => {
+                    let mut inputs = arguments(IntFormat { num_bits: 8, symmetric: true }, "token", None, true);
+                    inputs["type"] = "float".into();
+                    inputs
+                }
             };
             let group = json!({
                 "targets": projs.iter().map(|&p| target(p)).collect::<Vec<_>>(),
@@ -152,6 +157,9 @@ fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
         Value::Null => Activations::Float,
         a if a["type"] == "int" && a["num_bits"] == 8 && a["dynamic"] == true && a["strategy"] == "token" => {
             Activations::DynamicTokenInt8
+        }
+        a if a["type"] == "float" && a["num_bits"] == 8 && a["dynamic"] == true && a["strategy"] == "token" => {
+            Activations::DynamicTokenFp8
         }
         a => return Err(format!("input_activations {a} are not read by this version")),
     };

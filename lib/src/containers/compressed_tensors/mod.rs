@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::header::TensorSpec;
+pub use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::formats::int::IntFormat;
 
@@ -23,16 +24,6 @@ pub enum Strategy {
     Group(usize),
     /// The whole row shares one.
     Channel,
-}
-
-/// What happens to the inputs of a linear layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Activations {
-    /// They stay 16-bit floats.
-    Float,
-    /// The runtime rounds each token to int8 with a scale of its own.
-    DynamicTokenInt8,
 }
 
 /// The container's formats that this version writes.
@@ -63,7 +54,7 @@ impl Scheme {
     pub fn format(&self) -> Format {
         match self.activations {
             Activations::Float => Format::Packed,
-            Activations::DynamicTokenInt8 => Format::Int,
+            Activations::DynamicTokenInt8 | Activations::DynamicTokenFp8 => Format::Int,
         }
     }
 
@@ -185,6 +176,21 @@ fn pack_bits(codes: impl Iterator<Item = i8>, bits: u32, out: &mut [u8]) {
     }
 }
 
+/// Codes `first`, `first + 1` ... of a packed row.
+pub fn unpack_range(packed: &[u8], first: usize, bits: u32, codes: &mut [i8]) {
+    match bits {
+        8 => codes.iter_mut().zip(&packed[first..]).for_each(|(c, &b)| *c = (b ^ 0x80) as i8),
+        // Ranges begin at a multiple of 32 or of a group size; an odd group size takes the general way.
+        4 if first.is_multiple_of(2) => {
+            for (pair, &b) in codes.chunks_mut(2).zip(&packed[first / 2..]) {
+                let two = [(b & 15) as i8 - 8, (b >> 4) as i8 - 8];
+                pair.copy_from_slice(&two[..pair.len()]);
+            }
+        }
+        _ => codes.iter_mut().enumerate().for_each(|(i, c)| *c = unpack(packed, first + i, bits)),
+    }
+}
+
 /// Code number `i` of a packed row.
 pub fn unpack(packed: &[u8], i: usize, bits: u32) -> i8 {
     let bit = i * bits as usize;
@@ -217,6 +223,9 @@ mod tests {
             for (i, &code) in codes.iter().enumerate() {
                 let (r, c) = (i / columns, i % columns);
                 prop_assert_eq!(unpack(&by_row[r * words..][..words], c, bits), code);
+                let mut rest = vec![0i8; columns - c];
+                unpack_range(&by_row[r * words..][..words], c, bits, &mut rest);
+                prop_assert_eq!(&rest, &codes[i..(r + 1) * columns]);
                 let column: Vec<u8> = by_column.chunks_exact(4).skip(c).step_by(columns).flatten().copied().collect();
                 prop_assert_eq!(unpack(&column, r, bits), code);
             }

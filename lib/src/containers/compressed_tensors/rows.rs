@@ -4,14 +4,16 @@ use std::ops::Range;
 
 use safetensors::Dtype;
 
-use super::{Format, Scheme, config, unpack};
+use super::{Format, Scheme, config, unpack_range};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::{FLOATS, float_of};
-use crate::containers::{Rows, Weight};
+use crate::containers::{COLUMNS, Rows, Weight};
 use crate::error::Result;
+use crate::formats::activations::Activations;
 use crate::formats::float::Float;
-use crate::formats::int::{self, IntParams};
+use crate::formats::int::IntParams;
 use crate::model::{Linear, ModelConfig};
+use crate::ops::decode;
 
 struct Quantized<'a> {
     scheme: Scheme,
@@ -96,24 +98,29 @@ impl Rows for Quantized<'_> {
         self.float
     }
 
-    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
-        let columns = self.shape.1;
-        let group = self.scheme.group(columns);
-        let groups = columns / group;
+    fn inputs(&self) -> Activations {
+        self.scheme.activations
+    }
+
+    fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let group = self.scheme.group(self.shape.1);
+        let groups = self.shape.1 / group;
         let row_bytes = self.codes.len() / self.shape.0;
-        let bits = u32::from(self.scheme.weights.num_bits);
-        for (row, out) in rows.zip(out.chunks_exact_mut(columns)) {
+        let mut unpacked = [0i8; COLUMNS];
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
             let codes = &self.codes[row * row_bytes..][..row_bytes];
-            for (g, out) in out.chunks_exact_mut(group).enumerate() {
-                let p = self.params(row, g, groups);
-                for (i, o) in out.iter_mut().enumerate() {
-                    let k = g * group + i;
-                    let code = match self.scheme.format() {
-                        Format::Int => codes[k] as i8,
-                        Format::Packed => unpack(codes, k, bits),
-                    };
-                    *o = int::dequantize(code, p, self.float);
+            let mut at = columns.start;
+            // Pieces that lie in one group: a range of columns may begin and end inside one.
+            while at < columns.end {
+                let end = columns.end.min((at / group + 1) * group).min(at + COLUMNS);
+                let piece = &mut unpacked[..end - at];
+                match self.scheme.format() {
+                    Format::Int => piece.iter_mut().zip(&codes[at..end]).for_each(|(c, &b)| *c = b as i8),
+                    Format::Packed => unpack_range(codes, at, u32::from(self.scheme.weights.num_bits), piece),
                 }
+                let p = self.params(row, at / group, groups);
+                decode::integers(piece, p, self.float, &mut out[at - columns.start..end - columns.start]);
+                at = end;
             }
         }
     }

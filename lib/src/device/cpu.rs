@@ -1,0 +1,298 @@
+//! The operations on this processor: threads over outputs, each with one owner and a fixed order of its sums.
+
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::{Attention, Device, Experts, Heads, Moments, Observer};
+use crate::containers::Weight;
+use crate::error::{Error, Result};
+use crate::formats::activations::Activations;
+use crate::model::Proj;
+use crate::ops::attention::{Head, attend};
+use crate::ops::compare::{RowFigures, figures};
+use crate::ops::matmul::{Packed, matmul};
+use crate::ops::{elementwise, moments, route};
+
+/// Multiply-adds that are worth waking a thread for.
+const GRAIN: usize = 1 << 15;
+
+/// This processor.
+pub struct Cpu {
+    pool: ThreadPool,
+}
+
+/// A matrix in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor {
+    columns: usize,
+    values: Vec<f32>,
+}
+
+/// A linear layer whose weight stays where its checkpoint is mapped.
+pub struct Matrix<'w> {
+    weight: Weight<'w>,
+    bias: Option<Vec<f32>>,
+}
+
+/// Keys and values, a growing array a head.
+pub struct Cache {
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+    /// Position of the first row that is kept.
+    first: usize,
+    /// Position of the next row.
+    next: usize,
+}
+
+/// Experts and weights of each row, `k` a row, experts ascending.
+pub struct Routes {
+    k: usize,
+    experts: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl Cpu {
+    /// With this many threads. It changes no bit.
+    pub fn new(threads: usize) -> Result<Self> {
+        let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gptoss-{i}")).build();
+        Ok(Self { pool: pool.map_err(|e| Error::Refused(format!("cannot start {threads} threads: {e}")))? })
+    }
+
+    /// Runs `f` on the pool's threads, which saves each operation inside it the way there.
+    pub fn enter<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(f)
+    }
+}
+
+impl Tensor {
+    fn new(rows: usize, columns: usize) -> Self {
+        Self { columns, values: vec![0.0; rows * columns] }
+    }
+
+    fn rows(&self) -> usize {
+        self.values.len() / self.columns
+    }
+
+    fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.columns..][..self.columns]
+    }
+
+    /// `f` on each row and its number, by several threads where there is enough to do.
+    fn each_row(&mut self, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let grain = (GRAIN / self.columns).max(1);
+        if self.rows() <= grain {
+            self.values.chunks_exact_mut(self.columns).enumerate().for_each(|(i, row)| f(i, row));
+        } else {
+            let rows = self.values.par_chunks_exact_mut(self.columns).with_min_len(grain);
+            rows.enumerate().for_each(|(i, row)| f(i, row));
+        }
+    }
+}
+
+impl Cache {
+    /// Appends one row of keys and values [kv_heads * head_dim].
+    fn push(&mut self, key: &[f32], value: &[f32], head_dim: usize) {
+        let append = |heads: &mut Vec<Vec<f32>>, row: &[f32]| {
+            heads.iter_mut().zip(row.chunks_exact(head_dim)).for_each(|(h, part)| h.extend_from_slice(part));
+        };
+        append(&mut self.keys, key);
+        append(&mut self.values, value);
+        self.next += 1;
+    }
+
+    /// Forgets what lies outside the window of every later row, now and then.
+    fn trim(&mut self, window: usize, head_dim: usize) {
+        let needed = (self.next + 1).saturating_sub(window);
+        if needed >= self.first + window {
+            let gone = (needed - self.first) * head_dim;
+            self.keys.iter_mut().chain(&mut self.values).for_each(|h| drop(h.drain(..gone)));
+            self.first = needed;
+        }
+    }
+}
+
+impl Device for Cpu {
+    type Tensor = Tensor;
+    type Matrix<'w> = Matrix<'w>;
+    type Cache = Cache;
+    type Routes = Routes;
+    type Sums = Moments;
+
+    fn upload(&self, values: Vec<f32>, columns: usize) -> Result<Tensor> {
+        assert!(columns > 0 && values.len().is_multiple_of(columns), "values are whole rows");
+        Ok(Tensor { columns, values })
+    }
+
+    fn download(&self, tensor: Tensor) -> Result<Vec<f32>> {
+        Ok(tensor.values)
+    }
+
+    fn matrix<'w>(&self, weight: Weight<'w>, bias: Option<Vec<f32>>) -> Result<Matrix<'w>> {
+        Ok(Matrix { weight, bias })
+    }
+
+    fn cache(&self, attention: &Attention<Tensor>) -> Cache {
+        let heads = || vec![Vec::new(); attention.kv_heads];
+        Cache { keys: heads(), values: heads(), first: 0, next: 0 }
+    }
+
+    fn embed(&self, table: &Matrix<'_>, ids: &[u32]) -> Result<Tensor> {
+        let mut out = Tensor::new(ids.len(), table.weight.shape().1);
+        self.pool.install(|| {
+            out.each_row(|i, row| {
+                let id = ids[i] as usize;
+                table.weight.read_rows(id..id + 1, row);
+            });
+        });
+        Ok(out)
+    }
+
+    fn norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        let mut out = Tensor::new(x.rows(), x.columns);
+        self.pool.install(|| out.each_row(|i, row| elementwise::rms_norm(x.row(i), &weight.values, eps, row)));
+        Ok(out)
+    }
+
+    fn linear(&self, x: &Tensor, w: &Matrix<'_>) -> Result<Tensor> {
+        let mut out = Tensor::new(x.rows(), w.weight.shape().0);
+        self.pool.install(|| {
+            let inputs = w.weight.inputs();
+            let packed = if inputs == Activations::Float {
+                Packed::new(&x.values, x.rows(), x.columns)
+            } else {
+                let mut rounded = x.clone();
+                rounded.each_row(|_, row| inputs.quantize_token(row));
+                Packed::new(&rounded.values, x.rows(), x.columns)
+            };
+            matmul(&packed, &*w.weight, w.bias.as_deref(), &mut out.values);
+        });
+        Ok(out)
+    }
+
+    fn rotate(&self, x: &mut Tensor, cos: &Tensor, sin: &Tensor) -> Result<()> {
+        self.pool.install(|| x.each_row(|i, row| elementwise::rope(row, cos.row(i), sin.row(i))));
+        Ok(())
+    }
+
+    fn attend(
+        &self,
+        heads: &Heads<Tensor>,
+        attention: &Attention<Tensor>,
+        lengths: &[usize],
+        caches: &mut [Cache],
+    ) -> Result<Tensor> {
+        let dim = attention.head_dim;
+        let (mut row, mut places) = (0, Vec::with_capacity(heads.query.rows()));
+        for (sequence, (&length, cache)) in lengths.iter().zip(caches.iter_mut()).enumerate() {
+            for _ in 0..length {
+                places.push((sequence, cache.next));
+                cache.push(heads.key.row(row), heads.value.row(row), dim);
+                row += 1;
+            }
+        }
+        assert_eq!(row, heads.query.rows(), "every row belongs to a sequence");
+        let (query_heads, scale) = (heads.query.columns / dim, 1.0 / (dim as f32).sqrt());
+        let group = query_heads / attention.kv_heads;
+        let mut out = Tensor::new(row, heads.query.columns);
+        let caches_now = &*caches;
+        let one = |scores: &mut Vec<f32>, (i, out): (usize, &mut [f32])| {
+            let (row, head) = (i / query_heads, i % query_heads);
+            let (sequence, position) = places[row];
+            let (cache, kv) = (&caches_now[sequence], head / group);
+            let seen = attention.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let range = (seen - cache.first) * dim..(position + 1 - cache.first) * dim;
+            let head = Head {
+                query: &heads.query.row(row)[head * dim..][..dim],
+                keys: &cache.keys[kv][range.clone()],
+                values: &cache.values[kv][range],
+                sink: attention.sinks.values[head],
+                scale,
+            };
+            attend(&head, scores, out);
+        };
+        let longest = caches_now.iter().map(|c| c.next - c.first).max().unwrap_or(0);
+        let grain = (GRAIN / (longest * dim).max(1)).max(1);
+        if row * query_heads <= grain {
+            let mut scores = Vec::new();
+            out.values.chunks_exact_mut(dim).enumerate().for_each(|part| one(&mut scores, part));
+        } else {
+            self.pool.install(|| {
+                let parts = out.values.par_chunks_exact_mut(dim).with_min_len(grain).enumerate();
+                parts.for_each_init(Vec::new, one);
+            });
+        }
+        if let Some(window) = attention.window {
+            caches.iter_mut().for_each(|c| c.trim(window, dim));
+        }
+        Ok(out)
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        self.pool.install(|| x.each_row(|i, row| elementwise::add(row, y.row(i))));
+        Ok(())
+    }
+
+    fn route(&self, logits: &Tensor, k: usize) -> Result<Routes> {
+        let n = logits.rows() * k;
+        let (mut experts, mut weights) = (vec![0; n], vec![0.0; n]);
+        let rows = experts.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)).enumerate();
+        rows.for_each(|(i, (e, w))| route::top_k(logits.row(i), e, w));
+        Ok(Routes { k, experts, weights })
+    }
+
+    fn experts(
+        &self,
+        x: &Tensor,
+        routes: &Routes,
+        experts: &Experts<Matrix<'_>>,
+        observer: &mut Observer<Tensor>,
+    ) -> Result<Tensor> {
+        let mut rows_of = vec![Vec::new(); experts.gate.len()];
+        for (i, &expert) in routes.experts.iter().enumerate() {
+            rows_of[expert as usize].push(i);
+        }
+        let mut out = Tensor::new(x.rows(), x.columns);
+        for (expert, places) in rows_of.iter().enumerate().filter(|(_, p)| !p.is_empty()) {
+            let mut input = Tensor { columns: x.columns, values: Vec::with_capacity(places.len() * x.columns) };
+            places.iter().for_each(|place| input.values.extend_from_slice(x.row(place / routes.k)));
+            observer(Proj::Gate, expert, &input)?;
+            let mut hidden = self.linear(&input, &experts.gate[expert])?;
+            let up = self.linear(&input, &experts.up[expert])?;
+            let (alpha, limit) = (experts.alpha, experts.limit);
+            self.pool.install(|| hidden.each_row(|i, row| elementwise::swiglu(row, up.row(i), alpha, limit)));
+            observer(Proj::Down, expert, &hidden)?;
+            let result = self.linear(&hidden, &experts.down[expert])?;
+            // Experts come in ascending order, and so are they added, whatever batch the row is in.
+            for (i, &place) in places.iter().enumerate() {
+                let row = &mut out.values[place / routes.k * x.columns..][..x.columns];
+                elementwise::add_scaled(row, routes.weights[place], result.row(i));
+            }
+        }
+        Ok(out)
+    }
+
+    fn compare(&self, logits: &Tensor, reference: Option<&Tensor>, targets: &[Option<u32>]) -> Result<Vec<RowFigures>> {
+        assert_eq!(logits.rows(), targets.len(), "one target a row");
+        let one = |i: usize| figures(logits.row(i), reference.map(|r| r.row(i)), targets[i]);
+        Ok(self.pool.install(|| (0..targets.len()).into_par_iter().map(one).collect()))
+    }
+
+    fn sums(&self, columns: usize) -> Result<Moments> {
+        Ok(Moments { count: 0, abs: vec![0.0; columns], gram: vec![0.0; columns * columns] })
+    }
+
+    fn accumulate(&self, x: &Tensor, sums: &mut Moments) -> Result<()> {
+        sums.count += x.rows() as u64;
+        self.pool.install(|| {
+            moments::add_abs(&x.values, &mut sums.abs);
+            moments::add_gram(&x.values, x.columns, &mut sums.gram);
+        });
+        Ok(())
+    }
+
+    fn moments(&self, sums: &Moments) -> Result<Moments> {
+        let mut whole = sums.clone();
+        moments::mirror(&mut whole.gram, whole.abs.len());
+        Ok(whole)
+    }
+}

@@ -1,0 +1,91 @@
+//! Sums over tokens: |x| and x x^T. Every sum is one chain over all tokens in their order, so it does not matter how the
+//! tokens are cut into calls.
+
+use rayon::prelude::*;
+
+use super::matmul::{HEIGHT, WIDTH, kernel};
+
+/// Tokens that are laid out for the kernel at a time.
+const TOKENS: usize = 256;
+
+/// sums[j] += |x[t][j]| for every token t.
+pub fn add_abs(x: &[f32], sums: &mut [f32]) {
+    for row in x.chunks_exact(sums.len()) {
+        sums.iter_mut().zip(row).for_each(|(s, v)| *s += v.abs());
+    }
+}
+
+/// gram[i][j] += x[t][i] x[t][j] for every token t, in the upper triangle (and a little below it); see [`mirror`].
+pub fn add_gram(x: &[f32], n: usize, gram: &mut [f32]) {
+    for x in x.chunks(TOKENS * n) {
+        let tokens = x.len() / n;
+        // Columns of x as the kernel takes them: `wide` is the weight's side, [n / 16][tokens][16].
+        let mut wide = vec![0f32; n.div_ceil(WIDTH) * tokens * WIDTH];
+        wide.par_chunks_mut(tokens * WIDTH).enumerate().for_each(|(p, panel)| {
+            let columns = p * WIDTH..n.min((p + 1) * WIDTH);
+            for (row, to) in x.chunks_exact(n).zip(panel.as_chunks_mut::<WIDTH>().0) {
+                to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+            }
+        });
+        gram.par_chunks_mut(HEIGHT * n).enumerate().for_each(|(t, rows)| {
+            let (first, height) = (t * HEIGHT, rows.len() / n);
+            let mut tile = Vec::with_capacity(tokens * height);
+            x.chunks_exact(n).for_each(|row| tile.extend_from_slice(&row[first..first + height]));
+            for (p, panel) in wide.chunks_exact(tokens * WIDTH).enumerate().skip(first / WIDTH) {
+                let columns = p * WIDTH..n.min((p + 1) * WIDTH);
+                let mut sums = [[0f32; WIDTH]; HEIGHT];
+                for (sums, row) in sums.iter_mut().zip(rows.chunks_exact(n)) {
+                    sums[..columns.len()].copy_from_slice(&row[columns.clone()]);
+                }
+                kernel(&tile, height, panel, &mut sums);
+                for (sums, row) in sums.iter().zip(rows.chunks_exact_mut(n)) {
+                    row[columns.clone()].copy_from_slice(&sums[..columns.len()]);
+                }
+            }
+        });
+    }
+}
+
+/// Copies the upper triangle of `gram` [n, n] into the lower one.
+pub fn mirror(gram: &mut [f32], n: usize) {
+    for i in 0..n {
+        for j in 0..i {
+            gram[i * n + j] = gram[j * n + i];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn sums_are_chains_over_tokens_however_they_are_cut(
+            n in 1usize..50,
+            tokens in 1usize..600,
+            cut in 0usize..600,
+            seed in prop::collection::vec(-2f32..2.0, 97),
+        ) {
+            let x: Vec<f32> = (0..n * tokens).map(|i| seed[(i * 31 + i / 97) % 97]).collect();
+            let cut = cut.min(tokens) * n;
+            let (mut gram, mut abs) = (vec![0f32; n * n], vec![0f32; n]);
+            for part in [&x[..cut], &x[cut..]] {
+                add_gram(part, n, &mut gram);
+                add_abs(part, &mut abs);
+            }
+            mirror(&mut gram, n);
+            for i in 0..n {
+                let column = |j: usize| x.iter().skip(j).step_by(n);
+                let want = column(i).fold(0f32, |s, v| s + v.abs());
+                prop_assert_eq!(abs[i], want);
+                for j in i..n {
+                    let want = column(i).zip(column(j)).fold(0f32, |s, (a, b)| a.mul_add(*b, s));
+                    prop_assert_eq!(gram[i * n + j].to_bits(), want.to_bits(), "at {}, {}", i, j);
+                    prop_assert_eq!(gram[j * n + i].to_bits(), want.to_bits());
+                }
+            }
+        }
+    }
+}
