@@ -169,7 +169,7 @@ fn what_is_not_there_is_said_by_name() {
     let offline = run(place.dequant(&hub, "org/other", "a").env("HF_HUB_OFFLINE", "1"));
     refused(offline, "HF_HUB_OFFLINE is set, and the cache", &place.path("a"));
     let nobody = run(place.dequant(&hub, "org/model", "a").env("HF_ENDPOINT", "http://127.0.0.1:9"));
-    refused(nobody, "a cached model loads with HF_HUB_OFFLINE=1", &place.path("a"));
+    refused(nobody, "a cached copy loads with HF_HUB_OFFLINE=1", &place.path("a"));
 }
 
 #[test]
