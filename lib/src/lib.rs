@@ -15,6 +15,7 @@ pub mod ops;
 pub mod pipeline;
 pub mod recipe;
 pub mod runtimes;
+pub mod text;
 pub mod verify;
 
 pub use error::{Error, Result};

@@ -1,0 +1,194 @@
+//! A file -> its documents, one by one. The name says what it is: `.jsonl` and `.json` hold a JSON object a line, `.parquet`
+//! a row each, everything else is plain text and one document. `.gz` behind the name is unpacked on the way.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use flate2::bufread::MultiGzDecoder;
+use serde_json::Value;
+
+use super::rows::{Document, Rows};
+use crate::error::{Error, Result};
+
+/// Documents in the order of the file. Nothing is read before it is asked for. The first error ends it.
+pub type Documents = Box<dyn Iterator<Item = Result<Document>>>;
+
+/// The documents of `file`.
+pub fn open(file: &Path, rows: Rows) -> Result<Documents> {
+    let name = file.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let documents: Documents = if name.ends_with(".parquet") {
+        Box::new(super::parquet::open(file, rows)?)
+    } else {
+        let plain = BufReader::new(File::open(file).map_err(Error::io("open", file))?);
+        let (name, input): (&str, Box<dyn BufRead>) = match name.strip_suffix(".gz") {
+            Some(name) => (name, Box::new(BufReader::new(MultiGzDecoder::new(plain)))),
+            None => (&name, Box::new(plain)),
+        };
+        if name.ends_with(".jsonl") || name.ends_with(".json") {
+            Box::new(Lines { file: file.to_path_buf(), input, number: 0, rows, ended: false })
+        } else {
+            Box::new(std::iter::once(plain_text(file, input)))
+        }
+    };
+    Ok(match rows {
+        Rows::Joined(_) => Box::new(std::iter::once_with(move || joined(documents))),
+        _ => documents,
+    })
+}
+
+fn plain_text(file: &Path, mut input: Box<dyn BufRead>) -> Result<Document> {
+    let mut bytes = Vec::new();
+    input.read_to_end(&mut bytes).map_err(Error::io("read", file))?;
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(Document::Text(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))),
+        Err(e) => Err(Error::file(
+            file,
+            format!("is no UTF-8 text: byte {} does not belong there", e.utf8_error().valid_up_to()),
+        )),
+    }
+}
+
+fn joined(documents: Documents) -> Result<Document> {
+    let mut all = String::new();
+    for (i, document) in documents.enumerate() {
+        if i > 0 {
+            all.push_str(Rows::JOINT);
+        }
+        match document? {
+            Document::Text(text) => all.push_str(&text),
+            Document::Chat(_) => unreachable!("Rows::Joined makes texts"),
+        }
+    }
+    Ok(Document::Text(all))
+}
+
+/// JSON, an object a line.
+struct Lines {
+    file: PathBuf,
+    input: Box<dyn BufRead>,
+    /// Of the line that was read last, from 1.
+    number: usize,
+    rows: Rows,
+    ended: bool,
+}
+
+impl Iterator for Lines {
+    type Item = Result<Document>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let document = self.read().transpose();
+        self.ended = !matches!(document, Some(Ok(_)));
+        document
+    }
+}
+
+impl Lines {
+    fn read(&mut self) -> Result<Option<Document>> {
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            self.number += 1;
+            if self.input.read_until(b'\n', &mut line).map_err(Error::io("read", &self.file))? == 0 {
+                return Ok(None);
+            }
+            let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line).trim_ascii();
+            if !line.is_empty() {
+                return self.document(line).map(Some);
+            }
+        }
+    }
+
+    fn document(&self, line: &[u8]) -> Result<Document> {
+        let bad = |reason: String| Error::file(&self.file, format!("line {}: {reason}", self.number));
+        match serde_json::from_slice(line) {
+            Ok(Value::Object(row)) => self.rows.document(row).map_err(bad),
+            Ok(_) => Err(bad("is no JSON object; wanted one like {\"text\": \"...\"} on each line".into())),
+            // A list over many lines is what `.json` often is; its first line alone is not JSON.
+            Err(_) if self.number == 1 && line.starts_with(b"[") => {
+                Err(bad("begins a list; wanted one JSON object like {\"text\": \"...\"} on each line".into()))
+            }
+            Err(e) => {
+                // The line that serde_json names is always its first.
+                let reason = e.to_string();
+                let reason = reason.split(" at line ").next().unwrap_or_default();
+                Err(bad(format!("is not JSON: {reason}, at column {}", e.column())))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn read(name: &str, content: &[u8], rows: Rows) -> Result<Vec<Document>> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(name);
+        std::fs::write(&file, content).unwrap();
+        open(&file, rows)?.collect()
+    }
+
+    fn texts(documents: &[Document]) -> Vec<&str> {
+        documents.iter().map(|d| if let Document::Text(t) = d { t.as_str() } else { "a chat" }).collect()
+    }
+
+    #[test]
+    fn the_name_says_what_a_file_is() {
+        let lines = b"\xef\xbb\xbf{\"text\": \"a\"}\r\n\n{\"messages\": []}\n{\"text\": \"b\"}";
+        let want = vec!["a", "a chat", "b"];
+        assert_eq!(texts(&read("x.jsonl", lines, Rows::TextOrMessages).unwrap()), want);
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(lines).unwrap();
+        let gz = gz.finish().unwrap();
+        assert_eq!(texts(&read("x.JSON.gz", &gz, Rows::TextOrMessages).unwrap()), want);
+        assert_eq!(texts(&read("x.md", "\u{feff}{é}\n".as_bytes(), Rows::TextOrMessages).unwrap()), ["{é}\n"]);
+        assert_eq!(texts(&read("x", b"", Rows::TextOrMessages).unwrap()), [""]);
+        assert!(read("x.jsonl", b"", Rows::TextOrMessages).unwrap().is_empty());
+        let e = read("x.jsonl.gz", &gz[..gz.len() / 2], Rows::TextOrMessages).unwrap_err().to_string();
+        assert!(e.contains("cannot read") && e.contains("x.jsonl.gz"), "{e}");
+    }
+
+    #[test]
+    fn joined_rows_are_one_document() {
+        let lines = b"{\"t\": \"\"}\n{\"t\": \" = A = \\n\"}\n{\"t\": \"b\"}\n";
+        assert_eq!(texts(&read("x.jsonl", lines, Rows::Joined("t")).unwrap()), ["\n\n = A = \n\n\nb"]);
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        for (content, want) in [
+            (
+                &b"{\"text\": \"a\"}\n\n{\"text\": \"b\"\n"[..],
+                "x.jsonl: line 3: is not JSON: EOF while parsing an object, at column 12",
+            ),
+            (b"{\"text\": \"\xff\"}", "line 1: is not JSON"),
+            (b"[\n{\"text\": \"a\"}\n]", "line 1: begins a list"),
+            (b"7", "line 1: is no JSON object"),
+            (b"{\"text\": \"a\"}\n{\"txt\": \"b\"}", "line 2: has no field text or messages; its fields are txt"),
+        ] {
+            let e = read("x.jsonl", content, Rows::TextOrMessages).unwrap_err().to_string();
+            assert!(e.contains(want), "{e}");
+        }
+        let deep = "{\"text\":".to_owned() + &"[".repeat(100_000);
+        assert!(read("x.jsonl", deep.as_bytes(), Rows::TextOrMessages).is_err());
+        let e = read("x.txt", b"ab\xffcd", Rows::TextOrMessages).unwrap_err().to_string();
+        assert!(e.contains("is no UTF-8 text: byte 2"), "{e}");
+        let e = open(Path::new("nowhere.txt"), Rows::TextOrMessages).err().unwrap().to_string();
+        assert!(e.contains("cannot open nowhere.txt"), "{e}");
+    }
+
+    #[test]
+    fn nothing_follows_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("x.jsonl");
+        std::fs::write(&file, "7\n{\"text\": \"a\"}\n").unwrap();
+        let mut documents = open(&file, Rows::TextOrMessages).unwrap();
+        assert!(documents.next().unwrap().is_err());
+        assert!(documents.next().is_none());
+    }
+}
