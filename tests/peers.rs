@@ -6,7 +6,9 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use support::{command, root, run, tiny};
+use gptoss::text::chat::ChatTemplate;
+use gptoss::text::clock::Clock;
+use support::{command, files, root, run, tiny};
 
 /// Python with the peers in it: `$GPTOSS_PEERS`, or `venv/` in the repository.
 fn python() -> PathBuf {
@@ -84,4 +86,35 @@ fn transformers_loads_quantized_attention_beside_plain_experts() {
         let said = judge("transformers_loads.py", &[&out, &golden, Path::new(bound)]);
         println!("{scheme}: {said}");
     }
+}
+
+#[test]
+fn transformers_renders_chats_to_the_same_text() {
+    let peers = root().join("tests/peers");
+    let chats: Vec<Vec<serde_json::Value>> =
+        serde_json::from_slice(&std::fs::read(peers.join("chats.json")).unwrap()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut folders = Vec::new();
+    for (name, template) in files(&peers.join("chat")) {
+        let folder = dir.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json", "config.json"] {
+            std::fs::copy(tiny().join(file), folder.join(file)).unwrap();
+        }
+        std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+        let template = ChatTemplate::require(&folder, Clock::FIXED).unwrap();
+        let ours = chats.iter().flat_map(|messages| {
+            [false, true].map(|prompt| {
+                let text = template.render(messages, prompt).ok();
+                serde_json::json!({"messages": messages, "add_generation_prompt": prompt, "text": text})
+            })
+        });
+        let ours: Vec<_> = ours.collect();
+        std::fs::write(folder.join("chats.json"), serde_json::to_vec(&ours).unwrap()).unwrap();
+        folders.push(folder);
+    }
+    assert!(folders.len() >= 5);
+    let said = judge("chat_equal.py", &folders.iter().map(PathBuf::as_path).collect::<Vec<_>>());
+    println!("{said}");
+    assert!(said.contains("chats equal") && !said.starts_with("0 "), "{said}");
 }

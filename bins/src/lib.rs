@@ -1,6 +1,7 @@
 //! What the command lines share: exit codes, sizes, where manifests come from and go to.
 
 pub mod report;
+pub mod text;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;

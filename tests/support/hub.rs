@@ -31,6 +31,8 @@ pub struct Faults {
 }
 
 struct State {
+    /// `org/model`, or `datasets/org/name`.
+    repo: String,
     files: BTreeMap<String, Vec<u8>>,
     faults: Faults,
     /// Path and range of every request.
@@ -48,10 +50,15 @@ pub struct Hub {
 impl Hub {
     /// Serves the files of `dir` as the repository `org/model`.
     pub fn serve(dir: &Path, faults: Faults) -> Self {
+        Self::serve_files("org/model", super::files(dir), faults)
+    }
+
+    /// Serves files, by their paths in it, as the repository `repo`: `org/model`, or `datasets/org/name`.
+    pub fn serve_files(repo: &str, files: BTreeMap<String, Vec<u8>>, faults: Faults) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
         let address = listener.local_addr().expect("bound").to_string();
         let endpoint = format!("http://{address}");
-        let state = State { files: super::files(dir), faults, log: Vec::new(), address };
+        let state = State { repo: repo.to_owned(), files, faults, log: Vec::new(), address };
         let state = Arc::new(Mutex::new(state));
         let shared = state.clone();
         std::thread::spawn(move || {
@@ -116,7 +123,11 @@ fn reply(request: &Request, state: &mut State) -> Vec<u8> {
     if store.is_none() && state.faults.token.is_some() && request.token != state.faults.token {
         return head("401 Unauthorized", &[], 0);
     }
-    if let Some(rest) = request.path.strip_prefix("/api/models/org/model/revision/") {
+    let api = match state.repo.starts_with("datasets/") {
+        true => format!("/api/{}/revision/", state.repo),
+        false => format!("/api/models/{}/revision/", state.repo),
+    };
+    if let Some(rest) = request.path.strip_prefix(&api) {
         if !["main", "v2", COMMIT].contains(&rest) {
             return head("404 Not Found", &[], 0);
         }
@@ -130,11 +141,12 @@ fn reply(request: &Request, state: &mut State) -> Vec<u8> {
         let body = state.files[&name].clone();
         return body_of(request, &body, &[], Some(&mut state.faults));
     }
-    let Some((_, name)) = request.path.strip_prefix("/org/model/resolve/").and_then(|p| p.split_once('/')) else {
+    let resolve = format!("/{}/resolve/", state.repo);
+    let Some((_, name)) = request.path.strip_prefix(&resolve).and_then(|p| p.split_once('/')) else {
         return head("404 Not Found", &[], 0);
     };
     let Some(body) = state.files.get(name) else { return head("404 Not Found", &[], 0) };
-    let large = name.ends_with(".safetensors");
+    let large = [".safetensors", ".parquet", ".gz"].iter().any(|end| name.ends_with(end));
     let hash = if large { hex(&Sha256::digest(body)) } else { hex(&git_blob(body)) };
     let etag = format!("\"{}\"", state.faults.etag.clone().unwrap_or(hash));
     if large {
