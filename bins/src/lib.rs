@@ -1,5 +1,6 @@
 //! What the command lines share: exit codes, sizes, where manifests come from and go to.
 
+pub mod quality;
 pub mod report;
 pub mod text;
 
@@ -9,11 +10,15 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use gptoss::checkpoint::digest::record;
 use gptoss::checkpoint::hub::{self, Located, Wanted};
-use gptoss::manifest::{Manifest, Volatile};
-use gptoss::pipeline::Resources;
+use gptoss::checkpoint::source::Checkpoint;
+use gptoss::checkpoint::{CONFIG, INDEX};
+use gptoss::manifest::{FileSet, Manifest, Volatile};
+use gptoss::pipeline::executor::map;
 use gptoss::pipeline::meter::Reading;
 use gptoss::pipeline::progress::Progress;
+use gptoss::pipeline::{Resources, layout_name};
 
 /// A check found a difference.
 pub const DIFFERENT: u8 = 1;
@@ -88,7 +93,8 @@ pub fn run(tool: &str, body: impl FnOnce() -> Result<ExitCode>) -> ExitCode {
     }
 }
 
-fn parse_threads(text: &str) -> Result<usize, String> {
+/// Parses a number of threads.
+pub fn parse_threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n @ 1..=4096) => Ok(n),
         _ => Err("wanted a number from 1 to 4096".into()),
@@ -134,6 +140,20 @@ pub fn source(flag: Option<&str>, name: &str, wanted: Wanted, progress: &Progres
     }
 }
 
+/// A folder's files as its manifest has them; where it has none, its model's files, hashed here.
+pub fn file_set(dir: &Path, threads: usize) -> Result<FileSet> {
+    if let Some(set) = Manifest::in_folder(dir)?.and_then(|m| m.output) {
+        return Ok(set);
+    }
+    let checkpoint = Checkpoint::open(dir)?;
+    let mut names: Vec<String> = checkpoint.shards.iter().map(|s| s.name.clone()).collect();
+    names.extend(checkpoint.side_files()?);
+    names.extend([CONFIG, INDEX].map(str::to_owned).into_iter().filter(|n| dir.join(n).exists()));
+    names.sort();
+    let files = map(&names, threads, |name| record(dir, name))?;
+    Ok(FileSet::new(layout_name(&checkpoint), files))
+}
+
 /// The part of a manifest that differs from run to run.
 pub fn volatile(source: &Located, dst: Option<&Path>, reading: Reading, threads: usize, resumed: usize) -> Volatile {
     let full = |p: &Path| std::path::absolute(p).unwrap_or_else(|_| p.to_path_buf()).display().to_string();
@@ -146,6 +166,7 @@ pub fn volatile(source: &Located, dst: Option<&Path>, reading: Reading, threads:
         peak_anonymous_bytes: reading.peak_anonymous,
         threads,
         resumed_groups: resumed,
+        bench: Vec::new(),
         settings: Default::default(),
     }
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use gptoss::manifest::{ErrorReport, FileSet, Loads, Manifest, TensorReport};
+use gptoss::formats::activations::Activations;
+use gptoss::manifest::{BenchRow, ErrorReport, FileSet, Loads, Manifest, TensorReport};
+use gptoss::verify::quality::QualityReport;
 
 /// A manifest as a table.
 pub fn table(m: &Manifest) -> String {
@@ -39,6 +41,10 @@ pub fn table(m: &Manifest) -> String {
             line(o, "", &format!("... and {} more; --format json lists all", v.findings.len() - 20));
         }
     }
+    if let Some(q) = &m.quality {
+        quality(o, q);
+    }
+    bench(o, m.volatile.as_ref().map(|v| &v.bench[..]).unwrap_or_default());
     for r in &m.runtimes {
         let status = match r.status {
             Loads::Loads => "loads",
@@ -64,6 +70,32 @@ pub fn table(m: &Manifest) -> String {
         );
     }
     out
+}
+
+fn quality(o: &mut String, q: &QualityReport) {
+    let names = |a: &[Activations]| a.iter().map(|a| a.name()).collect::<Vec<_>>().join(", ");
+    let t = &q.text;
+    line(o, "text", &format!("{}: {} sequences, {} tokens", t.source.name, t.sequences, t.tokens));
+    line(o, "inputs", &names(&q.activations));
+    line(o, "perplexity", &format!("{:.4} (nll {:.6})", q.perplexity, q.nll));
+    if let Some(r) = &q.reference {
+        line(o, "of the source", &format!("{:.4} (nll {:.6}), ratio {:.5}", r.perplexity, r.nll, r.perplexity_ratio));
+        line(o, "KL divergence", &format!("mean {:.6}, 99% below {:.6}", r.kl_mean, r.kl_p99));
+        line(o, "same top token", &format!("{:.2}%", 100.0 * r.top1_agreement));
+    }
+}
+
+fn bench(o: &mut String, rows: &[BenchRow]) {
+    for r in rows {
+        let rate = r.gigabytes_per_second.map(|g| format!(", {g:.2} GB/s")).unwrap_or_default();
+        let bytes = human(r.bytes_per_token);
+        let slow = format!("{:.2} in the slowest tenth", r.slow_tokens_per_second);
+        line(
+            o,
+            &format!("{} threads", r.threads),
+            &format!("{:.2} tokens/s ({slow}), {bytes} a token{rate}", r.tokens_per_second),
+        );
+    }
 }
 
 fn line(o: &mut String, key: &str, value: &str) {

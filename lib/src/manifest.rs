@@ -57,6 +57,9 @@ pub struct Manifest {
     /// What `gptoss-verify` found.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub verdict: Option<Verdict>,
+    /// What a text says about the checkpoint, from `gptoss-verify quality`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub quality: Option<crate::verify::quality::QualityReport>,
     /// The machine, from `gptoss-verify env`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub environment: Option<crate::verify::env::Environment>,
@@ -95,6 +98,20 @@ pub enum Job {
     Check,
     /// A checkpoint against the one that it was made from.
     Against,
+    /// A checkpoint on a text.
+    Quality {
+        /// True where the source went through the same text.
+        against: bool,
+    },
+    /// How fast a checkpoint runs here.
+    Bench {
+        /// `decode` or `prefill`.
+        what: String,
+        /// Tokens in the cache before, or 0.
+        context: usize,
+        /// Tokens that were timed.
+        tokens: usize,
+    },
     /// The machine.
     Env,
 }
@@ -269,9 +286,29 @@ pub struct Volatile {
     pub threads: usize,
     /// Groups that an earlier, interrupted run had finished.
     pub resumed_groups: usize,
+    /// What `gptoss-bench` measured, one line a number of threads.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub bench: Vec<BenchRow>,
     /// How the flags were taken that do not change the output, such as `device_map`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     pub settings: BTreeMap<String, String>,
+}
+
+/// The speed of a model with a number of threads.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BenchRow {
+    /// Threads.
+    pub threads: usize,
+    /// Median.
+    pub tokens_per_second: f64,
+    /// A tenth of the steps (of the runs, for prefill) were slower than this.
+    pub slow_tokens_per_second: f64,
+    /// Bytes of weights that a token needs.
+    pub bytes_per_token: u64,
+    /// Those times the rate, in 10^9 bytes a second, for decode; a prefill reads a weight once for many tokens.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub gigabytes_per_second: Option<f64>,
 }
 
 impl Manifest {
@@ -290,6 +327,7 @@ impl Manifest {
             runtimes: Vec::new(),
             notes: Vec::new(),
             verdict: None,
+            quality: None,
             environment: None,
             volatile: None,
         }

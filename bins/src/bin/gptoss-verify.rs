@@ -9,16 +9,16 @@ use clap::{Parser, Subcommand};
 use gptoss::checkpoint::digest::record;
 use gptoss::checkpoint::hub::Located;
 use gptoss::checkpoint::source::Checkpoint;
-use gptoss::checkpoint::{CONFIG, INDEX};
 use gptoss::manifest::{FileSet, Finding, Job, Manifest, Verdict};
 use gptoss::pipeline::executor::map;
-use gptoss::pipeline::{Resources, layout_name, meter::Meter};
+use gptoss::pipeline::{Resources, meter::Meter};
 use gptoss::verify::against::{Detail, against};
 use gptoss::verify::check::check;
 use gptoss::verify::env::Environment;
-use gptoss_tools::{Common, DIFFERENT, run, volatile, write_out};
+use gptoss_tools::quality::QualityArgs;
+use gptoss_tools::{Common, DIFFERENT, file_set, run, volatile, write_out};
 
-/// Check a checkpoint, compare it with its source, describe the machine.
+/// Check a checkpoint, compare it with its source, measure what it says, describe the machine.
 #[derive(Parser)]
 #[command(
     version,
@@ -26,6 +26,7 @@ use gptoss_tools::{Common, DIFFERENT, run, volatile, write_out};
   gptoss-quant --model-in ./gpt-oss-20b | gptoss-verify
   gptoss-verify check ./out
   gptoss-verify against ./gpt-oss-20b ./out
+  gptoss-verify quality ./out --against ./gpt-oss-20b --text test.jsonl
   gptoss-verify env
 
 Without a subcommand it reads a manifest from standard input, checks the checkpoint that the manifest names and, where
@@ -57,6 +58,8 @@ enum Command {
         #[arg(long)]
         each: bool,
     },
+    /// Measure perplexity on a text and, against the source, KL divergence and agreement
+    Quality(QualityArgs),
     /// Describe processor, memory, driver, GPUs, nvcc and installed kernels
     Env,
     /// Print the JSON Schema of manifests
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
     run("gptoss-verify", || match &args.command {
         Some(Command::Check { dir }) => check_folder(dir, &args.common),
         Some(Command::Against { src, dir, each }) => compare(src, dir, *each, &args.common),
+        Some(Command::Quality(quality)) => quality.run(&args.common),
         Some(Command::Env) => environment(&args.common),
         Some(Command::Schema) => schema(),
         None => from_manifest(&args.common),
@@ -169,20 +173,6 @@ fn changed_file(dir: &Path, files: &FileSet, threads: usize) -> Result<Option<St
         Ok((!same).then(|| was.name.clone()))
     })?;
     Ok(changed.into_iter().flatten().next())
-}
-
-/// A folder's files as its manifest has them; where it has none, its model's files, hashed here.
-fn file_set(dir: &Path, threads: usize) -> Result<FileSet> {
-    if let Some(set) = Manifest::in_folder(dir)?.and_then(|m| m.output) {
-        return Ok(set);
-    }
-    let checkpoint = Checkpoint::open(dir)?;
-    let mut names: Vec<String> = checkpoint.shards.iter().map(|s| s.name.clone()).collect();
-    names.extend(checkpoint.side_files()?);
-    names.extend([CONFIG, INDEX].map(str::to_owned).into_iter().filter(|n| dir.join(n).exists()));
-    names.sort();
-    let files = map(&names, threads, |name| record(dir, name))?;
-    Ok(FileSet::new(layout_name(&checkpoint), files))
 }
 
 fn environment(common: &Common) -> Result<ExitCode> {

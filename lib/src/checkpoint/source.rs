@@ -150,6 +150,16 @@ impl Checkpoint {
         })
     }
 
+    /// Lets the pages of all shards go that this process has read. They stay in the system's cache while there is room;
+    /// what is read again comes back.
+    pub fn release(&self) {
+        for shard in &self.shards {
+            // SAFETY: the map is read-only and of a file, so dropped pages are read again with the same content.
+            // A refusal changes nothing but how much memory this process seems to have.
+            let _ = unsafe { shard.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
+
     /// Every tensor's name, in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.index.keys().map(String::as_str)

@@ -81,6 +81,21 @@ impl Model {
         Ok(rules)
     }
 
+    /// Bytes of weights that one token needs: everything once, but of the experts the share that it is routed to, and of
+    /// the embedding one row.
+    pub fn bytes_a_token(&self) -> u64 {
+        let c = &self.config;
+        let of = |name: &str| {
+            let bytes = self.checkpoint.get(name).map_or(0, |t| t.bytes.len()) as u64;
+            match name {
+                n if n.contains(".mlp.experts.") => bytes * self.settings.top_k as u64 / c.experts as u64,
+                n if n.starts_with("model.embed_tokens.") && !c.tied => bytes / c.vocab as u64,
+                _ => bytes,
+            }
+        };
+        self.checkpoint.names().map(of).sum()
+    }
+
     /// The embedding.
     pub fn embedding<'w, D: Device>(&'w self, device: &D) -> Result<D::Matrix<'w>> {
         self.matrix(device, Proj::Embed, 0, 0, None)

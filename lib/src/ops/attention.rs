@@ -26,7 +26,11 @@ for_this_cpu! {
 fn attend_body(head: &Head, scores: &mut Vec<f32>, out: &mut [f32]) {
     let dim = head.query.len();
     scores.clear();
-    scores.extend(head.keys.chunks_exact(dim).map(|key| dot(head.query, key) * head.scale));
+    scores.resize(head.keys.len() / dim, 0.0);
+    // A plain loop: a closure that an iterator calls out of line would not be compiled for this processor.
+    for (s, key) in scores.iter_mut().zip(head.keys.chunks_exact(dim)) {
+        *s = dot(head.query, key) * head.scale;
+    }
     let max = scores.iter().fold(head.sink, |a, &b| if b > a { b } else { a });
     let mut lanes = [0f32; LANES];
     let (s8, rest) = scores.as_chunks_mut::<LANES>();

@@ -23,10 +23,29 @@ enum Kind {
 #[derive(Debug)]
 struct Lines {
     what: String,
+    unit: Unit,
     done: u64,
     total: u64,
     start: Instant,
     last: Instant,
+}
+
+/// What is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Bytes, shown with their multiples.
+    Bytes,
+    /// Tokens through one layer each.
+    TokenLayers,
+}
+
+impl Unit {
+    fn template(self) -> &'static str {
+        match self {
+            Self::Bytes => "{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+            Self::TokenLayers => "{msg} [{wide_bar}] {percent}% {eta} left",
+        }
+    }
 }
 
 impl Progress {
@@ -38,17 +57,28 @@ impl Progress {
         } else if std::io::stderr().is_terminal() {
             Kind::Bar(ProgressBar::hidden())
         } else {
-            Kind::Lines(Mutex::new(Lines { what: String::new(), done: 0, total: 0, start: now, last: now }))
+            Kind::Lines(Mutex::new(Lines {
+                what: String::new(),
+                unit: Unit::Bytes,
+                done: 0,
+                total: 0,
+                start: now,
+                last: now,
+            }))
         }))
     }
 
     /// Begins a phase of `total` bytes.
     pub fn start(&self, what: &str, total: u64) {
+        self.start_counting(what, total, Unit::Bytes);
+    }
+
+    /// Begins a phase of `total` units.
+    pub fn start_counting(&self, what: &str, total: u64, unit: Unit) {
         match &*self.0 {
             Kind::Quiet => {}
             Kind::Bar(bar) => {
-                let style =
-                    ProgressStyle::with_template("{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+                let style = ProgressStyle::with_template(unit.template());
                 bar.set_style(style.expect("the template is a constant"));
                 bar.reset();
                 bar.set_length(total);
@@ -58,24 +88,37 @@ impl Progress {
             Kind::Lines(lines) => {
                 let now = Instant::now();
                 let mut l = lines.lock().expect("no thread panics while it holds this");
-                *l = Lines { what: what.to_owned(), done: 0, total, start: now, last: now };
-                eprintln!("{what}: {}", HumanBytes(total));
+                *l = Lines { what: what.to_owned(), unit, done: 0, total, start: now, last: now };
+                match unit {
+                    Unit::Bytes => eprintln!("{what}: {}", HumanBytes(total)),
+                    Unit::TokenLayers => eprintln!("{what}"),
+                }
             }
         }
     }
 
-    /// `bytes` more are done.
-    pub fn advance(&self, bytes: u64) {
+    /// So many more bytes, or whatever is counted, are done.
+    pub fn advance(&self, n: u64) {
         match &*self.0 {
             Kind::Quiet => {}
-            Kind::Bar(bar) => bar.inc(bytes),
+            Kind::Bar(bar) => bar.inc(n),
             Kind::Lines(lines) => {
                 let mut l = lines.lock().expect("no thread panics while it holds this");
-                l.done += bytes;
+                l.done += n;
                 if l.last.elapsed() >= INTERVAL {
                     l.last = Instant::now();
-                    let (done, total, s) = (HumanBytes(l.done), HumanBytes(l.total), l.start.elapsed().as_secs());
-                    eprintln!("{}: {done} of {total} after {s} s", l.what);
+                    let s = l.start.elapsed().as_secs_f64();
+                    let left = s * l.total.saturating_sub(l.done) as f64 / l.done.max(1) as f64;
+                    match l.unit {
+                        Unit::Bytes => {
+                            let (done, total) = (HumanBytes(l.done), HumanBytes(l.total));
+                            eprintln!("{}: {done} of {total} after {s:.0} s, {left:.0} s left", l.what);
+                        }
+                        Unit::TokenLayers => {
+                            let percent = 100 * l.done / l.total.max(1);
+                            eprintln!("{}: {percent}% after {s:.0} s, {left:.0} s left", l.what);
+                        }
+                    }
                 }
             }
         }

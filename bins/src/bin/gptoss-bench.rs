@@ -1,0 +1,162 @@
+//! Measures how fast a checkpoint runs on this machine.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use gptoss::checkpoint::hub::{Located, Wanted};
+use gptoss::device::cpu::Cpu;
+use gptoss::generate::check_prompt;
+use gptoss::manifest::{BenchRow, Job, Manifest};
+use gptoss::model::Model;
+use gptoss::model::forward::Session;
+use gptoss::pipeline::meter::Meter;
+use gptoss_tools::{Common, parse_threads, run, source, volatile};
+
+/// Measure tokens a second, and the bytes of weights that a token needs.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Examples:
+  gptoss-bench decode --model ./gpt-oss-20b
+  gptoss-bench decode --model ./out --context 1024 --tokens 64 --sweep 1,2,4
+  gptoss-bench prefill --model ./out --tokens 512
+  gptoss-quant --model-in ./gpt-oss-20b | gptoss-bench decode
+
+Without --sweep, threads go 1, 2, 4 ... up to --threads."
+)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One token after the other, as text is generated
+    Decode {
+        #[command(flatten)]
+        what: What,
+        /// Tokens that are taken in before
+        #[arg(long, value_name = "N", default_value_t = 64)]
+        context: usize,
+        /// Tokens that are timed
+        #[arg(long, value_name = "N", default_value_t = 32)]
+        tokens: usize,
+    },
+    /// A prompt, all its tokens together
+    Prefill {
+        #[command(flatten)]
+        what: What,
+        /// Tokens of the prompt
+        #[arg(long, value_name = "N", default_value_t = 512)]
+        tokens: usize,
+        /// How often it is taken in
+        #[arg(long, value_name = "N", default_value_t = 3)]
+        repeat: usize,
+    },
+}
+
+#[derive(clap::Args)]
+struct What {
+    /// A checkpoint's folder or a hub id; without it, the output of the manifest on standard input
+    #[arg(long, value_name = "DIR")]
+    model: Option<String>,
+    /// Numbers of threads to try, such as 1,2,4
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_threads)]
+    sweep: Vec<usize>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    run("gptoss-bench", || match &args.command {
+        Command::Decode { what, context, tokens } => {
+            let job = Job::Bench { what: "decode".into(), context: *context, tokens: *tokens };
+            sweep(what, &args.common, job, |device, model| decode(device, model, (*context).max(1), *tokens))
+        }
+        Command::Prefill { what, tokens, repeat } => {
+            let job = Job::Bench { what: "prefill".into(), context: 0, tokens: *tokens };
+            sweep(what, &args.common, job, |device, model| prefill(device, model, (*tokens).max(1), *repeat))
+        }
+    })
+}
+
+/// Times of `f` for each number of threads, as a manifest.
+fn sweep(what: &What, common: &Common, job: Job, f: impl Fn(&Cpu, &Model) -> Result<Times>) -> Result<ExitCode> {
+    let (resources, meter) = (common.resources(), Meter::start());
+    let located: Located = source(what.model.as_deref(), "--model", Wanted::Everything, &resources.progress)?;
+    let model = Model::open(&located.dir)?;
+    let mut threads = what.sweep.clone();
+    if threads.is_empty() {
+        threads.extend(std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|&n| n < resources.threads));
+        threads.push(resources.threads);
+    }
+    let mut rows = Vec::new();
+    for threads in threads {
+        resources.progress.note(&format!("{threads} threads"));
+        let times = f(&Cpu::new(threads)?, &model)?;
+        rows.push(times.row(threads, model.bytes_a_token()));
+    }
+    let mut manifest = Manifest::new("gptoss-bench", job);
+    let mut run = volatile(&located, None, meter.read(), resources.threads, 0);
+    run.bench = rows;
+    manifest.volatile = Some(run);
+    common.emit(&manifest)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Steps of `tokens` tokens each; one token a step is a decode.
+struct Times {
+    steps: Vec<Duration>,
+    tokens: usize,
+}
+
+impl Times {
+    fn row(mut self, threads: usize, bytes_per_token: u64) -> BenchRow {
+        self.steps.sort();
+        let at = |share: usize| self.tokens as f64 / self.steps[(self.steps.len() - 1) * share / 10].as_secs_f64();
+        let tokens_per_second = at(5);
+        let gigabytes_per_second = (self.tokens == 1).then(|| tokens_per_second * bytes_per_token as f64 / 1e9);
+        BenchRow { threads, tokens_per_second, slow_tokens_per_second: at(9), bytes_per_token, gigabytes_per_second }
+    }
+}
+
+/// Tokens all over the vocabulary, so that the experts take turns.
+fn tokens(model: &Model, n: usize) -> Vec<u32> {
+    (0..n).map(|i| (i * 7919 % model.config.vocab) as u32).collect()
+}
+
+fn decode(device: &Cpu, model: &Model, context: usize, n: usize) -> Result<Times> {
+    let ids = tokens(model, context + n.max(1));
+    check_prompt(model, &ids)?;
+    let steps = device.enter(|| -> Result<Vec<Duration>> {
+        let mut session = Session::new(device, model)?;
+        session.advance(&ids[..context])?;
+        let step = |id: &u32| {
+            let start = Instant::now();
+            let hidden = session.advance(std::slice::from_ref(id))?;
+            session.logits(&hidden)?;
+            Ok(start.elapsed())
+        };
+        ids[context..].iter().map(step).collect()
+    })?;
+    Ok(Times { steps, tokens: 1 })
+}
+
+fn prefill(device: &Cpu, model: &Model, n: usize, repeat: usize) -> Result<Times> {
+    let ids = tokens(model, n);
+    check_prompt(model, &ids)?;
+    let steps = device.enter(|| -> Result<Vec<Duration>> {
+        let mut session = Session::new(device, model)?;
+        let step = |_| {
+            session.clear();
+            let start = Instant::now();
+            session.advance(&ids)?;
+            Ok(start.elapsed())
+        };
+        (0..repeat.max(1)).map(step).collect()
+    })?;
+    Ok(Times { steps, tokens: n })
+}

@@ -1,0 +1,215 @@
+//! A text through a model, one layer after the other over all of it: hidden states are kept, weights are not, so a model
+//! of any size fits. Then what its logits say about the text, alone or beside another model's.
+
+mod states;
+
+use std::ops::Range;
+use std::path::Path;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::forward::{self, Places, unobserved};
+use crate::model::{Head, Model, ModelConfig};
+use crate::ops::compare::RowFigures;
+use crate::pipeline::progress::Progress;
+use crate::text::windows::Sequence;
+
+pub use states::States;
+
+/// Most tokens that go through a layer together: from here on more bring nothing, weights are decoded often enough.
+const MOST_TOKENS: usize = 4096;
+/// Most rows of logits at a time.
+const MOST_LOGITS: usize = 512;
+
+/// What an evaluation may use. None of it changes a bit.
+pub struct Room<'a> {
+    /// Most bytes for hidden states in memory and for what a layer computes with.
+    pub memory: u64,
+    /// Where hidden states go that do not fit.
+    pub offload: &'a Path,
+    /// Whom to tell.
+    pub progress: &'a Progress,
+}
+
+/// The figures of a model on a text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Figures {
+    /// One a token of the text that is not padding, in order.
+    pub rows: Vec<RowFigures>,
+    /// True where the next token was there to be predicted.
+    pub predicted: Vec<bool>,
+}
+
+/// The text, cut for the memory that there is.
+struct Batches<'t> {
+    sequences: &'t [Sequence],
+    /// First row of each sequence, and the number of rows.
+    rows: Vec<usize>,
+    /// Sequences that go through a layer together.
+    parts: Vec<Range<usize>>,
+}
+
+impl<'t> Batches<'t> {
+    fn new(sequences: &'t [Sequence], most: usize) -> Self {
+        let mut rows = vec![0];
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        for (i, s) in sequences.iter().enumerate() {
+            let end = rows[i] + s.ids.len();
+            match parts.last_mut() {
+                Some(part) if end - rows[part.start] <= most => part.end = i + 1,
+                _ => parts.push(i..i + 1),
+            }
+            rows.push(end);
+        }
+        Self { sequences, rows, parts }
+    }
+
+    fn rows_of(&self, part: &Range<usize>) -> Range<usize> {
+        self.rows[part.start]..self.rows[part.end]
+    }
+
+    /// The next token of each row, where there is one, and whether the row counts at all.
+    fn targets(&self) -> (Vec<Option<u32>>, Vec<bool>) {
+        let of_one =
+            |s: &'t Sequence| (0..s.ids.len()).map(move |i| ((i + 1 < s.real).then(|| s.ids[i + 1]), i < s.real));
+        self.sequences.iter().flat_map(of_one).unzip()
+    }
+}
+
+/// Bytes that a layer needs for one token: every intermediate result that lives at once, and the kernel's copies.
+fn bytes_a_token(c: &ModelConfig) -> u64 {
+    let attention = 4 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim;
+    let experts = 4 * c.hidden + 3 * c.intermediate;
+    4 * (4 * c.hidden + attention.max(experts)) as u64
+}
+
+/// Figures of `model` on `sequences`; with a reference, of the distance from it too. Both have one vocabulary.
+///
+/// # Errors
+/// [`Error::Refused`] where a sequence is longer than a model's context, where vocabularies differ, or where a logit is no
+/// number.
+pub fn evaluate<D: Device>(
+    device: &D,
+    model: &Model,
+    reference: Option<&Model>,
+    sequences: &[Sequence],
+    room: &Room,
+) -> Result<Figures> {
+    let tokens: usize = sequences.iter().map(|s| s.ids.len()).sum();
+    let steps = |m: &Model| tokens * (m.config.layers + 1);
+    for m in std::iter::once(model).chain(reference) {
+        fits(m, model, sequences)?;
+    }
+    room.progress.start_counting(
+        "evaluate",
+        (steps(model) + reference.map_or(0, steps)) as u64,
+        crate::pipeline::progress::Unit::TokenLayers,
+    );
+    let reference = match reference {
+        Some(r) => Some((r, last_states(device, r, sequences, room)?)),
+        None => None,
+    };
+    let states = last_states(device, model, sequences, room)?;
+    let figures = compare(device, (model, states), reference, sequences, room)?;
+    room.progress.finish();
+    Ok(figures)
+}
+
+fn fits(m: &Model, model: &Model, sequences: &[Sequence]) -> Result<()> {
+    let dir = m.checkpoint.dir.display();
+    if m.config.vocab != model.config.vocab {
+        let (a, b) = (m.config.vocab, model.config.vocab);
+        return Err(Error::Refused(format!(
+            "{dir} has a vocabulary of {a}, {} of {b}",
+            model.checkpoint.dir.display()
+        )));
+    }
+    let longest = sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+    if longest > m.settings.context {
+        return Err(Error::Refused(format!(
+            "a sequence has {longest} tokens, and the context of {dir} is {} (max_position_embeddings); use a smaller \
+             --max-seq-length",
+            m.settings.context
+        )));
+    }
+    let vocab = m.config.vocab;
+    if let Some(id) = sequences.iter().flat_map(|s| &s.ids).find(|&&id| id as usize >= vocab) {
+        return Err(Error::Refused(format!("the text has token {id}, and the vocabulary of {dir} is {vocab}")));
+    }
+    Ok(())
+}
+
+/// Hidden states behind the last layer, of all tokens.
+fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], room: &Room) -> Result<States> {
+    let c = &model.config;
+    let most = (room.memory / 2 / bytes_a_token(c)).clamp(1, MOST_TOKENS as u64) as usize;
+    let batches = Batches::new(sequences, most);
+    let total = *batches.rows.last().expect("one more than there are sequences");
+    let mut states = States::new(total, c.hidden, room.memory / 4, room.offload)?;
+    let embedding = model.embedding(device)?;
+    for part in &batches.parts {
+        let ids: Vec<u32> = sequences[part.clone()].iter().flat_map(|s| &s.ids).copied().collect();
+        states.put(batches.rows_of(part), &device.download(device.embed(&embedding, &ids)?)?);
+    }
+    for l in 0..c.layers {
+        let weights = model.layer(device, l)?;
+        for part in &batches.parts {
+            let (rows, lengths): (_, Vec<usize>) =
+                (batches.rows_of(part), sequences[part.clone()].iter().map(|s| s.ids.len()).collect());
+            let mut x = device.upload(states.get(rows.clone()).to_vec(), c.hidden)?;
+            let places = Places::new(device, model, &vec![0; lengths.len()], &lengths)?;
+            let mut caches: Vec<_> = lengths.iter().map(|_| device.cache(&weights.attention)).collect();
+            forward::layer(device, model, &weights, &mut x, &places, &mut caches, &mut unobserved)?;
+            states.put(rows.clone(), &device.download(x)?);
+            room.progress.advance(rows.len() as u64);
+        }
+        // The next layer's weights are elsewhere.
+        model.checkpoint.release();
+    }
+    Ok(states)
+}
+
+fn compare<D: Device>(
+    device: &D,
+    (model, states): (&Model, States),
+    reference: Option<(&Model, States)>,
+    sequences: &[Sequence],
+    room: &Room,
+) -> Result<Figures> {
+    let (targets, counts) = Batches::new(sequences, 1).targets();
+    let c = &model.config;
+    // Logits and what they are computed from, of both models.
+    let a_row = 8 * (c.vocab + 4 * c.hidden) as u64;
+    let most = (room.memory / 2 / a_row).clamp(1, MOST_LOGITS as u64) as usize;
+    let head = model.head(device)?;
+    let reference = match &reference {
+        Some((m, s)) => Some((*m, m.head(device)?, s)),
+        None => None,
+    };
+    let logits = |m: &Model, head: &Head<'_, D>, states: &States, rows: Range<usize>| {
+        room.progress.advance(rows.len() as u64);
+        let x = device.upload(states.get(rows).to_vec(), m.config.hidden)?;
+        forward::logits(device, m, head, &x)
+    };
+    let mut rows = Vec::with_capacity(targets.len());
+    for first in (0..targets.len()).step_by(most) {
+        let range = first..targets.len().min(first + most);
+        let ours = logits(model, &head, &states, range.clone())?;
+        let theirs = match &reference {
+            Some((m, head, states)) => Some(logits(m, head, states, range.clone())?),
+            None => None,
+        };
+        rows.extend(device.compare(&ours, theirs.as_ref(), &targets[range])?);
+    }
+    if let Some(at) = rows.iter().position(|r| !(r.nll.is_finite() && r.reference_nll.is_finite() && r.kl.is_finite()))
+    {
+        let dir = model.checkpoint.dir.display();
+        return Err(Error::Refused(format!(
+            "{dir}: the logits of token {at} of the text are no numbers; its weights or its source's are damaged, \
+             or overflow (gptoss-verify check says which)"
+        )));
+    }
+    let keep = |v: Vec<RowFigures>| v.into_iter().zip(&counts).filter(|(_, c)| **c).map(|(r, _)| r).collect();
+    let predicted = targets.iter().zip(&counts).filter(|(_, c)| **c).map(|(t, _)| t.is_some()).collect();
+    Ok(Figures { rows: keep(rows), predicted })
+}

@@ -1,0 +1,97 @@
+//! What a text says about a checkpoint: perplexity, and how far its predictions are from its source's.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::evaluate::{Figures, Room, evaluate};
+use crate::formats::activations::Activations;
+use crate::model::Model;
+use crate::text::{Text, TextReport};
+
+/// The quality of a checkpoint on a text. Logarithms are natural.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QualityReport {
+    /// The text.
+    pub text: TextReport,
+    /// What the checkpoint's schemes do to the inputs of linear layers; products and everything else are f32.
+    pub activations: Vec<Activations>,
+    /// Tokens that were predicted: all but the first of each sequence.
+    pub predicted: u64,
+    /// Mean negative log-likelihood of a predicted token.
+    pub nll: f64,
+    /// e^nll.
+    pub perplexity: f64,
+    /// The same text through the source; absent without one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reference: Option<ReferenceReport>,
+}
+
+/// A source's figures, and the distance from it. Distances are over every position, the last of a sequence included.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReferenceReport {
+    /// What the source's schemes do to inputs.
+    pub activations: Vec<Activations>,
+    /// Mean negative log-likelihood.
+    pub nll: f64,
+    /// e^nll.
+    pub perplexity: f64,
+    /// The checkpoint's perplexity over the source's.
+    pub perplexity_ratio: f64,
+    /// Mean of KL(source || checkpoint).
+    pub kl_mean: f64,
+    /// Its 99th percentile: the least value that 99% of the positions do not exceed.
+    pub kl_p99: f64,
+    /// Share of positions whose most likely token is the same.
+    pub top1_agreement: f64,
+}
+
+/// Measures `model` on `text`, beside `reference` where there is one.
+pub fn quality<D: Device>(
+    device: &D,
+    model: &Model,
+    reference: Option<&Model>,
+    text: &Text,
+    room: &Room,
+) -> Result<QualityReport> {
+    // Broken containers are found before the work.
+    let activations = model.activations()?;
+    let of_reference = reference.map(Model::activations).transpose()?;
+    let figures = evaluate(device, model, reference, &text.sequences, room)?;
+    let predicted = figures.predicted.iter().filter(|p| **p).count();
+    let nll = mean(&figures, |r| r.nll, predicted);
+    let perplexity = libm::exp(nll);
+    let reference = of_reference.map(|activations| {
+        let nll = mean(&figures, |r| r.reference_nll, predicted);
+        let mut kl: Vec<f64> = figures.rows.iter().map(|r| r.kl).collect();
+        let kl_mean = kl.iter().sum::<f64>() / kl.len() as f64;
+        kl.sort_by(f64::total_cmp);
+        let same = figures.rows.iter().filter(|r| r.same_top).count();
+        ReferenceReport {
+            activations,
+            nll,
+            perplexity: libm::exp(nll),
+            perplexity_ratio: perplexity / libm::exp(nll),
+            kl_mean,
+            kl_p99: kl[(kl.len() * 99).div_ceil(100).max(1) - 1],
+            top1_agreement: same as f64 / figures.rows.len() as f64,
+        }
+    });
+    Ok(QualityReport {
+        text: text.report.clone(),
+        activations,
+        predicted: predicted as u64,
+        nll,
+        perplexity,
+        reference,
+    })
+}
+
+/// The mean over predicted tokens, summed in their order.
+fn mean(figures: &Figures, of: impl Fn(&crate::ops::compare::RowFigures) -> f64, predicted: usize) -> f64 {
+    let rows = figures.rows.iter().zip(&figures.predicted).filter(|(_, p)| **p);
+    rows.map(|(r, _)| of(r)).sum::<f64>() / predicted.max(1) as f64
+}
