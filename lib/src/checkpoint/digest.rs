@@ -1,6 +1,7 @@
 //! SHA-256 of files.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -31,9 +32,25 @@ pub fn map(path: &Path) -> Result<memmap2::Mmap> {
     Ok(map)
 }
 
+/// Length and SHA-256 of a file, read piece by piece: a map would count as this process's memory.
+pub fn of_file(path: &Path) -> Result<(u64, String)> {
+    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0u8; 1 << 18], 0);
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok((bytes, hex(&hash.finalize()))),
+            Ok(n) => {
+                hash.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(Error::io("read", path)(e)),
+        }
+    }
+}
+
 /// Size and SHA-256 of the file `dir/name`.
 pub fn record(dir: &Path, name: &str) -> Result<FileRecord> {
-    let path = dir.join(name);
-    let map = map(&path)?;
-    Ok(FileRecord { name: name.to_owned(), bytes: map.len() as u64, sha256: sha256(&map) })
+    let (bytes, sha256) = of_file(&dir.join(name))?;
+    Ok(FileRecord { name: name.to_owned(), bytes, sha256 })
 }

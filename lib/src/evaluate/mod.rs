@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::forward::{self, Places, unobserved};
 use crate::model::{Head, Model, ModelConfig};
 use crate::ops::compare::RowFigures;
-use crate::pipeline::progress::Progress;
+use crate::pipeline::progress::{Progress, Unit};
 use crate::text::windows::Sequence;
 
 pub use states::States;
@@ -83,6 +83,18 @@ fn bytes_a_token(c: &ModelConfig) -> u64 {
     4 * (4 * c.hidden + attention.max(experts)) as u64
 }
 
+/// Multiply-adds of a layer for one token, attention's scores left out.
+fn layer_work(m: &Model) -> u64 {
+    let c = &m.config;
+    let attention = 2 * c.hidden * (c.heads + c.kv_heads) * c.head_dim;
+    (attention + m.settings.top_k * 3 * c.hidden * c.intermediate) as u64
+}
+
+/// Multiply-adds of the output head for one token.
+fn head_work(m: &Model) -> u64 {
+    (m.config.vocab * m.config.hidden) as u64
+}
+
 /// Figures of `model` on `sequences`; with a reference, of the distance from it too. Both have one vocabulary.
 ///
 /// # Errors
@@ -96,15 +108,11 @@ pub fn evaluate<D: Device>(
     room: &Room,
 ) -> Result<Figures> {
     let tokens: usize = sequences.iter().map(|s| s.ids.len()).sum();
-    let steps = |m: &Model| tokens * (m.config.layers + 1);
+    let work = |m: &Model| tokens as u64 * (m.config.layers as u64 * layer_work(m) + head_work(m));
     for m in std::iter::once(model).chain(reference) {
         fits(m, model, sequences)?;
     }
-    room.progress.start_counting(
-        "evaluate",
-        (steps(model) + reference.map_or(0, steps)) as u64,
-        crate::pipeline::progress::Unit::TokenLayers,
-    );
+    room.progress.start_counting("evaluate", work(model) + reference.map_or(0, work), Unit::Work);
     let reference = match reference {
         Some(r) => Some((r, last_states(device, r, sequences, room)?)),
         None => None,
@@ -161,7 +169,7 @@ fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], roo
             let mut caches: Vec<_> = lengths.iter().map(|_| device.cache(&weights.attention)).collect();
             forward::layer(device, model, &weights, &mut x, &places, &mut caches, &mut unobserved)?;
             states.put(rows.clone(), &device.download(x)?);
-            room.progress.advance(rows.len() as u64);
+            room.progress.advance(rows.len() as u64 * layer_work(model));
         }
         // The next layer's weights are elsewhere.
         model.checkpoint.release();
@@ -187,9 +195,12 @@ fn compare<D: Device>(
         None => None,
     };
     let logits = |m: &Model, head: &Head<'_, D>, states: &States, rows: Range<usize>| {
-        room.progress.advance(rows.len() as u64);
+        let work = rows.len() as u64 * head_work(m);
         let x = device.upload(states.get(rows).to_vec(), m.config.hidden)?;
-        forward::logits(device, m, head, &x)
+        let logits = forward::logits(device, m, head, &x);
+        m.checkpoint.release();
+        room.progress.advance(work);
+        logits
     };
     let mut rows = Vec::with_capacity(targets.len());
     for first in (0..targets.len()).step_by(most) {

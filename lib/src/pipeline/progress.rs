@@ -35,15 +35,15 @@ struct Lines {
 pub enum Unit {
     /// Bytes, shown with their multiples.
     Bytes,
-    /// Tokens through one layer each.
-    TokenLayers,
+    /// Multiply-adds, of which only the share is shown.
+    Work,
 }
 
 impl Unit {
     fn template(self) -> &'static str {
         match self {
             Self::Bytes => "{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-            Self::TokenLayers => "{msg} [{wide_bar}] {percent}% {eta} left",
+            Self::Work => "{msg} [{wide_bar}] {percent}% {eta} left",
         }
     }
 }
@@ -91,7 +91,7 @@ impl Progress {
                 *l = Lines { what: what.to_owned(), unit, done: 0, total, start: now, last: now };
                 match unit {
                     Unit::Bytes => eprintln!("{what}: {}", HumanBytes(total)),
-                    Unit::TokenLayers => eprintln!("{what}"),
+                    Unit::Work => eprintln!("{what}"),
                 }
             }
         }
@@ -114,7 +114,7 @@ impl Progress {
                             let (done, total) = (HumanBytes(l.done), HumanBytes(l.total));
                             eprintln!("{}: {done} of {total} after {s:.0} s, {left:.0} s left", l.what);
                         }
-                        Unit::TokenLayers => {
+                        Unit::Work => {
                             let percent = 100 * l.done / l.total.max(1);
                             eprintln!("{}: {percent}% after {s:.0} s, {left:.0} s left", l.what);
                         }

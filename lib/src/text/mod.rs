@@ -148,7 +148,7 @@ pub fn load_with(
     let (source, file, rows) = match &request.source {
         Source::File(file) => {
             let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
-            let sha256 = Some(digest::sha256(&digest::map(file)?));
+            let sha256 = Some(digest::of_file(file)?.1);
             (TextSource { name, sha256, hub: None, file: None }, file.clone(), Rows::TextOrMessages)
         }
         Source::Dataset { name, config, split } => {
