@@ -6,6 +6,10 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use gptoss::device::Device;
+use gptoss::device::cpu::Cpu;
+use gptoss::model::Model;
+use gptoss::model::forward::{self, Places, unobserved};
 use gptoss::text::chat::ChatTemplate;
 use gptoss::text::clock::Clock;
 use support::{command, files, root, run, tiny};
@@ -65,6 +69,45 @@ fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
         let said = judge("compressed_tensors_equal.py", &[&quantized, &back]);
         println!("{flags}: {said}");
         assert!(said.contains("modules equal"), "{flags}: {said}");
+    }
+}
+
+/// Raw f32 hidden states behind the first layer, of the first golden sequence, by the library's forward.
+fn write_states(model: &Path, golden: &Path, to: &Path) {
+    let bytes = std::fs::read(golden).unwrap();
+    let ids = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let ids = ids.tensor("input_ids").unwrap();
+    let ids: Vec<u32> = ids.data().chunks(8).map(|b| u32::from_le_bytes(b[..4].try_into().unwrap())).collect();
+    let ids = &ids[..192];
+    let (model, device) = (Model::open(model).unwrap(), Cpu::new(2).unwrap());
+    let mut x = device.embed(&model.embedding(&device).unwrap(), ids).unwrap();
+    let layer = model.layer(&device, 0).unwrap();
+    let places = Places::new(&device, &model, &[0], &[ids.len()]).unwrap();
+    let mut caches = [device.cache(&layer.attention)];
+    forward::layer(&device, &model, &layer, &mut x, &places, &mut caches, &mut unobserved).unwrap();
+    let states = device.download(x).unwrap();
+    std::fs::write(to, states.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
+}
+
+#[test]
+fn compressed_tensors_rounds_activations_as_our_forward_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, back, states) = (dir.path().join("q"), dir.path().join("back"), dir.path().join("states"));
+    let golden = root().join("tests/golden/tiny-logits/tiny-logits.safetensors");
+    let mut quant = command("gptoss-quant --quiet --experts keep --mw w8a8");
+    run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    run(command("gptoss-dequant --quiet").arg("--src").arg(&out).arg("--dst").arg(&back)).manifest();
+    for kind in ["int", "float"] {
+        let config = out.join("config.json");
+        let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        for group in json["quantization_config"]["config_groups"].as_object_mut().unwrap().values_mut() {
+            group["input_activations"]["type"] = kind.into();
+        }
+        std::fs::write(&config, json.to_string()).unwrap();
+        write_states(&out, &golden, &states);
+        let said = judge("transformers_forward.py", &[&out, &back, &golden, &states]);
+        println!("{kind}: {said}");
+        assert!(said.contains("forward agrees"), "{kind}: {said}");
     }
 }
 

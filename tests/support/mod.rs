@@ -24,6 +24,8 @@ pub fn exe(tool: &str) -> &'static str {
     match tool {
         "gptoss-dequant" => env!("CARGO_BIN_EXE_gptoss-dequant"),
         "gptoss-quant" => env!("CARGO_BIN_EXE_gptoss-quant"),
+        "gptoss-run" => env!("CARGO_BIN_EXE_gptoss-run"),
+        "gptoss-bench" => env!("CARGO_BIN_EXE_gptoss-bench"),
         "gptoss-verify" => env!("CARGO_BIN_EXE_gptoss-verify"),
         other => panic!("no tool {other}"),
     }

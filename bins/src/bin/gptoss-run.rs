@@ -49,10 +49,10 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
     /// 0 takes the most likely token every time [default: the checkpoint's generation_config.json, or 1]
-    #[arg(long, value_name = "T", help_heading = "Sampling")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Sampling")]
     temperature: Option<f64>,
     /// Only the most likely tokens that together have this probability
-    #[arg(long, value_name = "P", help_heading = "Sampling")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
     top_p: Option<f64>,
     /// Only this many of the most likely tokens
     #[arg(long, value_name = "K", help_heading = "Sampling")]

@@ -111,6 +111,9 @@ pub fn evaluate<D: Device>(
     let work = |m: &Model| tokens as u64 * (m.config.layers as u64 * layer_work(m) + head_work(m));
     for m in std::iter::once(model).chain(reference) {
         fits(m, model, sequences)?;
+        // Nothing of a layer is copied here but its biases: what is missing or broken shows before the work.
+        (0..m.config.layers).try_for_each(|l| m.layer(device, l).map(drop))?;
+        m.head(device)?;
     }
     room.progress.start_counting("evaluate", work(model) + reference.map_or(0, work), Unit::Work);
     let reference = match reference {

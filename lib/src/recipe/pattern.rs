@@ -1,13 +1,29 @@
 //! Names of modules: `re:` and a regular expression that must match from the start, as compressed-tensors has it, or
 //! whole name components anywhere in the name (`mlp.router`, `layers.0`, `q_proj`).
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use regex_lite::Regex;
 
 use crate::error::{Error, Result};
 
+thread_local! {
+    /// A model has thousands of modules and a handful of patterns: each is compiled once.
+    static COMPILED: RefCell<HashMap<String, Patterns>> = RefCell::default();
+}
+
 /// True where `pattern` matches `module`.
 pub fn matches(pattern: &str, module: &str) -> Result<bool> {
-    Ok(Patterns::new(&[pattern.to_owned()])?.any(module))
+    COMPILED.with_borrow_mut(|compiled| {
+        if let Some(patterns) = compiled.get(pattern) {
+            return Ok(patterns.any(module));
+        }
+        let patterns = Patterns::new(&[pattern.to_owned()])?;
+        let matches = patterns.any(module);
+        compiled.insert(pattern.to_owned(), patterns);
+        Ok(matches)
+    })
 }
 
 /// Many patterns, compiled once.

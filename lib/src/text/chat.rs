@@ -60,7 +60,7 @@ impl ChatTemplate {
     /// `add_generation_prompt` ends it where the assistant begins to speak.
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
         let special: minijinja::Value = self.special.iter().collect();
-        let messages: Vec<_> = messages.iter().map(python::for_template).collect();
+        let messages: Vec<_> = messages.iter().map(|m| python::for_template(&with_reasoning(m))).collect();
         let variables = context! {
             messages, add_generation_prompt,
             tools => (), documents => (),
@@ -70,6 +70,21 @@ impl ChatTemplate {
         let text = template.and_then(|t| t.render(variables));
         text.map_err(|e| Error::file(&self.file, format!("cannot render a chat: {}", explain(&e))))
     }
+}
+
+/// What an assistant thought goes by several names. Like transformers, a message that has one gets `thinking`, which
+/// gpt-oss's template reads, in front, and `reasoning_content`, which others read.
+fn with_reasoning(message: &Value) -> Value {
+    const NAMES: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+    let Value::Object(fields) = message else { return message.clone() };
+    let Some(thought) = NAMES.iter().find_map(|n| fields.get(*n).filter(|v| !v.is_null())) else {
+        return message.clone();
+    };
+    let mut all = serde_json::Map::new();
+    all.insert("thinking".into(), thought.clone());
+    all.extend(fields.iter().map(|(k, v)| (k.clone(), v.clone())));
+    all.insert("reasoning_content".into(), thought.clone());
+    Value::Object(all)
 }
 
 /// The template's text and the file that it stands in.

@@ -1,0 +1,164 @@
+//! `gptoss-run` and `gptoss-bench` as a user meets them.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::Stdio;
+
+use serde_json::Value;
+use support::{Ran, command, run, run_with, tiny, tiny_copy};
+
+fn generate(model: &Path, flags: &str, prompt: &str) -> Ran {
+    let mut c = command("gptoss-run");
+    run(c.arg("--model").arg(model).args(flags.split_whitespace()).arg("--prompt").arg(prompt))
+}
+
+fn json(ran: &Ran) -> Value {
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    serde_json::from_str(&ran.out).unwrap_or_else(|e| panic!("{e}: {}", ran.out))
+}
+
+#[test]
+fn text_goes_to_stdout_and_times_to_stderr() {
+    let r = generate(&tiny(), "--max-tokens 20 --temperature 0", "The function returns");
+    assert_eq!(r.code, 0, "{}", r.err);
+    assert!(r.out.ends_with('\n') && r.out.trim().len() > 10, "{:?}", r.out);
+    assert!(r.err.contains("first token after") && r.err.contains("tokens/s") && r.err.contains("length"), "{}", r.err);
+    let q = generate(&tiny(), "--max-tokens 20 --temperature 0 --quiet", "The function returns");
+    assert_eq!((q.out.as_str(), q.err.as_str()), (r.out.as_str(), ""));
+    // From standard input, the same.
+    let mut c = command("gptoss-run --max-tokens 20 --temperature 0 --quiet --threads 1 --model");
+    assert_eq!(run_with(c.arg(tiny()), "The function returns").out, r.out);
+    // --json has the same text.
+    let j = json(&generate(&tiny(), "--max-tokens 20 --temperature 0 --json", "The function returns"));
+    assert_eq!(j["text"].as_str().unwrap(), r.out.trim_end_matches('\n'));
+    assert_eq!((j["finish"].as_str(), j["tokens"].as_array().unwrap().len()), (Some("length"), 20));
+}
+
+#[test]
+fn a_seed_gives_the_same_text_and_another_seed_another() {
+    let text = |flags: &str| generate(&tiny(), &format!("--max-tokens 40 --quiet {flags}"), "A trait").out;
+    assert_eq!(text("--seed 5 --top-k 50 --top-p 0.9"), text("--seed 5 --top-k 50 --top-p 0.9 --threads 1"));
+    assert_ne!(text("--seed 5"), text("--seed 6"));
+    assert_eq!(text("--top-k 1"), text("--temperature 0"));
+}
+
+#[test]
+fn the_end_token_ends_the_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = tiny_copy(dir.path());
+    let greedy = json(&generate(&copy, "--max-tokens 12 --temperature 0 --json", "The function returns"));
+    let tokens: Vec<u64> = greedy["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).collect();
+    // The sixth token becomes the end token: the text stops where it first came.
+    let end = tokens[5];
+    let at = tokens.iter().position(|&t| t == end).unwrap();
+    std::fs::write(copy.join("generation_config.json"), format!("{{\"eos_token_id\": [7, {end}]}}")).unwrap();
+    let ended = json(&generate(&copy, "--max-tokens 12 --temperature 0 --json", "The function returns"));
+    assert_eq!(ended["finish"], "eos");
+    assert_eq!(ended["tokens"].as_array().unwrap().len(), at);
+}
+
+#[test]
+fn a_chat_goes_through_the_checkpoints_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = tiny_copy(dir.path());
+    let r = generate(&copy, "--chat", "hi");
+    assert!(r.code == 2 && r.err.contains("has no chat template"), "{}", r.err);
+    let template =
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
+    std::fs::write(copy.join("chat_template.jinja"), template).unwrap();
+    let flags = "--max-tokens 5 --temperature 0 --json";
+    let mut chat = command("gptoss-run --chat --system S --prompt hi");
+    let chat = json(&run(chat.arg("--model").arg(&copy).args(flags.split_whitespace())));
+    assert_eq!(chat["tokens"], json(&generate(&copy, flags, "<system>S<user>hi<a>"))["tokens"]);
+}
+
+#[test]
+fn a_manifest_brings_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut quant = command("gptoss-quant --quiet");
+    let made = run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("q")));
+    let r = run_with(&mut command("gptoss-run --prompt fn --max-tokens 3"), &made.out);
+    assert!(r.code == 0 && r.err.contains("3 new tokens"), "{}", r.err);
+}
+
+#[test]
+fn bad_input_is_named() {
+    let fails = |flags: &str, prompt: &str, wanted: &str| {
+        let r = generate(&tiny(), flags, prompt);
+        assert_eq!((r.code, r.out.as_str()), (2, ""), "{flags}: {}", r.err);
+        assert!(r.err.contains(wanted), "wanted {wanted:?} in {}", r.err);
+    };
+    fails("", "", "the prompt is empty");
+    fails("--temperature -1", "x", "--temperature is -1");
+    fails("--top-p 2", "x", "--top-p is 2");
+    fails("--top-k 0", "x", "--top-k is 0");
+    let dir = tempfile::tempdir().unwrap();
+    let copy = tiny_copy(dir.path());
+    let config = std::fs::read_to_string(copy.join("config.json")).unwrap();
+    let short = config.replace("\"max_position_embeddings\": 131072", "\"max_position_embeddings\": 10");
+    assert_ne!(short, config);
+    std::fs::write(copy.join("config.json"), short).unwrap();
+    let r = generate(&copy, "", &"word ".repeat(40));
+    assert!(r.code == 2 && r.err.contains("the model's context is 10"), "{}", r.err);
+    // A shorter prompt runs to the end of the context.
+    let j = json(&generate(&copy, "--json --temperature 0", "a b"));
+    assert_eq!(j["finish"], "context", "{j}");
+    assert_eq!(j["prompt_tokens"].as_u64().unwrap() + j["tokens"].as_array().unwrap().len() as u64, 11);
+}
+
+#[test]
+fn ctrl_c_ends_cleanly() {
+    let mut c = command("gptoss-run --max-tokens 1000000 --model");
+    let mut child = c
+        .arg(tiny())
+        .args(["--prompt", "The function returns"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut out = BufReader::new(child.stdout.take().expect("piped"));
+    let mut some = [0u8; 8];
+    out.read_exact(&mut some).expect("text comes");
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it runs");
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).expect("whole UTF-8 to the end");
+    let status = child.wait().expect("it ends");
+    let mut err = String::new();
+    child.stderr.take().expect("piped").read_to_string(&mut err).unwrap();
+    assert_eq!(status.code(), Some(130), "{err}");
+    assert!(rest.ends_with('\n') && err.contains("(stopped)"), "{err}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut c = command("gptoss-run --max-tokens 1000000 --model");
+    let mut child =
+        c.arg(tiny()).args(["--prompt", "x"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    let mut line = Vec::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_until(b' ', &mut line).expect("text comes");
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    std::io::stdout().flush().unwrap();
+}
+
+#[test]
+fn bench_says_tokens_a_second_and_bytes_a_token() {
+    let m =
+        run(command("gptoss-bench decode --tokens 4 --context 4 --sweep 1,2 --quiet --model").arg(tiny())).manifest();
+    let rows = m["volatile"]["bench"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|r| r["threads"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    assert!(rows.iter().all(|r| r["tokens_per_second"].as_f64().unwrap() > 1.0));
+    // 4 of 16 experts, everything else once, one row of the embedding; from the shapes by hand.
+    let bf16 = |n: u64| 2 * n;
+    let experts = 4 * (3 * 128 * 256 * 17 / 32 + bf16(2 * 128 + 256));
+    let attention = bf16(512 * 256 + 2 * 128 * 256 + 256 * 512 + 512 + 2 * 128 + 256 + 8);
+    let layer = experts + attention + bf16(16 * 256 + 16 + 2 * 256);
+    let want = 4 * layer + bf16(2048 * 256 + 256 + 256);
+    assert_eq!(rows[0]["bytes_per_token"].as_u64().unwrap(), want);
+    let m =
+        run(command("gptoss-bench prefill --tokens 32 --repeat 2 --sweep 2 --quiet --model").arg(tiny())).manifest();
+    assert!(m["volatile"]["bench"][0]["tokens_per_second"].as_f64().unwrap() > 10.0);
+    assert_eq!(m["job"]["what"], "prefill");
+}
