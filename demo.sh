@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the tiny gpt-oss in tests/fixtures: dequantize | quantize | verify, into target/demo.
+# The main job on the tiny gpt-oss in tests/fixtures, into target/demo: dequantize | quantize | verify, then what the
+# quantized model says.
 set -euo pipefail
 cd "$(dirname "$0")"
 . tests/need.sh
@@ -17,4 +18,7 @@ mkdir target/demo
 gptoss-dequant --src tests/fixtures/tiny-gpt-oss --dst target/demo/bf16 --format json |
   gptoss-quant --experts w4a16 --mw w8a16 --output-dir target/demo/w4a16 --format json |
   gptoss-verify --format table
+gptoss-verify quality target/demo/w4a16 --against tests/fixtures/tiny-gpt-oss --text tests/fixtures/tiny-gpt-oss/test.jsonl \
+  --max-seq-length 256 --num-calibration-samples 32 --format table
+gptoss-run --model target/demo/w4a16 --prompt 'A vector is' --max-tokens 40
 du -sh tests/fixtures/tiny-gpt-oss/*.safetensors target/demo/*/*.safetensors

@@ -283,6 +283,20 @@ fn another_processor_gives_the_committed_hashes() {
         assert_same(&native, &emulated);
         insta::assert_snapshot!(format!("hashes-{name}"), hashes(&native));
     }
+    // The forward too: a quantized model, with rounded activations, beside its source.
+    let arguments = |c: &mut Command| {
+        c.args(["quality", "--quiet", "--max-seq-length", "12", "--nsamples", "2", "--text"])
+            .arg(tiny().join("test.jsonl"))
+            .arg(dir.path().join("asymmetric"))
+            .arg("--against")
+            .arg(tiny())
+            .stdin(Stdio::null());
+        run(c).manifest()["quality"].clone()
+    };
+    let native = arguments(&mut command("gptoss-verify"));
+    let mut qemu = Command::new("qemu-x86_64");
+    assert_eq!(arguments(qemu.args(["-cpu", "Nehalem", support::exe("gptoss-verify")])), native);
+    insta::assert_snapshot!("figures-asymmetric", format!("{:#}", native));
     let env =
         Command::new("qemu-x86_64").args(["-cpu", "Nehalem", support::exe("gptoss-verify"), "env"]).output().unwrap();
     let env: Value = serde_json::from_slice(&env.stdout).unwrap();

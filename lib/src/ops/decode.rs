@@ -16,6 +16,21 @@ for_this_cpu! {
     pub fn integers(codes: &[i8], p: IntParams, float: Float, out: &mut [f32]) = integers_body
 }
 
+for_this_cpu! {
+    /// Codes of 4 bits, two a byte, low bits first, stored with 8 added.
+    pub fn nibbles(packed: &[u8], codes: &mut [i8]) = nibbles_body
+}
+
+#[inline(always)]
+fn nibbles_body(packed: &[u8], codes: &mut [i8]) {
+    let (pairs, last) = codes.as_chunks_mut::<2>();
+    for (pair, &b) in pairs.iter_mut().zip(packed) {
+        *pair = [(b & 15) as i8 - 8, (b >> 4) as i8 - 8];
+    }
+    let odd = pairs.len();
+    last.iter_mut().for_each(|c| *c = (packed[odd] & 15) as i8 - 8);
+}
+
 #[inline(always)]
 fn floats_body(float: Float, bytes: &[u8], out: &mut [f32]) {
     float.read(bytes, out);

@@ -15,6 +15,7 @@ use crate::checkpoint::header::TensorSpec;
 pub use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::formats::int::IntFormat;
+use crate::ops::decode;
 
 /// How the columns of a row share scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -181,12 +182,7 @@ pub fn unpack_range(packed: &[u8], first: usize, bits: u32, codes: &mut [i8]) {
     match bits {
         8 => codes.iter_mut().zip(&packed[first..]).for_each(|(c, &b)| *c = (b ^ 0x80) as i8),
         // Ranges begin at a multiple of 32 or of a group size; an odd group size takes the general way.
-        4 if first.is_multiple_of(2) => {
-            for (pair, &b) in codes.chunks_mut(2).zip(&packed[first / 2..]) {
-                let two = [(b & 15) as i8 - 8, (b >> 4) as i8 - 8];
-                pair.copy_from_slice(&two[..pair.len()]);
-            }
-        }
+        4 if first.is_multiple_of(2) => decode::nibbles(&packed[first / 2..], codes),
         _ => codes.iter_mut().enumerate().for_each(|(i, c)| *c = unpack(packed, first + i, bits)),
     }
 }
