@@ -21,6 +21,18 @@ for_this_cpu! {
     pub fn nibbles(packed: &[u8], codes: &mut [i8]) = nibbles_body
 }
 
+/// Asks for bytes that will be read soon.
+#[inline]
+pub fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        // SAFETY: a hint about an address inside the slice; it reads nothing.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
+
 #[inline(always)]
 fn nibbles_body(packed: &[u8], codes: &mut [i8]) {
     let (pairs, last) = codes.as_chunks_mut::<2>();

@@ -109,6 +109,9 @@ impl Rows for Quantized<'_> {
         let mut unpacked = [0i8; COLUMNS];
         for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
             let codes = &self.codes[row * row_bytes..][..row_bytes];
+            // The row's next block is asked for soon.
+            let (from, n) = (columns.end * row_bytes / self.shape.1, columns.len() * row_bytes / self.shape.1);
+            decode::prefetch(&codes[from..row_bytes.min(from + n)]);
             let mut at = columns.start;
             // Pieces that lie in one group: a range of columns may begin and end inside one.
             while at < columns.end {
