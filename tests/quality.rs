@@ -100,7 +100,7 @@ fn threads_memory_and_spilling_change_nothing() {
         m.manifest()["quality"].clone()
     };
     let one = report("--nsamples 9 --threads 1");
-    // 1 MiB: hidden states of 9 x 256 tokens (2.4 MB) go to a file, one sequence at a time.
+    // 1 MiB: hidden states of 9 x 256 tokens (2.4 MB) go to a file, and sequences go through the layers in pieces.
     for other in ["--nsamples 9 --threads 2 --max-memory 1MiB", "--nsamples 9 --threads 3 --max-memory 3MB"] {
         assert_eq!(report(other), one, "{other}");
     }

@@ -80,7 +80,9 @@ impl Rows for RowMajor<'_> {
             let at = row * width;
             decode::floats(self.float, &self.bytes[(at + columns.start) * size..(at + columns.end) * size], out);
             // The row's next block is asked for soon, and no hardware foresees so short a run.
-            decode::prefetch(&self.bytes[(at + columns.end) * size..(at + width.min(columns.end + columns.len())) * size]);
+            decode::prefetch(
+                &self.bytes[(at + columns.end) * size..(at + width.min(columns.end + columns.len())) * size],
+            );
         }
     }
 }

@@ -40,40 +40,53 @@ pub struct Figures {
     pub predicted: Vec<bool>,
 }
 
-/// The text, cut for the memory that there is.
-struct Batches<'t> {
-    sequences: &'t [Sequence],
-    /// First row of each sequence, and the number of rows.
-    rows: Vec<usize>,
-    /// Sequences that go through a layer together.
-    parts: Vec<Range<usize>>,
+/// Rows that go through a layer together: sequences, or pieces of one that is too long.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Batch {
+    /// First row, counted through the whole text.
+    first: usize,
+    /// Position of each piece's first row in its sequence.
+    starts: Vec<usize>,
+    /// Rows of each piece.
+    lengths: Vec<usize>,
 }
 
-impl<'t> Batches<'t> {
-    fn new(sequences: &'t [Sequence], most: usize) -> Self {
-        let mut rows = vec![0];
-        let mut parts: Vec<Range<usize>> = Vec::new();
-        for (i, s) in sequences.iter().enumerate() {
-            let end = rows[i] + s.ids.len();
-            match parts.last_mut() {
-                Some(part) if end - rows[part.start] <= most => part.end = i + 1,
-                _ => parts.push(i..i + 1),
+impl Batch {
+    fn rows(&self) -> Range<usize> {
+        self.first..self.first + self.lengths.iter().sum::<usize>()
+    }
+}
+
+/// Sequences of these lengths, cut into batches of at most `most` rows. A piece that goes on with a sequence is the first of
+/// its batch.
+fn batches(lengths: impl Iterator<Item = usize>, most: usize) -> Vec<Batch> {
+    let mut all = vec![Batch::default()];
+    let mut row = 0;
+    for length in lengths {
+        let mut start = 0;
+        while start < length {
+            let last = all.last_mut().expect("there is one from the beginning");
+            let room = most - last.rows().len();
+            // A sequence is not cut to fill a batch that others have begun.
+            if room == 0 || (start == 0 && length > room && !last.lengths.is_empty()) {
+                all.push(Batch { first: row, ..Batch::default() });
+                continue;
             }
-            rows.push(end);
+            let n = room.min(length - start);
+            last.starts.push(start);
+            last.lengths.push(n);
+            (start, row) = (start + n, row + n);
         }
-        Self { sequences, rows, parts }
     }
+    all
+}
 
-    fn rows_of(&self, part: &Range<usize>) -> Range<usize> {
-        self.rows[part.start]..self.rows[part.end]
-    }
-
-    /// The next token of each row, where there is one, and whether the row counts at all.
-    fn targets(&self) -> (Vec<Option<u32>>, Vec<bool>) {
-        let of_one =
-            |s: &'t Sequence| (0..s.ids.len()).map(move |i| ((i + 1 < s.real).then(|| s.ids[i + 1]), i < s.real));
-        self.sequences.iter().flat_map(of_one).unzip()
-    }
+/// The next token of each row, where there is one, and whether the row counts at all.
+fn targets(sequences: &[Sequence]) -> (Vec<Option<u32>>, Vec<bool>) {
+    let of_one = |s: &Sequence| -> Vec<(Option<u32>, bool)> {
+        (0..s.ids.len()).map(|i| ((i + 1 < s.real).then(|| s.ids[i + 1]), i < s.real)).collect()
+    };
+    sequences.iter().flat_map(of_one).unzip()
 }
 
 /// Bytes that a layer needs for one token: every intermediate result that lives at once, and the kernel's copies.
@@ -154,23 +167,28 @@ fn fits(m: &Model, model: &Model, sequences: &[Sequence]) -> Result<()> {
 fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], room: &Room) -> Result<States> {
     let c = &model.config;
     let most = (room.memory / 2 / bytes_a_token(c)).clamp(1, MOST_TOKENS as u64) as usize;
-    let batches = Batches::new(sequences, most);
-    let total = *batches.rows.last().expect("one more than there are sequences");
-    let mut states = States::new(total, c.hidden, room.memory / 4, room.offload)?;
+    let batches = batches(sequences.iter().map(|s| s.ids.len()), most);
+    let ids: Vec<u32> = sequences.iter().flat_map(|s| &s.ids).copied().collect();
+    let mut states = States::new(ids.len(), c.hidden, room.memory / 4, room.offload)?;
     let embedding = model.embedding(device)?;
-    for part in &batches.parts {
-        let ids: Vec<u32> = sequences[part.clone()].iter().flat_map(|s| &s.ids).copied().collect();
-        states.put(batches.rows_of(part), &device.download(device.embed(&embedding, &ids)?)?);
+    for batch in &batches {
+        let rows = batch.rows();
+        states.put(rows.clone(), &device.download(device.embed(&embedding, &ids[rows])?)?);
     }
     for l in 0..c.layers {
         let weights = model.layer(device, l)?;
-        for part in &batches.parts {
-            let (rows, lengths): (_, Vec<usize>) =
-                (batches.rows_of(part), sequences[part.clone()].iter().map(|s| s.ids.len()).collect());
+        // The past of a sequence that goes on in the next batch.
+        let mut past = None;
+        for batch in &batches {
+            let rows = batch.rows();
             let mut x = device.upload(states.get(rows.clone()).to_vec(), c.hidden)?;
-            let places = Places::new(device, model, &vec![0; lengths.len()], &lengths)?;
-            let mut caches: Vec<_> = lengths.iter().map(|_| device.cache(&weights.attention)).collect();
+            let places = Places::new(device, model, &batch.starts, &batch.lengths)?;
+            let going_on = past.take().filter(|_| batch.starts.first().is_some_and(|&s| s > 0));
+            let fresh = batch.lengths.len() - usize::from(going_on.is_some());
+            let fresh = (0..fresh).map(|_| device.cache(&weights.attention));
+            let mut caches: Vec<_> = going_on.into_iter().chain(fresh).collect();
             forward::layer(device, model, &weights, &mut x, &places, &mut caches, &mut unobserved)?;
+            past = caches.pop();
             states.put(rows.clone(), &device.download(x)?);
             room.progress.advance(rows.len() as u64 * layer_work(model));
         }
@@ -187,7 +205,7 @@ fn compare<D: Device>(
     sequences: &[Sequence],
     room: &Room,
 ) -> Result<Figures> {
-    let (targets, counts) = Batches::new(sequences, 1).targets();
+    let (targets, counts) = targets(sequences);
     let c = &model.config;
     // Logits and what they are computed from, of both models.
     let a_row = 8 * (c.vocab + 4 * c.hidden) as u64;
@@ -226,4 +244,32 @@ fn compare<D: Device>(
     let keep = |v: Vec<RowFigures>| v.into_iter().zip(&counts).filter(|(_, c)| **c).map(|(r, _)| r).collect();
     let predicted = targets.iter().zip(&counts).filter(|(_, c)| **c).map(|(t, _)| t.is_some()).collect();
     Ok(Figures { rows: keep(rows), predicted })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(lengths: &[usize], most: usize) -> Vec<(usize, Vec<usize>, Vec<usize>)> {
+        let all = batches(lengths.iter().copied(), most);
+        all.into_iter().map(|b| (b.first, b.starts, b.lengths)).collect()
+    }
+
+    #[test]
+    fn batches_hold_whole_sequences_where_they_fit() {
+        assert_eq!(cut(&[3, 4, 2], 10), [(0, vec![0, 0, 0], vec![3, 4, 2])]);
+        assert_eq!(cut(&[3, 4, 2], 7), [(0, vec![0, 0], vec![3, 4]), (7, vec![0], vec![2])]);
+        assert_eq!(cut(&[3, 4], 4), [(0, vec![0], vec![3]), (3, vec![0], vec![4])]);
+        let long = [(0, vec![0], vec![2]), (2, vec![0], vec![4]), (6, vec![4], vec![4]), (10, vec![8, 0], vec![1, 3])];
+        assert_eq!(cut(&[2, 9, 3], 4), long);
+        assert_eq!(cut(&[1, 1], 1), [(0, vec![0], vec![1]), (1, vec![0], vec![1])]);
+    }
+
+    #[test]
+    fn padding_counts_for_nothing() {
+        let sequences = [Sequence { ids: vec![5, 6, 7, 0], real: 3 }, Sequence { ids: vec![8], real: 1 }];
+        let (next, counts) = targets(&sequences);
+        assert_eq!(next, [Some(6), Some(7), None, None, None]);
+        assert_eq!(counts, [true, true, true, false, true]);
+    }
 }
