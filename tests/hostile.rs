@@ -317,8 +317,20 @@ fn each_is_a_clear_error_and_nothing_is_written() {
         assert!([0, 1, 2].contains(&against.code) && !against.err.contains("panicked"), "{name}: {against:?}");
         let dry = run(command("gptoss-quant --dry-run --quiet --model-in").arg(&model).current_dir(dir.path()));
         assert!([0, 2].contains(&dry.code) && !dry.err.contains("panicked"), "{name}: {dry:?}");
+        speaks_or_says_why_not(name, &model);
     }
     println!("{} hostile checkpoints, two tools each", cases.len());
+}
+
+/// What runs a model meets the same folders: it works, or one line says why not.
+fn speaks_or_says_why_not(name: &str, model: &Path) {
+    let mut quality = command("gptoss-verify quality --quiet --max-seq-length 16 --nsamples 1");
+    let quality = run(quality.arg(model).arg("--text").arg(tiny().join("test.jsonl")));
+    let spoken = run(command("gptoss-run --quiet --prompt fn --max-tokens 2 --temperature 0 --model").arg(model));
+    for ran in [quality, spoken] {
+        assert!(ran.code == 0 || (ran.code == 2 && ran.err.lines().count() == 1), "{name}: {ran:?}");
+        assert!(!ran.err.contains("panicked"), "{name}: {ran:?}");
+    }
 }
 
 /// A compressed-tensors checkpoint, changed; `gptoss-dequant` reads it.
@@ -399,6 +411,7 @@ fn hostile_quantized_checkpoints_are_clear_errors_too() {
         assert_eq!(ran.code, 2, "{name}: {}", ran.err);
         assert!(ran.err.contains(want) && ran.err.lines().count() == 1, "{name}: wanted {want:?} in: {}", ran.err);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "{name}: something was left");
+        speaks_or_says_why_not(name, &model);
         let check = run(command("gptoss-verify check --quiet").arg(&model));
         assert_eq!(check.code, 1, "{name}: {}", check.err);
     }
