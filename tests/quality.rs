@@ -143,6 +143,10 @@ fn bad_input_is_named() {
         assert_eq!((r.code, r.out.as_str()), (2, ""), "{wanted}: {}", r.err);
         assert!(r.err.contains(wanted), "wanted {wanted:?} in {}", r.err);
     };
+    fails(&tiny(), "{\"text\": \"a few tokens\"}\n", "--max-seq-length 1", "none to predict");
+    let mut piped = command("gptoss-verify quality --quiet --text /dev/stdin");
+    let r = run_with(piped.arg(tiny()), "text");
+    assert!(r.code == 2 && r.err.contains("is no regular file"), "{}", r.err);
     let good = "{\"text\": \"a line of text that has a few tokens\"}\n";
     fails(&tiny(), "", "", "there is no text in it");
     fails(&tiny(), &format!("{good}{{\"text\": \n"), "", "line 2: is not JSON");
@@ -162,6 +166,9 @@ fn bad_input_is_named() {
     edit("config.json", &|c| c["num_experts_per_tok"] = 17.into());
     fails(&copy, good, "", "num_experts_per_tok is 17");
     edit("config.json", &|c| (c["num_experts_per_tok"], c["max_position_embeddings"]) = (4.into(), 4096.into()));
+    edit("config.json", &|c| c["tie_word_embeddings"] = true.into());
+    fails(&copy, good, "", "lm_head.weight: is here, but config.json says tie_word_embeddings");
+    edit("config.json", &|c| c["tie_word_embeddings"] = false.into());
     edit("tokenizer.json", &|t| t["model"]["vocab"]["!"] = 2048.into());
     fails(&copy, good, "", "2048");
     std::fs::remove_file(copy.join("tokenizer.json")).unwrap();
@@ -189,10 +196,10 @@ fn a_checkpoint_of_the_20bs_width_and_vocabulary_stays_under_4_gb() {
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(tiny().join(file), model.join(file)).unwrap();
     }
-    let mut c = command("gptoss-verify quality --quiet --nsamples 4 --max-seq-length 128");
+    let mut c = command("gptoss-verify quality --quiet --nsamples 8 --max-seq-length 512");
     let m = run(c.arg(&model).arg("--text").arg(tiny().join("test.jsonl"))).manifest();
     let peak = number(&m, "/volatile/peak_resident_bytes");
     println!("peak resident memory, mapped weights included: {:.2} GB", peak / 1e9);
     assert!(peak < 4e9, "{peak}");
-    assert_eq!(m["quality"]["predicted"], 4 * 127);
+    assert_eq!(m["quality"]["predicted"], 8 * 511);
 }

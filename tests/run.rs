@@ -109,6 +109,46 @@ fn bad_input_is_named() {
 }
 
 #[test]
+fn what_the_checkpoint_says_about_sampling_is_taken_or_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = tiny_copy(dir.path());
+    let says = |generation: &str| {
+        std::fs::write(copy.join("generation_config.json"), generation).unwrap();
+        generate(&copy, "--max-tokens 8", "A trait")
+    };
+    for (generation, wanted) in [
+        ("{\"eos_token_id\": \"<|return|>\"}", "eos_token_id is \"<|return|>\""),
+        ("{\"eos_token_id\": [[2042]]}", "eos_token_id is [[2042]]"),
+        ("{\"eos_token_id\": 4294969338}", "eos_token_id is 4294969338"),
+        ("{\"temperature\": -3}", "generation_config.json: temperature is -3"),
+        ("{\"top_p\": 7}", "generation_config.json: top_p is 7"),
+    ] {
+        let r = says(generation);
+        assert!(r.code == 2 && r.err.contains(wanted), "{generation}: {}", r.err);
+    }
+    // Without do_sample the most likely token; without it in the file, config.json's eos.
+    assert_eq!(says("{}").out, generate(&copy, "--max-tokens 8 --temperature 0", "A trait").out);
+    let config = std::fs::read_to_string(copy.join("config.json")).unwrap();
+    std::fs::write(copy.join("config.json"), config.replace("\"eos_token_id\": 2042,", "")).unwrap();
+    let r = says("{}");
+    assert!(r.code == 0 && r.err.contains("only --max-tokens ends the text"), "{}", r.err);
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_nobody_on_stderr_is_none() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+    let mut c = command("gptoss-run --prompt x --max-tokens 5 --model");
+    let r: Ran = c.arg(tiny()).stdout(full()).stderr(Stdio::piped()).output().unwrap().into();
+    assert!(r.code == 2 && r.err.contains("cannot write standard output"), "{r:?}");
+    for line in ["gptoss-run --prompt x --max-tokens 5 --model", "gptoss-bench decode --tokens 2 --context 2 --model"] {
+        let status = command(line).arg(tiny()).stdout(Stdio::null()).stderr(full()).status().unwrap();
+        assert_eq!(status.code(), Some(0), "{line}");
+    }
+    let r = run(command("gptoss-bench decode --context 99999999999999 --model").arg(tiny()));
+    assert!(r.code == 2 && r.err.contains("wanted a number from 1"), "{}", r.err);
+}
+
+#[test]
 fn ctrl_c_ends_cleanly() {
     let mut c = command("gptoss-run --max-tokens 1000000 --model");
     let mut child = c

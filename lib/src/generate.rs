@@ -48,7 +48,9 @@ impl Sampler {
             return refuse(format!("--top-p is {p}, wanted more than 0, and 1 at most"));
         }
         let temperature = o.temperature;
-        let sampling = match (o.top_k, o.top_p.filter(|p| *p < 1.0)) {
+        // Less than any probability of the most likely token: that one alone. candle would round it to nothing.
+        let top_p = o.top_p.filter(|p| *p < 1.0).map(|p| p.max(1e-7));
+        let sampling = match (o.top_k, top_p) {
             // Temperatures that a division by would overflow on stand for 0.
             _ if temperature < 1e-7 => Sampling::ArgMax,
             (None, None) => Sampling::All { temperature },
@@ -77,7 +79,7 @@ impl Sampler {
 pub struct Defaults {
     /// Tokens that end a text.
     pub eos: Vec<u32>,
-    /// temperature; 0 where do_sample is false.
+    /// temperature, 1 where it is not said; 0 where do_sample is not true.
     pub temperature: f64,
     /// top_k, where it is more than 0.
     pub top_k: Option<usize>,
@@ -91,16 +93,32 @@ impl Defaults {
         let file = dir.join("generation_config.json");
         let generation = if file.exists() { read_object(&file)? } else { Map::new() };
         let config = read_object(&dir.join(CONFIG))?;
+        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let ids = |v: &Value| match v {
-            Value::Array(list) => list.iter().filter_map(Value::as_u64).map(|n| n as u32).collect(),
-            other => other.as_u64().map(|n| n as u32).into_iter().collect::<Vec<u32>>(),
+            Value::Array(list) => list.iter().map(id).collect::<Option<Vec<u32>>>(),
+            one => id(one).map(|id| vec![id]),
         };
-        let eos = generation.get("eos_token_id").or(config.get("eos_token_id")).map(ids).unwrap_or_default();
-        let number = |name: &str| generation.get(name).and_then(Value::as_f64);
-        let sampled = generation.get("do_sample").and_then(Value::as_bool).unwrap_or(true);
-        let temperature = if sampled { number("temperature").unwrap_or(1.0) } else { 0.0 };
-        let top_k = generation.get("top_k").and_then(Value::as_u64).filter(|&k| k > 0).map(|k| k as usize);
-        Ok(Self { eos, temperature, top_k, top_p: number("top_p").filter(|p| *p > 0.0 && *p <= 1.0) })
+        let of = |map: &Map<String, Value>, name: &str| map.get(name).filter(|v| !v.is_null()).cloned();
+        let eos = match of(&generation, "eos_token_id").or(of(&config, "eos_token_id")) {
+            None => Vec::new(),
+            Some(v) => ids(&v).ok_or_else(|| {
+                let reason =
+                    format!("eos_token_id is {v} (here or in {CONFIG}), wanted a token's id or a list of them");
+                Error::file(&file, reason)
+            })?,
+        };
+        let number = |name: &str, fits: fn(f64) -> bool| match of(&generation, name) {
+            None => Ok(None),
+            Some(v) => match v.as_f64().filter(|&x| fits(x)) {
+                Some(x) => Ok(Some(x)),
+                None => Err(Error::file(&file, format!("{name} is {v}, which cannot be sampled with"))),
+            },
+        };
+        let (warmth, top_p) = (number("temperature", |t| t >= 0.0)?, number("top_p", |p| p > 0.0 && p <= 1.0)?);
+        let top_k = number("top_k", |k| k >= 0.0 && k.fract() == 0.0)?.filter(|&k| k > 0.0).map(|k| k as usize);
+        // As in transformers, without do_sample the most likely token is taken.
+        let sampled = generation.get("do_sample").and_then(Value::as_bool).unwrap_or(false);
+        Ok(Self { eos, temperature: if sampled { warmth.unwrap_or(1.0) } else { 0.0 }, top_k, top_p })
     }
 }
 
@@ -134,6 +152,8 @@ impl Finish {
 pub struct Generated {
     /// The new tokens, without the one that ended the text.
     pub ids: Vec<u32>,
+    /// How many tokens were sampled: the one that ended the text counts.
+    pub sampled: usize,
     /// Why it ended.
     pub finish: Finish,
     /// From the start to the first new token.
@@ -145,7 +165,7 @@ pub struct Generated {
 impl Generated {
     /// New tokens a second after the first; 0 where there was one only.
     pub fn rate(&self) -> f64 {
-        let steps = self.ids.len().saturating_sub(1);
+        let steps = self.sampled.saturating_sub(1);
         if steps == 0 { 0.0 } else { steps as f64 / self.rest.as_secs_f64() }
     }
 }
@@ -184,35 +204,36 @@ pub fn generate<D: Device>(
     mut each: impl FnMut(Option<u32>) -> Result<bool>,
 ) -> Result<Generated> {
     let start = Instant::now();
-    let done = |ids, finish, first: Option<Instant>| {
+    let done = |ids, finish, first: Option<Instant>, sampled| {
         let now = Instant::now();
         let first = first.unwrap_or(now);
-        Ok(Generated { ids, finish, first: first - start, rest: now - first })
+        Ok(Generated { ids, sampled, finish, first: first - start, rest: now - first })
     };
     let (last, before) = prompt.split_last().expect("the prompt was checked");
     for part in before.chunks(PREFILL) {
         if !each(None)? {
-            return done(Vec::new(), Finish::Stopped, None);
+            return done(Vec::new(), Finish::Stopped, None, 0);
         }
         session.advance(part)?;
     }
-    let (mut ids, mut next, mut first) = (Vec::new(), *last, None);
+    let (mut ids, mut next, mut first, mut sampled) = (Vec::new(), *last, None, 0);
     loop {
         if ids.len() == most {
-            return done(ids, Finish::Length, first);
+            return done(ids, Finish::Length, first, sampled);
         }
         if session.position() == context {
-            return done(ids, Finish::Context, first);
+            return done(ids, Finish::Context, first, sampled);
         }
         let hidden = session.advance(&[next])?;
-        next = sampler.sample(&device.download(session.logits(&hidden)?)?)?;
+        next = device.sample(&session.logits(&hidden)?, sampler)?;
         first.get_or_insert_with(Instant::now);
+        sampled += 1;
         if eos.contains(&next) {
-            return done(ids, Finish::Eos, first);
+            return done(ids, Finish::Eos, first, sampled);
         }
         ids.push(next);
         if !each(Some(next))? {
-            return done(ids, Finish::Stopped, first);
+            return done(ids, Finish::Stopped, first, sampled);
         }
     }
 }

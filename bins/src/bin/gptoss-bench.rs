@@ -40,10 +40,10 @@ enum Command {
         #[command(flatten)]
         what: What,
         /// Tokens that are taken in before
-        #[arg(long, value_name = "N", default_value_t = 64)]
+        #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse_tokens)]
         context: usize,
         /// Tokens that are timed
-        #[arg(long, value_name = "N", default_value_t = 32)]
+        #[arg(long, value_name = "N", default_value_t = 32, value_parser = parse_tokens)]
         tokens: usize,
     },
     /// A prompt, all its tokens together
@@ -51,10 +51,10 @@ enum Command {
         #[command(flatten)]
         what: What,
         /// Tokens of the prompt
-        #[arg(long, value_name = "N", default_value_t = 512)]
+        #[arg(long, value_name = "N", default_value_t = 512, value_parser = parse_tokens)]
         tokens: usize,
         /// How often it is taken in
-        #[arg(long, value_name = "N", default_value_t = 3)]
+        #[arg(long, value_name = "N", default_value_t = 3, value_parser = parse_tokens)]
         repeat: usize,
     },
 }
@@ -69,16 +69,24 @@ struct What {
     sweep: Vec<usize>,
 }
 
+/// A number of tokens or runs; more than any context is a typing error.
+fn parse_tokens(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=10_000_000) => Ok(n),
+        _ => Err("wanted a number from 1 to 10000000".into()),
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     run("gptoss-bench", || match &args.command {
         Command::Decode { what, context, tokens } => {
             let job = Job::Bench { what: "decode".into(), context: *context, tokens: *tokens };
-            sweep(what, &args.common, job, |device, model| decode(device, model, (*context).max(1), *tokens))
+            sweep(what, &args.common, job, |device, model| decode(device, model, *context, *tokens))
         }
         Command::Prefill { what, tokens, repeat } => {
             let job = Job::Bench { what: "prefill".into(), context: 0, tokens: *tokens };
-            sweep(what, &args.common, job, |device, model| prefill(device, model, (*tokens).max(1), *repeat))
+            sweep(what, &args.common, job, |device, model| prefill(device, model, *tokens, *repeat))
         }
     })
 }
@@ -129,7 +137,7 @@ fn tokens(model: &Model, n: usize) -> Vec<u32> {
 }
 
 fn decode(device: &Cpu, model: &Model, context: usize, n: usize) -> Result<Times> {
-    let ids = tokens(model, context + n.max(1));
+    let ids = tokens(model, context + n);
     check_prompt(model, &ids)?;
     let steps = device.enter(|| -> Result<Vec<Duration>> {
         let mut session = Session::new(device, model)?;
@@ -156,7 +164,7 @@ fn prefill(device: &Cpu, model: &Model, n: usize, repeat: usize) -> Result<Times
             session.advance(&ids)?;
             Ok(start.elapsed())
         };
-        (0..repeat.max(1)).map(step).collect()
+        (0..repeat).map(step).collect()
     })?;
     Ok(Times { steps, tokens: n })
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use gptoss::Error;
 use gptoss::checkpoint::hub::Wanted;
 use gptoss::device::cpu::Cpu;
 use gptoss::generate::{Defaults, Finish, Generated, Sampler, SamplingOptions, check_prompt, generate};
@@ -48,7 +49,7 @@ struct Args {
     /// Most new tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
-    /// 0 takes the most likely token every time [default: the checkpoint's generation_config.json, or 1]
+    /// 0 takes the most likely token every time [default: the checkpoint's generation_config.json]
     #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Sampling")]
     temperature: Option<f64>,
     /// Only the most likely tokens that together have this probability
@@ -108,22 +109,30 @@ fn text(args: &Args) -> Result<ExitCode> {
     let stop = interrupted()?;
     let device = Cpu::new(args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into)))?;
     let mut stream = tokenizer.stream(if args.special { Special::Show } else { Special::Skip });
+    if defaults.eos.is_empty() {
+        progress.note(
+            "neither generation_config.json nor config.json has an eos_token_id: only --max-tokens ends the text",
+        );
+    }
     let mut whole = String::new();
     // False from the moment on when nobody reads any more.
     let mut show = |text: &str| {
         whole.push_str(text);
-        args.json || print(text)
+        if args.json { Ok(true) } else { print(text) }
     };
     let done = device.enter(|| -> Result<Generated> {
         let mut session = Session::new(&device, &model)?;
         let each = |id: Option<u32>| {
-            let going = id.map(|id| stream.push(id)).transpose()?.is_none_or(|text| show(&text));
+            let going = match id {
+                Some(id) => show(&stream.push(id)?)?,
+                None => true,
+            };
             Ok(going && !stop.load(Ordering::Relaxed))
         };
         let ends = (args.max_tokens, &defaults.eos[..]);
         Ok(generate(&device, &mut session, model.settings.context, &ids, ends, &mut sampler, each)?)
     })?;
-    show(&stream.finish()?);
+    show(&stream.finish()?)?;
     report(args, &whole, ids.len(), &done)?;
     let by_hand = stop.load(Ordering::Relaxed);
     Ok(if by_hand { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
@@ -163,9 +172,13 @@ fn interrupted() -> Result<Arc<AtomicBool>> {
 }
 
 /// Writes at once; false where the reader has gone away.
-fn print(text: &str) -> bool {
+fn print(text: &str) -> gptoss::Result<bool> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Error::io("write", "standard output")(e)),
+    }
 }
 
 fn report(args: &Args, text: &str, prompt_tokens: usize, done: &Generated) -> Result<()> {
@@ -181,11 +194,13 @@ fn report(args: &Args, text: &str, prompt_tokens: usize, done: &Generated) -> Re
         });
         gptoss_tools::write_out(&format!("{result}\n"))?;
     } else {
-        print("\n");
+        print("\n")?;
     }
     if !args.quiet {
         let why = if done.finish == Finish::Eos { "the model ended the text" } else { done.finish.name() };
-        eprintln!(
+        // Nobody to tell is no error.
+        let _ = writeln!(
+            std::io::stderr(),
             "{prompt_tokens} prompt tokens, first token after {:.2} s; {} new tokens, {:.2} tokens/s ({why})",
             done.first.as_secs_f64(),
             done.ids.len(),

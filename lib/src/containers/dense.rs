@@ -70,6 +70,13 @@ impl Rows for RowMajor<'_> {
         self.shape
     }
 
+    fn values(&self) -> Option<&[f32]> {
+        match self.float {
+            Float::F32 if cfg!(target_endian = "little") => bytemuck::try_cast_slice(self.bytes).ok(),
+            _ => None,
+        }
+    }
+
     fn float(&self) -> Float {
         self.float
     }

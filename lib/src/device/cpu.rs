@@ -7,6 +7,7 @@ use super::{Attention, Device, Experts, Heads, Moments, Observer};
 use crate::containers::Weight;
 use crate::error::{Error, Result};
 use crate::formats::activations::Activations;
+use crate::generate::Sampler;
 use crate::model::Proj;
 use crate::ops::attention::{Head, attend};
 use crate::ops::compare::{RowFigures, figures};
@@ -52,8 +53,10 @@ pub struct Routes {
 }
 
 impl Cpu {
-    /// With this many threads. It changes no bit.
+    /// With this many threads, but no more than eight a processor, which would only wait for each other. It changes no
+    /// bit.
     pub fn new(threads: usize) -> Result<Self> {
+        let threads = threads.min(8 * std::thread::available_parallelism().map_or(1, Into::into));
         let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gptoss-{i}")).build();
         Ok(Self { pool: pool.map_err(|e| Error::Refused(format!("cannot start {threads} threads: {e}")))? })
     }
@@ -269,6 +272,10 @@ impl Device for Cpu {
             }
         }
         Ok(out)
+    }
+
+    fn sample(&self, logits: &Tensor, sampler: &mut Sampler) -> Result<u32> {
+        sampler.sample(logits.row(logits.rows() - 1))
     }
 
     fn compare(&self, logits: &Tensor, reference: Option<&Tensor>, targets: &[Option<u32>]) -> Result<Vec<RowFigures>> {

@@ -5,6 +5,7 @@ pub mod cpu;
 
 use crate::containers::Weight;
 use crate::error::Result;
+use crate::generate::Sampler;
 use crate::model::Proj;
 use crate::ops::compare::RowFigures;
 
@@ -113,6 +114,8 @@ pub trait Device: Sync {
         experts: &Experts<Self::Matrix<'_>>,
         observer: &mut Observer<Self::Tensor>,
     ) -> Result<Self::Tensor>;
+    /// The next token after the last row of logits.
+    fn sample(&self, logits: &Self::Tensor, sampler: &mut Sampler) -> Result<u32>;
     /// Figures of each row of logits; `targets` has one entry a row.
     fn compare(
         &self,

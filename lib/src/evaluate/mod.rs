@@ -175,19 +175,20 @@ fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], roo
         let rows = batch.rows();
         states.put(rows.clone(), &device.download(device.embed(&embedding, &ids[rows])?)?);
     }
+    let places = |b: &Batch| Places::new(device, model, &b.starts, &b.lengths);
+    let places: Vec<Places<D>> = batches.iter().map(places).collect::<Result<_>>()?;
     for l in 0..c.layers {
         let weights = model.layer(device, l)?;
         // The past of a sequence that goes on in the next batch.
         let mut past = None;
-        for batch in &batches {
+        for (batch, places) in batches.iter().zip(&places) {
             let rows = batch.rows();
             let mut x = device.upload(states.get(rows.clone()).to_vec(), c.hidden)?;
-            let places = Places::new(device, model, &batch.starts, &batch.lengths)?;
             let going_on = past.take().filter(|_| batch.starts.first().is_some_and(|&s| s > 0));
             let fresh = batch.lengths.len() - usize::from(going_on.is_some());
             let fresh = (0..fresh).map(|_| device.cache(&weights.attention));
             let mut caches: Vec<_> = going_on.into_iter().chain(fresh).collect();
-            forward::layer(device, model, &weights, &mut x, &places, &mut caches, &mut unobserved)?;
+            forward::layer(device, model, &weights, &mut x, places, &mut caches, &mut unobserved)?;
             past = caches.pop();
             states.put(rows.clone(), &device.download(x)?);
             room.progress.advance(rows.len() as u64 * layer_work(model));

@@ -36,14 +36,12 @@ struct Raw {
     sliding_window: Option<usize>,
     layer_types: Option<Vec<String>>,
     num_experts_per_tok: Option<usize>,
-    experts_per_token: Option<usize>,
     #[serde(default = "default_alpha")]
     swiglu_alpha: f64,
     #[serde(default = "default_limit")]
     swiglu_limit: f64,
     #[serde(default = "default_context")]
     max_position_embeddings: usize,
-    initial_context_length: Option<usize>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RawRope>,
     rope_parameters: Option<RawRope>,
@@ -51,7 +49,7 @@ struct Raw {
 }
 
 /// `rope_scaling`, or with `rope_theta` inside, `rope_parameters`.
-#[derive(Deserialize)]
+#[derive(Deserialize, Default, PartialEq)]
 struct RawRope {
     #[serde(alias = "type")]
     rope_type: Option<String>,
@@ -62,6 +60,23 @@ struct RawRope {
     original_max_position_embeddings: Option<usize>,
     truncate: Option<bool>,
     attention_factor: Option<f64>,
+    mscale: Option<f64>,
+    mscale_all_dim: Option<f64>,
+}
+
+impl RawRope {
+    /// What a gpt-oss has whose config is silent.
+    fn gpt_oss() -> Self {
+        Self {
+            rope_type: Some("yarn".into()),
+            factor: Some(32.0),
+            beta_fast: Some(32.0),
+            beta_slow: Some(1.0),
+            original_max_position_embeddings: Some(4096),
+            truncate: Some(false),
+            ..Self::default()
+        }
+    }
 }
 
 fn default_eps() -> f64 {
@@ -84,11 +99,16 @@ fn default_context() -> usize {
 const WINDOW: usize = 128;
 /// rope_theta of a config that does not say.
 const THETA: f64 = 150_000.0;
+/// Greatest factor on cos and sin that is believed; gpt-oss has 1.35.
+const MAX_ROPE_FACTOR: f64 = 1000.0;
 
 impl Settings {
     /// Reads and checks the fields of a `config.json` that lies in `dir`.
     pub fn parse(dir: &Path, config: &Map<String, Value>, shapes: &ModelConfig) -> Result<Self> {
         let bad = |reason: String| Error::file(dir.join(CONFIG), reason);
+        if config.get("sliding_window").is_some_and(Value::is_null) {
+            return Err(bad("sliding_window is null, wanted a number of positions".into()));
+        }
         let raw: Raw = serde_json::from_value(Value::Object(config.clone())).map_err(|e| bad(e.to_string()))?;
         Self::build(raw, shapes).map_err(bad)
     }
@@ -97,7 +117,7 @@ impl Settings {
         if let Some(act) = raw.hidden_act.filter(|a| a != "silu") {
             return Err(format!("hidden_act is {act:?}, a gpt-oss has \"silu\""));
         }
-        let top_k = raw.num_experts_per_tok.or(raw.experts_per_token).unwrap_or(4);
+        let top_k = raw.num_experts_per_tok.unwrap_or(4);
         if top_k == 0 || top_k > shapes.experts {
             return Err(format!("num_experts_per_tok is {top_k}, wanted 1 to num_local_experts, {}", shapes.experts));
         }
@@ -118,14 +138,18 @@ impl Settings {
         }
         let window = raw.sliding_window.unwrap_or(WINDOW);
         let windows = windows(raw.layer_types.as_deref(), window, shapes.layers)?;
-        let rope = raw.rope_parameters.or(raw.rope_scaling);
-        let theta = rope.as_ref().and_then(|r| r.rope_theta).or(raw.rope_theta).unwrap_or(THETA);
+        // As transformers does, an absent, null or empty object stands for gpt-oss's own.
+        let rope = raw.rope_parameters.or(raw.rope_scaling).filter(|r| *r != RawRope::default());
+        let rope = rope.unwrap_or_else(RawRope::gpt_oss);
+        let theta = rope.rope_theta.or(raw.rope_theta).unwrap_or(THETA);
+        if !(theta.is_finite() && theta > 1.0) {
+            return Err(format!("rope_theta is {theta}, wanted more than 1"));
+        }
         let context = raw.max_position_embeddings;
-        let yarn = match rope {
-            Some(r) => yarn(&r, context, raw.initial_context_length)?,
-            None => None,
-        };
-        let rope = Rope::new(shapes.head_dim, positive("rope_theta", theta)?, yarn.as_ref());
+        let rope = Rope::new(shapes.head_dim, theta, yarn(&rope, context)?.as_ref());
+        if !rope.frequencies.iter().all(|f| f.is_finite()) || rope.factor > MAX_ROPE_FACTOR {
+            return Err("rope_scaling gives angles or factors that are no sensible numbers".into());
+        }
         Ok(Self {
             eps: raw.rms_norm_eps as f32,
             windows,
@@ -144,6 +168,10 @@ fn positive(name: &str, value: f64) -> std::result::Result<f64, String> {
 
 /// The window of each layer; types alternate, sliding first, where the config is silent.
 fn windows(types: Option<&[String]>, window: usize, layers: usize) -> std::result::Result<Vec<Option<usize>>, String> {
+    let slides = types.is_none_or(|t| t.iter().any(|t| t == "sliding_attention"));
+    if window == 0 && slides {
+        return Err("sliding_window is 0: a token would not see itself".into());
+    }
     let Some(types) = types else {
         return Ok((0..layers).map(|l| l.is_multiple_of(2).then_some(window)).collect());
     };
@@ -152,23 +180,28 @@ fn windows(types: Option<&[String]>, window: usize, layers: usize) -> std::resul
     }
     let one = |t: &String| match t.as_str() {
         "full_attention" => Ok(None),
-        "sliding_attention" if window == 0 => Err("sliding_window is 0: a token would not see itself".to_owned()),
         "sliding_attention" => Ok(Some(window)),
         other => Err(format!("layer_types has {other:?}, wanted sliding_attention or full_attention")),
     };
     types.iter().map(one).collect()
 }
 
-fn yarn(r: &RawRope, context: usize, initial: Option<usize>) -> std::result::Result<Option<Yarn>, String> {
+fn yarn(r: &RawRope, context: usize) -> std::result::Result<Option<Yarn>, String> {
     match r.rope_type.as_deref() {
         None | Some("default") => return Ok(None),
         Some("yarn") => {}
         Some(other) => return Err(format!("rope_type is {other:?}, this tool knows yarn and default")),
     }
-    let original = r.original_max_position_embeddings.or(initial).filter(|&n| n > 0);
-    let original = original.ok_or("rope_scaling has no original_max_position_embeddings")?;
+    let original = r.original_max_position_embeddings.unwrap_or(context);
+    if original == 0 {
+        return Err("original_max_position_embeddings is 0".into());
+    }
     let factor = positive("rope factor", r.factor.unwrap_or(context as f64 / original as f64))?;
-    let by_factor = if factor <= 1.0 { 1.0 } else { 0.1 * libm::log(factor) + 1.0 };
+    let scale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * libm::log(factor) + 1.0 };
+    let by_factor = match (r.mscale, r.mscale_all_dim) {
+        (Some(m), Some(all)) if m != 0.0 && all != 0.0 => scale(m) / scale(all),
+        _ => scale(1.0),
+    };
     Ok(Some(Yarn {
         factor,
         beta_fast: positive("beta_fast", r.beta_fast.unwrap_or(32.0))?,
@@ -214,5 +247,33 @@ mod tests {
         assert!(error("rms_norm_eps", (-1.0).into()).contains("rms_norm_eps is -1, wanted more than 0"));
         assert!(error("rope_scaling", serde_json::json!({"rope_type": "linear"})).contains("rope_type is \"linear\""));
         assert!(error("head_dim", 63.into()).contains("head_dim is 63"));
+        assert!(error("sliding_window", Value::Null).contains("sliding_window is null"));
+        assert!(error("sliding_window", 0.into()).contains("sliding_window is 0"));
+        assert!(error("rope_theta", 1.into()).contains("rope_theta is 1"));
+        let no_types = parse(|m| {
+            m.remove("layer_types");
+            m.insert("sliding_window".into(), 0.into());
+        });
+        assert!(no_types.unwrap_err().to_string().contains("sliding_window is 0"));
+        let wild = serde_json::json!({"rope_type": "yarn", "factor": 32, "attention_factor": 1e300});
+        assert!(error("rope_scaling", wild).contains("no sensible numbers"));
+    }
+
+    #[test]
+    fn what_the_config_leaves_out_is_gpt_oss_s_own() {
+        let whole = parse(|_| {}).unwrap();
+        for value in [None, Some(Value::Null), Some(serde_json::json!({}))] {
+            let silent = parse(|m| {
+                m.remove("rope_scaling");
+                value.clone().map(|v| m.insert("rope_scaling".into(), v));
+            });
+            assert_eq!(silent.unwrap().rope, whole.rope, "{value:?}");
+        }
+        let scaled = parse(|m| {
+            m["rope_scaling"]["mscale"] = 2.into();
+            m["rope_scaling"]["mscale_all_dim"] = 1.into();
+        });
+        let want = (0.2 * 32f64.ln() + 1.0) / (0.1 * 32f64.ln() + 1.0);
+        assert!((scaled.unwrap().rope.factor - want).abs() < 1e-12);
     }
 }

@@ -1,10 +1,17 @@
 //! Progress on standard error: a bar on a terminal, a plain line every few seconds otherwise, nothing when quiet.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+
+/// A line on standard error; nobody to read it is no error.
+macro_rules! say {
+    ($($what:tt)*) => {{
+        let _ = writeln!(std::io::stderr(), $($what)*);
+    }};
+}
 
 /// Time between two plain lines.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -90,8 +97,8 @@ impl Progress {
                 let mut l = lines.lock().expect("no thread panics while it holds this");
                 *l = Lines { what: what.to_owned(), unit, done: 0, total, start: now, last: now };
                 match unit {
-                    Unit::Bytes => eprintln!("{what}: {}", HumanBytes(total)),
-                    Unit::Work => eprintln!("{what}"),
+                    Unit::Bytes => say!("{what}: {}", HumanBytes(total)),
+                    Unit::Work => say!("{what}"),
                 }
             }
         }
@@ -112,11 +119,11 @@ impl Progress {
                     match l.unit {
                         Unit::Bytes => {
                             let (done, total) = (HumanBytes(l.done), HumanBytes(l.total));
-                            eprintln!("{}: {done} of {total} after {s:.0} s, {left:.0} s left", l.what);
+                            say!("{}: {done} of {total} after {s:.0} s, {left:.0} s left", l.what);
                         }
                         Unit::Work => {
                             let percent = 100 * l.done / l.total.max(1);
-                            eprintln!("{}: {percent}% after {s:.0} s, {left:.0} s left", l.what);
+                            say!("{}: {percent}% after {s:.0} s, {left:.0} s left", l.what);
                         }
                     }
                 }
@@ -131,7 +138,7 @@ impl Progress {
             Kind::Bar(bar) => bar.finish_and_clear(),
             Kind::Lines(lines) => {
                 let l = lines.lock().expect("no thread panics while it holds this");
-                eprintln!("{}: done after {:.1} s", l.what, l.start.elapsed().as_secs_f64());
+                say!("{}: done after {:.1} s", l.what, l.start.elapsed().as_secs_f64());
             }
         }
     }
@@ -147,8 +154,8 @@ impl Progress {
     pub fn note(&self, text: &str) {
         match &*self.0 {
             Kind::Quiet => {}
-            Kind::Bar(bar) => bar.suspend(|| eprintln!("{text}")),
-            Kind::Lines(_) => eprintln!("{text}"),
+            Kind::Bar(bar) => bar.suspend(|| say!("{text}")),
+            Kind::Lines(_) => say!("{text}"),
         }
     }
 }

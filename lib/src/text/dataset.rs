@@ -15,7 +15,7 @@ use crate::pipeline::progress::Progress;
 pub enum Split {
     /// For calibration.
     Train,
-    /// For measuring: the test split, or the validation split where there is no other.
+    /// For measuring: the test split, the validation split where there is no other, or the only one that there is.
     Test,
 }
 
@@ -154,12 +154,7 @@ impl Choice {
         };
         let pattern = match split {
             Split::Train => config.train,
-            Split::Test => config.test.ok_or_else(|| {
-                Error::Refused(format!(
-                    "dataset {} has no text that is kept back for measuring; wikitext2 has",
-                    dataset.name
-                ))
-            })?,
+            Split::Test => config.test.unwrap_or(config.train),
         };
         Ok(Self { dataset, config, id, pattern })
     }
@@ -186,7 +181,7 @@ mod tests {
         assert!(e.contains("\"pile\"; there are open_platypus, wikitext2, c4, gsm8k, ultrachat"), "{e}");
         let e = error("gsm8k", Some("x"), Split::Train);
         assert!(e.contains("no configuration \"x\"; there are main, socratic"), "{e}");
-        assert!(error("open_platypus", None, Split::Test).contains("kept back"));
+        assert_eq!(find("open_platypus", None, Split::Test).unwrap().1, "data/train-00000-of-*.parquet");
         assert!(error("c4@../x", None, Split::Train).contains("no revision"));
     }
 

@@ -16,6 +16,7 @@ pub mod sample;
 pub mod tokenizer;
 pub mod windows;
 
+use std::ops::Not;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -147,6 +148,13 @@ pub fn load_with(
     }
     let (source, file, rows) = match &request.source {
         Source::File(file) => {
+            // It is read twice, for its hash and for its text.
+            if std::fs::metadata(file).map_err(Error::io("open", file))?.is_file().not() {
+                return Err(Error::file(
+                    file,
+                    "is no regular file; save the text to one (a pipe can be read once only)",
+                ));
+            }
             let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
             let sha256 = Some(digest::of_file(file)?.1);
             (TextSource { name, sha256, hub: None, file: None }, file.clone(), Rows::TextOrMessages)

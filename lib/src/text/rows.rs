@@ -61,8 +61,8 @@ impl Rows {
         };
         match self {
             Self::TextOrMessages => match (row.remove("text"), row.remove("messages")) {
+                (None | Some(Value::Null), Some(messages)) => whole("messages", messages),
                 (Some(text), _) => whole("text", text),
-                (None, Some(messages)) => whole("messages", messages),
                 (None, None) => Err(lacks("field text or messages", &row)),
             },
             Self::Field(name) => match row.remove(name) {

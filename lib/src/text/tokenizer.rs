@@ -82,7 +82,8 @@ impl Tokenizer {
 
     /// The ids of `text` piece by piece: together the same ids as those of the whole.
     ///
-    /// A text is cut behind a newline, and only where the neighbourhood has the same tokens with and without the cut.
+    /// A text is cut behind a newline, else in front of a blank, else anywhere, and only where the neighbourhood has the same
+    /// tokens with and without the cut.
     pub fn pieces<'a>(&'a self, text: &'a str) -> Pieces<'a> {
         Pieces { tokenizer: self, rest: text }
     }
@@ -162,8 +163,12 @@ impl Pieces<'_> {
     /// Length of the next piece.
     fn cut(&self) -> Result<usize> {
         let mut from = PIECE;
-        while let Some(newline) = self.rest.as_bytes().get(from..).and_then(|b| b.iter().position(|&b| b == b'\n')) {
-            let at = from + newline + 1;
+        while from < self.rest.len() {
+            // Behind a newline, else in front of a blank (which begins a token), else anywhere.
+            from = self.rest.ceil_char_boundary(from);
+            let near = &self.rest.as_bytes()[from..self.rest.len().min(from + STRIDE)];
+            let newline = near.iter().position(|&b| b == b'\n').map(|i| i + 1);
+            let at = from + newline.or(near.iter().position(|&b| b == b' ')).unwrap_or(0);
             if self.tokenizer.cuts_well(self.rest, at)? {
                 return Ok(at);
             }

@@ -122,7 +122,14 @@ fn truncate(documents: impl Iterator<Item = Result<String>>, tokenizer: &Tokeniz
         if spec.is_enough(&out.sequences) {
             break;
         }
-        let mut ids = tokenizer.encode(&document?)?;
+        let (document, mut ids) = (document?, Vec::new());
+        // The rest of a long document is not looked at.
+        for piece in tokenizer.pieces(&document) {
+            ids.extend(piece?);
+            if ids.len() >= spec.max_seq_length {
+                break;
+            }
+        }
         out.documents += 1;
         out.dropped += ids.len().saturating_sub(spec.max_seq_length);
         ids.truncate(spec.max_seq_length);

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::evaluate::{Figures, Room, evaluate};
 use crate::formats::activations::Activations;
 use crate::model::Model;
@@ -57,6 +57,13 @@ pub fn quality<D: Device>(
     text: &Text,
     room: &Room,
 ) -> Result<QualityReport> {
+    if text.sequences.iter().all(|s| s.real < 2) {
+        return Err(Error::Refused(
+            "every sequence of the text has one token, so there is none to predict; use a longer --max-seq-length or \
+             longer documents"
+                .into(),
+        ));
+    }
     // Broken containers are found before the work.
     let activations = model.activations()?;
     let of_reference = reference.map(Model::activations).transpose()?;
@@ -93,5 +100,5 @@ pub fn quality<D: Device>(
 /// The mean over predicted tokens, summed in their order.
 fn mean(figures: &Figures, of: impl Fn(&crate::ops::compare::RowFigures) -> f64, predicted: usize) -> f64 {
     let rows = figures.rows.iter().zip(&figures.predicted).filter(|(_, p)| **p);
-    rows.map(|(r, _)| of(r)).sum::<f64>() / predicted.max(1) as f64
+    rows.map(|(r, _)| of(r)).sum::<f64>() / predicted as f64
 }

@@ -153,7 +153,11 @@ fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
         (Some("channel"), _) => Strategy::Channel,
         (s, g) => return Err(format!("strategy {s:?} with group_size {g:?} is not read by this version")),
     };
-    let activations = match &group["input_activations"] {
+    let inputs = &group["input_activations"];
+    if inputs["symmetric"].as_bool() == Some(false) {
+        return Err("input_activations that are not symmetric are not read by this version".into());
+    }
+    let activations = match inputs {
         Value::Null => Activations::Float,
         a if a["type"] == "int" && a["num_bits"] == 8 && a["dynamic"] == true && a["strategy"] == "token" => {
             Activations::DynamicTokenInt8
