@@ -82,8 +82,8 @@ impl Tokenizer {
 
     /// The ids of `text` piece by piece: together the same ids as those of the whole.
     ///
-    /// A text is cut behind a newline, else in front of a blank, else anywhere, and only where the neighbourhood has the same
-    /// tokens with and without the cut.
+    /// A text is cut behind a newline, else where a word ends, and only where the neighbourhood has the same tokens with and
+    /// without the cut.
     pub fn pieces<'a>(&'a self, text: &'a str) -> Pieces<'a> {
         Pieces { tokenizer: self, rest: text }
     }
@@ -164,15 +164,21 @@ impl Pieces<'_> {
     fn cut(&self) -> Result<usize> {
         let mut from = PIECE;
         while from < self.rest.len() {
-            // Behind a newline, else in front of a blank (which begins a token), else anywhere.
+            // Behind a newline, else where a word ends: the merges of BPE do not cross from one word to the next.
             from = self.rest.ceil_char_boundary(from);
-            let near = &self.rest.as_bytes()[from..self.rest.len().min(from + STRIDE)];
-            let newline = near.iter().position(|&b| b == b'\n').map(|i| i + 1);
-            let at = from + newline.or(near.iter().position(|&b| b == b' ')).unwrap_or(0);
-            if self.tokenizer.cuts_well(self.rest, at)? {
+            let near = &self.rest[from..self.rest.ceil_char_boundary(from + STRIDE)];
+            let newline = near.find('\n').map(|i| i + 1);
+            let word_end = || {
+                near.match_indices(|c: char| !c.is_alphanumeric())
+                    .map(|(i, _)| i)
+                    .find(|&i| near[..i].ends_with(char::is_alphanumeric))
+            };
+            if let Some(at) = newline.or_else(word_end).map(|i| from + i)
+                && self.tokenizer.cuts_well(self.rest, at)?
+            {
                 return Ok(at);
             }
-            from = at + STRIDE;
+            from += STRIDE;
         }
         Ok(self.rest.len())
     }
@@ -285,6 +291,15 @@ mod tests {
         assert!(text.len() > 3 * PIECE, "{}", text.len());
         assert!(tokenizer.pieces(&text).count() >= 3);
         assert_eq!(tokenizer.encode(&text).unwrap(), tokenizer.encode_whole(&text).unwrap());
+        // Without newlines, and without blanks.
+        for text in [
+            text.replace('\n', " "),
+            "量子化された模型は、小さい。".repeat(PIECE / 8),
+            text.replace(char::is_whitespace, ","),
+        ] {
+            assert!(tokenizer.pieces(&text).count() >= 3);
+            assert_eq!(tokenizer.encode(&text).unwrap(), tokenizer.encode_whole(&text).unwrap());
+        }
         // Nowhere to cut.
         for hard in ["x".repeat(3 * PIECE), "\n".repeat(2 * PIECE), "-----\n".repeat(PIECE / 2)] {
             assert_eq!(tokenizer.encode(&hard).unwrap(), tokenizer.encode_whole(&hard).unwrap());

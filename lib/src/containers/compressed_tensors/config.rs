@@ -170,3 +170,30 @@ fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
     let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
     Ok(Scheme { weights: IntFormat { num_bits, symmetric }, strategy, activations })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inputs_are_read_or_refused() {
+        let scheme = Scheme {
+            weights: IntFormat { num_bits: 8, symmetric: true },
+            strategy: Strategy::Channel,
+            activations: Activations::DynamicTokenInt8,
+        };
+        let Value::Object(config) = encode(&[(Proj::Q, scheme)], &[]) else { panic!("an object") };
+        let with = |field: &str, value: Value| {
+            let mut config = config.clone();
+            config["config_groups"]["group_0"]["input_activations"][field] = value;
+            lookup(&config, "model.layers.0.self_attn.q_proj")
+        };
+        assert_eq!(with("dynamic", true.into()), Ok(Some(scheme)));
+        let fp8 = Scheme { activations: Activations::DynamicTokenFp8, ..scheme };
+        assert_eq!(with("type", "float".into()), Ok(Some(fp8)));
+        assert!(with("symmetric", false.into()).unwrap_err().contains("not symmetric"));
+        for (field, value) in [("num_bits", 4.into()), ("dynamic", false.into()), ("strategy", Value::from("tensor"))] {
+            assert!(with(field, value).unwrap_err().contains("are not read by this version"), "{field}");
+        }
+    }
+}
