@@ -13,6 +13,7 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type, TypePtr};
 use serde_json::{Map, Value};
 
+use super::reader::until_error;
 use super::rows::{Document, Rows};
 use crate::error::{Error, Result};
 
@@ -41,7 +42,8 @@ pub(super) fn open(file: &Path, rows: Rows) -> Result<impl Iterator<Item = Resul
         let root = Type::group_type_builder("schema").with_fields(columns).build()?;
         Ok(Arc::new(SchemaDescriptor::new(Arc::new(root))))
     })?;
-    Ok(Records { file: file.to_path_buf(), reader, schema, rows, group: 0, current: None, row: 0, ended: false })
+    let mut records = Records { file: file.to_path_buf(), reader, schema, rows, group: 0, current: None, row: 0 };
+    Ok(until_error(move || records.read()))
 }
 
 /// The top-level columns that `rows` reads. `text` alone is enough where there is also `messages`.
@@ -98,20 +100,6 @@ struct Records {
     current: Option<ReaderIter>,
     /// Of the row that was read last, from 1.
     row: usize,
-    ended: bool,
-}
-
-impl Iterator for Records {
-    type Item = Result<Document>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let document = self.read().transpose();
-        self.ended = !matches!(document, Some(Ok(_)));
-        document
-    }
 }
 
 impl Records {

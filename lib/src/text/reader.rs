@@ -26,7 +26,8 @@ pub fn open(file: &Path, rows: Rows) -> Result<Documents> {
             None => (&name, Box::new(plain)),
         };
         if name.ends_with(".jsonl") || name.ends_with(".json") {
-            Box::new(Lines { file: file.to_path_buf(), input, number: 0, rows, ended: false })
+            let mut lines = Lines { file: file.to_path_buf(), input, number: 0, rows };
+            Box::new(until_error(move || lines.read()))
         } else {
             Box::new(std::iter::once(plain_text(file, input)))
         }
@@ -63,6 +64,18 @@ fn joined(documents: Documents) -> Result<Document> {
     Ok(Document::Text(all))
 }
 
+/// What `read` gives, to its end or its first error.
+pub(super) fn until_error(
+    mut read: impl FnMut() -> Result<Option<Document>>,
+) -> impl Iterator<Item = Result<Document>> {
+    let mut ended = false;
+    std::iter::from_fn(move || {
+        let document = if ended { None } else { read().transpose() };
+        ended = !matches!(document, Some(Ok(_)));
+        document
+    })
+}
+
 /// JSON, an object a line.
 struct Lines {
     file: PathBuf,
@@ -70,20 +83,6 @@ struct Lines {
     /// Of the line that was read last, from 1.
     number: usize,
     rows: Rows,
-    ended: bool,
-}
-
-impl Iterator for Lines {
-    type Item = Result<Document>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let document = self.read().transpose();
-        self.ended = !matches!(document, Some(Ok(_)));
-        document
-    }
 }
 
 impl Lines {
