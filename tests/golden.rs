@@ -3,8 +3,9 @@
 
 use gptoss::algorithms::rtn::{Codes, Target, rtn};
 use gptoss::containers::compressed_tensors::{Activations, Scheme, Strategy};
+use gptoss::formats::NumberFormat;
 use gptoss::formats::float::Float;
-use gptoss::formats::int::{self, IntFormat};
+use gptoss::formats::int::IntFormat;
 use safetensors::SafeTensors;
 
 const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/compressed_tensors/");
@@ -42,13 +43,13 @@ fn matches_golden(name: &str, scheme: Scheme) {
     let mut values = vec![0f32; out * inp];
     Float::F32.read(want.data(), &mut values);
     for (i, (&code, want)) in codes.codes.iter().zip(values).enumerate() {
-        let have = int::dequantize(code, codes.params[i / target.group], Float::Bf16);
+        let have = target.format.dequantize(code, codes.params[i / target.group], Float::Bf16);
         assert_eq!(have.to_bits(), want.to_bits(), "{name}: value {i} is {have}, wanted {want}");
     }
 }
 
 fn scheme(num_bits: u8, symmetric: bool, strategy: Strategy, activations: Activations) -> Scheme {
-    Scheme { weights: IntFormat { num_bits, symmetric }, strategy, activations }
+    Scheme { weights: NumberFormat::Int(IntFormat { num_bits, symmetric }), strategy, activations }
 }
 
 #[test]

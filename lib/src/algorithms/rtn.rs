@@ -2,14 +2,14 @@
 //! nearest code. The floor that every other algorithm is measured against.
 
 use crate::formats::float::Float;
-use crate::formats::int::{IntFormat, IntParams};
+use crate::formats::{NumberFormat, Params};
 use crate::ops::round;
 
 /// What to round to.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
     /// Width and kind.
-    pub format: IntFormat,
+    pub format: NumberFormat,
     /// Columns that share a scale; divides the row.
     pub group: usize,
     /// The type that the weights have and that scales are stored in.
@@ -19,10 +19,10 @@ pub struct Target {
 /// Some rows of a matrix in codes. Dimension letters: R rows, K columns, G groups a row.
 #[derive(Debug, Default)]
 pub struct Codes {
-    /// i8 [R, K].
+    /// i8 [R, K]: integers, or the bits of small floats.
     pub codes: Vec<i8>,
     /// [R, G].
-    pub params: Vec<IntParams>,
+    pub params: Vec<Params>,
 }
 
 /// Rounds `w`, f32 [R, K] with K = `columns`, into `out`; gives the error that this made.

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::float::Float;
+use super::fp8::{self, round_e4m3};
 use super::int::IntFormat;
 use crate::ops::for_this_cpu;
 use crate::ops::round::extremes;
@@ -20,9 +21,6 @@ pub enum Activations {
     /// The runtime rounds each token to FP8 E4M3 with a scale of its own: absmax / 448, half to even.
     DynamicTokenFp8,
 }
-
-/// Greatest finite E4M3 value.
-const E4M3_MAX: f32 = 448.0;
 
 impl Activations {
     /// The name in manifests.
@@ -41,12 +39,12 @@ impl Activations {
             Self::DynamicTokenInt8 => {
                 let (low, high) = extremes(x);
                 let p = IntFormat { num_bits: 8, symmetric: true }.fit(low, high, Float::F32);
-                int8(x, p.scale);
+                to_int8(x, p.scale);
             }
             Self::DynamicTokenFp8 => {
                 let (low, high) = extremes(x);
-                let scale = high.max(-low) / E4M3_MAX;
-                fp8(x, if scale == 0.0 { f32::EPSILON } else { scale });
+                let scale = high.max(-low) / fp8::MAX;
+                to_fp8(x, if scale == 0.0 { f32::EPSILON } else { scale });
             }
         }
     }
@@ -54,12 +52,12 @@ impl Activations {
 
 for_this_cpu! {
     /// Rounds to multiples of `scale` from -128 to 127.
-    pub fn int8(x: &mut [f32], scale: f32) = int8_body
+    pub fn to_int8(x: &mut [f32], scale: f32) = int8_body
 }
 
 for_this_cpu! {
     /// Rounds to E4M3 values times `scale`.
-    pub fn fp8(x: &mut [f32], scale: f32) = fp8_body
+    pub fn to_fp8(x: &mut [f32], scale: f32) = fp8_body
 }
 
 #[inline(always)]
@@ -80,42 +78,9 @@ fn fp8_body(x: &mut [f32], scale: f32) {
 /// Added to a number below 2^22 and taken away again it leaves the nearest integer, ties to even: 1.5 * 2^23.
 const TO_INTEGER: f32 = 12_582_912.0;
 
-/// `x` rounded to E4M3 (no infinities; larger values become 448), ties to even. Source: OCP 8-bit floating point, 5.2.
-#[inline(always)]
-pub fn round_e4m3(x: f32) -> f32 {
-    let x = x.clamp(-E4M3_MAX, E4M3_MAX);
-    // Normal from 2^-6: 3 of the 23 fraction bits stay. Below, multiples of 2^-9, found by the rounding of an addition.
-    let bits = x.to_bits();
-    let normal = f32::from_bits((bits + 0x7_ffff + ((bits >> 20) & 1)) & 0xfff0_0000);
-    let step = TO_INTEGER / 512.0;
-    let small = (x.abs() + step - step).copysign(x);
-    if x.abs() < 1.0 / 64.0 { small } else { normal }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn e4m3_values_stay_and_midpoints_go_to_even() {
-        let mut values = vec![0f32];
-        values.extend((1..8).map(|m| m as f32 / 512.0));
-        for e in -6..=8 {
-            values.extend((8..16).map(|m| m as f32 / 8.0 * 2f32.powi(e)));
-        }
-        values.pop(); // 480 is the code of NaN
-        assert_eq!(values.len(), 127);
-        for (i, two) in values.windows(2).enumerate() {
-            assert_eq!(round_e4m3(two[0]), two[0]);
-            assert_eq!(round_e4m3(-two[1]), -two[1]);
-            let middle = (two[0] + two[1]) / 2.0;
-            assert_eq!(round_e4m3(middle), two[i % 2], "between {} and {}", two[0], two[1]);
-            assert_eq!(round_e4m3(f32::from_bits(middle.to_bits() + 1)), two[1]);
-            assert_eq!(round_e4m3(f32::from_bits(middle.to_bits() - 1)), two[0]);
-        }
-        assert_eq!(round_e4m3(1e9), 448.0);
-        assert!(round_e4m3(f32::NAN).is_nan());
-    }
 
     #[test]
     fn int8_tokens_reach_both_ends_and_zeros_stay() {

@@ -5,6 +5,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Params;
 use super::float::Float;
 
 /// Width and kind of an integer format.
@@ -15,15 +16,6 @@ pub struct IntFormat {
     pub num_bits: u8,
     /// True where the zero point is 0.
     pub symmetric: bool,
-}
-
-/// What a group's codes mean: value = (code - zero_point) * scale.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct IntParams {
-    /// Positive, rounded to the type that it is stored in.
-    pub scale: f32,
-    /// Between qmin and qmax; 0 where symmetric.
-    pub zero_point: i8,
 }
 
 impl IntFormat {
@@ -39,7 +31,7 @@ impl IntFormat {
 
     /// The parameters for weights between `min` and `max`, which are of type `float`.
     #[inline(always)]
-    pub fn fit(self, min: f32, max: f32, float: Float) -> IntParams {
+    pub fn fit(self, min: f32, max: f32, float: Float) -> Params {
         let (min, max) = (min.min(0.0), max.max(0.0));
         let range = (self.qmax() - self.qmin()) as f32;
         let (scale, zero_point) = if self.symmetric {
@@ -51,12 +43,12 @@ impl IntFormat {
             let zero = zero.max(self.qmin() as f32).min(self.qmax() as f32);
             (scale, if scale == 0.0 { 0 } else { zero.round_ties_even() as i8 })
         };
-        IntParams { scale: if scale == 0.0 { float.epsilon() } else { scale }, zero_point }
+        Params { scale: if scale == 0.0 { float.epsilon() } else { scale }, zero_point }
     }
 
     /// The code of `w`.
     #[inline(always)]
-    pub fn quantize(self, w: f32, p: IntParams, float: Float) -> i8 {
+    pub fn quantize(self, w: f32, p: Params, float: Float) -> i8 {
         let scaled = float.round(w / p.scale);
         let shifted = if self.symmetric { scaled } else { float.round(scaled + f32::from(p.zero_point)) };
         shifted.max(self.qmin() as f32).min(self.qmax() as f32).round_ties_even() as i8
@@ -65,6 +57,6 @@ impl IntFormat {
 
 /// The value of `code`, rounded to the type `float` of its scale.
 #[inline(always)]
-pub fn dequantize(code: i8, p: IntParams, float: Float) -> f32 {
+pub fn dequantize(code: i8, p: Params, float: Float) -> f32 {
     float.round((i32::from(code) - i32::from(p.zero_point)) as f32 * p.scale)
 }

@@ -1,8 +1,9 @@
 //! Stored numbers -> f32, in place: what the quantizer, comparisons and the forward read. The references are
 //! [`mxfp4::decode_row`], [`Float::read`] and [`int::dequantize`].
 
+use crate::formats::Params;
 use crate::formats::float::Float;
-use crate::formats::int::{self, IntParams};
+use crate::formats::int;
 use crate::formats::mxfp4;
 use crate::ops::for_this_cpu;
 
@@ -13,7 +14,7 @@ for_this_cpu! {
 
 for_this_cpu! {
     /// The values of `codes` that share the parameters `p`.
-    pub fn integers(codes: &[i8], p: IntParams, float: Float, out: &mut [f32]) = integers_body
+    pub fn integers(codes: &[i8], p: Params, float: Float, out: &mut [f32]) = integers_body
 }
 
 for_this_cpu! {
@@ -49,7 +50,7 @@ fn floats_body(float: Float, bytes: &[u8], out: &mut [f32]) {
 }
 
 #[inline(always)]
-fn integers_body(codes: &[i8], p: IntParams, float: Float, out: &mut [f32]) {
+fn integers_body(codes: &[i8], p: Params, float: Float, out: &mut [f32]) {
     // The type is a constant in each arm, so that the loop vectorizes.
     let mut all = |float: Float| {
         for (o, &c) in out.iter_mut().zip(codes) {

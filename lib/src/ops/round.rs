@@ -3,7 +3,7 @@
 
 use crate::algorithms::rtn::{ErrorSums, LANES};
 use crate::formats::float::Float;
-use crate::formats::int::{IntFormat, IntParams};
+use crate::formats::{NumberFormat, Params, fp8, mxfp4};
 use crate::ops::for_this_cpu;
 
 for_this_cpu! {
@@ -13,7 +13,7 @@ for_this_cpu! {
 
 for_this_cpu! {
     /// Rounds one group `w` to codes `q` with parameters `p`, and adds the error to `sums`.
-    pub fn group(w: &[f32], format: IntFormat, p: IntParams, float: Float, q: &mut [i8], sums: &mut ErrorSums) = group_body
+    pub fn group(w: &[f32], format: NumberFormat, p: Params, float: Float, q: &mut [i8], sums: &mut ErrorSums) = group_body
 }
 
 for_this_cpu! {
@@ -40,12 +40,35 @@ fn extremes_body(w: &[f32]) -> (f32, f32) {
 }
 
 #[inline(always)]
-fn group_body(w: &[f32], format: IntFormat, p: IntParams, float: Float, q: &mut [i8], sums: &mut ErrorSums) {
-    // The type is a constant in each arm, so the loop inside has no choices left in it.
+fn group_body(w: &[f32], format: NumberFormat, p: Params, float: Float, q: &mut [i8], sums: &mut ErrorSums) {
+    const BLOCK: usize = 32;
+    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
+    let mut value = [0f32; BLOCK];
+    for (w, q) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)) {
+        let (mut whole, mut codes) = ([0f32; BLOCK], [0i8; BLOCK]);
+        whole[..w.len()].copy_from_slice(w);
+        lanes(format, float, &whole, &scale, &zero, &mut codes, &mut value);
+        q.copy_from_slice(&codes[..w.len()]);
+        measure_body(&value[..w.len()], w, sums);
+    }
+}
+
+/// Rounds N weights, each with its own scale and zero point: [`NumberFormat::quantize`] and [`NumberFormat::dequantize`]
+/// without calls, so that it vectorizes. Format and type are constants in each arm: the loop inside has no choices left.
+#[inline(always)]
+pub fn lanes<const N: usize>(
+    format: NumberFormat,
+    float: Float,
+    w: &[f32; N],
+    scale: &[f32; N],
+    zero: &[f32; N],
+    codes: &mut [i8; N],
+    values: &mut [f32; N],
+) {
     match float {
-        Float::Bf16 => group_of(w, format, p, Float::Bf16, q, sums),
-        Float::F16 => group_of(w, format, p, Float::F16, q, sums),
-        Float::F32 => group_of(w, format, p, Float::F32, q, sums),
+        Float::Bf16 => lanes_of(format, Float::Bf16, w, scale, zero, codes, values),
+        Float::F16 => lanes_of(format, Float::F16, w, scale, zero, codes, values),
+        Float::F32 => lanes_of(format, Float::F32, w, scale, zero, codes, values),
     }
 }
 
@@ -53,22 +76,42 @@ fn group_body(w: &[f32], format: IntFormat, p: IntParams, float: Float, q: &mut 
 const TO_INTEGER: f32 = 12_582_912.0;
 
 #[inline(always)]
-fn group_of(w: &[f32], format: IntFormat, p: IntParams, float: Float, q: &mut [i8], sums: &mut ErrorSums) {
-    const BLOCK: usize = 32;
-    let (low, high, zero) = (format.qmin() as f32, format.qmax() as f32, f32::from(p.zero_point));
-    let mut value = [0f32; BLOCK];
-    for (w, q) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)) {
-        // [`IntFormat::quantize`] and [`int::dequantize`], without leaving floats and without calls, so that it vectorizes.
-        for ((&w, q), value) in w.iter().zip(q.iter_mut()).zip(&mut value) {
-            let scaled = float.round(w / p.scale);
-            let shifted = if format.symmetric { scaled } else { float.round(scaled + zero) };
-            let above = if shifted > low { shifted } else { low };
-            let clamped = if above < high { above } else { high };
-            let integer = clamped + TO_INTEGER;
-            *q = integer.to_bits() as i8;
-            *value = float.round((integer - TO_INTEGER - zero) * p.scale);
+fn lanes_of<const N: usize>(
+    format: NumberFormat,
+    float: Float,
+    w: &[f32; N],
+    scale: &[f32; N],
+    zero: &[f32; N],
+    codes: &mut [i8; N],
+    values: &mut [f32; N],
+) {
+    match format {
+        NumberFormat::Int(int) => {
+            let (low, high) = (int.qmin() as f32, int.qmax() as f32);
+            for i in 0..N {
+                let scaled = float.round(w[i] / scale[i]);
+                let shifted = if int.symmetric { scaled } else { float.round(scaled + zero[i]) };
+                let above = if shifted > low { shifted } else { low };
+                let clamped = if above < high { above } else { high };
+                let integer = clamped + TO_INTEGER;
+                codes[i] = integer.to_bits() as i8;
+                values[i] = float.round((integer - TO_INTEGER - zero[i]) * scale[i]);
+            }
         }
-        measure_body(&value[..w.len()], w, sums);
+        NumberFormat::Fp8 => {
+            for i in 0..N {
+                let value = fp8::round_e4m3(float.round(w[i] / scale[i]));
+                codes[i] = fp8::code(value) as i8;
+                values[i] = float.round(value * scale[i]);
+            }
+        }
+        NumberFormat::Mxfp4 => {
+            for i in 0..N {
+                let value = mxfp4::round_e2m1(w[i] / scale[i]);
+                codes[i] = mxfp4::code(value) as i8;
+                values[i] = value * scale[i];
+            }
+        }
     }
 }
 
@@ -98,20 +141,24 @@ fn measure_body(values: &[f32], reference: &[f32], sums: &mut ErrorSums) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::int;
+    use crate::formats::int::IntFormat;
     use proptest::prelude::*;
 
     proptest! {
         #[test]
         fn a_group_is_rounded_as_the_format_says(
             w in prop::collection::vec(prop_oneof![-8f32..8.0, any::<f32>().prop_filter("finite", |x| x.abs() < 1e30)], 1..80),
-            num_bits in 2u8..=8,
+            num_bits in 0u8..=8,
             symmetric: bool,
             which in 0usize..3,
         ) {
             let float = [Float::Bf16, Float::F16, Float::F32][which];
             let w: Vec<f32> = w.into_iter().map(|x| float.round(x)).filter(|x| x.is_finite()).collect();
-            let format = IntFormat { num_bits, symmetric };
+            let format = match num_bits {
+                0 => NumberFormat::Fp8,
+                1 => NumberFormat::Mxfp4,
+                _ => NumberFormat::Int(IntFormat { num_bits, symmetric }),
+            };
             let (min, max) = extremes(&w);
             let p = format.fit(min, max, float);
             prop_assume!(p.scale.is_finite());
@@ -119,7 +166,7 @@ mod tests {
             group(&w, format, p, float, &mut q, &mut sums);
             let want: Vec<i8> = w.iter().map(|&w| format.quantize(w, p, float)).collect();
             prop_assert_eq!(&q, &want);
-            let worst = w.iter().zip(&want).map(|(&w, &q)| (int::dequantize(q, p, float) - w).abs()).fold(0.0, f32::max);
+            let worst = w.iter().zip(&want).map(|(&w, &q)| (format.dequantize(q, p, float) - w).abs()).fold(0.0, f32::max);
             prop_assert_eq!(sums.max_error, worst);
         }
     }
@@ -133,7 +180,7 @@ mod tests {
             assert_eq!(extremes(&w), extremes_body(&w));
             for (num_bits, symmetric) in [(4, true), (4, false), (8, true), (8, false)] {
                 for float in [Float::Bf16, Float::F16, Float::F32] {
-                    let format = IntFormat { num_bits, symmetric };
+                    let format = NumberFormat::Int(IntFormat { num_bits, symmetric });
                     let (min, max) = extremes(&w);
                     let p = format.fit(min, max, float);
                     let (mut a, mut b) = (vec![0; n], vec![0; n]);

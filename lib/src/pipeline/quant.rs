@@ -548,6 +548,6 @@ fn stored_as(job: &LinearJob) -> String {
         Strategy::Group(n) => format!("g{n}"),
         Strategy::Channel => "channel".into(),
     };
-    let zero = if s.weights.symmetric { "" } else { " asymmetric" };
-    format!("int{} {sharing}{zero}", s.weights.num_bits)
+    let zero = if s.weights.symmetric() { "" } else { " asymmetric" };
+    format!("{} {sharing}{zero}", s.weights.name())
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::algorithms::Algorithm;
 use crate::containers::compressed_tensors::{Activations, Scheme, Strategy};
 use crate::error::{Error, Result};
+use crate::formats::NumberFormat;
 use crate::formats::int::IntFormat;
 use crate::model::{Class, Linear, ModelConfig};
 
@@ -157,7 +158,7 @@ impl ClassRecipe {
     /// [`Error::Refused`] where the group size does not divide in_features; names the layer and what would.
     pub fn resolve(&self, linear: &Linear, config: &ModelConfig) -> Result<Option<Scheme>> {
         let Some(num_bits) = self.scheme.weight_bits() else { return Ok(None) };
-        let weights = IntFormat { num_bits, symmetric: self.symmetric };
+        let weights = NumberFormat::Int(IntFormat { num_bits, symmetric: self.symmetric });
         if self.scheme == SchemeName::W8A8 {
             let (strategy, activations) = (Strategy::Channel, Activations::DynamicTokenInt8);
             return Ok(Some(Scheme { weights, strategy, activations }));

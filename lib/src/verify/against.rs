@@ -103,7 +103,7 @@ fn stored(checkpoint: &Checkpoint, linear: &Linear) -> String {
     let blocks = linear.proj.fused().map(|f| format!("{}_blocks", f.name(linear.layer)));
     if has("weight_packed") || has("weight_scale") {
         match containers::compressed_tensors::config::scheme_of(checkpoint, &module) {
-            Ok(Some(s)) => format!("int{}", s.weights.num_bits),
+            Ok(Some(s)) => s.weights.name(),
             _ => "compressed-tensors".into(),
         }
     } else if blocks.is_some_and(|b| checkpoint.get(&b).is_some()) {

@@ -8,6 +8,7 @@ use super::{Activations, Format, Scheme, Strategy};
 use crate::checkpoint::CONFIG;
 use crate::checkpoint::source::Checkpoint;
 use crate::error::{Error, Result};
+use crate::formats::NumberFormat;
 use crate::formats::int::IntFormat;
 use crate::model::Proj;
 
@@ -25,11 +26,11 @@ fn target(proj: Proj) -> String {
     }
 }
 
-fn arguments(format: IntFormat, strategy: &str, group_size: Option<usize>, dynamic: bool) -> Value {
+fn arguments(format: NumberFormat, strategy: &str, group_size: Option<usize>, dynamic: bool) -> Value {
     json!({
-        "num_bits": format.num_bits,
-        "type": "int",
-        "symmetric": format.symmetric,
+        "num_bits": format.bits(),
+        "type": if matches!(format, NumberFormat::Int(_)) { "int" } else { "float" },
+        "symmetric": format.symmetric(),
         "group_size": group_size,
         "strategy": strategy,
         "block_structure": null,
@@ -61,10 +62,11 @@ pub fn encode(schemes: &[(Proj, Scheme)], ignore: &[String]) -> Value {
             let inputs = match scheme.activations {
                 Activations::Float => Value::Null,
                 Activations::DynamicTokenInt8 => {
-                    arguments(IntFormat { num_bits: 8, symmetric: true }, "token", None, true)
+                    arguments(NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true }), "token", None, true)
                 }
                 Activations::DynamicTokenFp8 => {
-                    let mut inputs = arguments(IntFormat { num_bits: 8, symmetric: true }, "token", None, true);
+                    let mut inputs =
+                        arguments(NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true }), "token", None, true);
                     inputs["type"] = "float".into();
                     inputs
                 }
@@ -168,7 +170,7 @@ fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
         a => return Err(format!("input_activations {a} are not read by this version")),
     };
     let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
-    Ok(Scheme { weights: IntFormat { num_bits, symmetric }, strategy, activations })
+    Ok(Scheme { weights: NumberFormat::Int(IntFormat { num_bits, symmetric }), strategy, activations })
 }
 
 #[cfg(test)]
@@ -178,7 +180,7 @@ mod tests {
     #[test]
     fn inputs_are_read_or_refused() {
         let scheme = Scheme {
-            weights: IntFormat { num_bits: 8, symmetric: true },
+            weights: NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true }),
             strategy: Strategy::Channel,
             activations: Activations::DynamicTokenInt8,
         };

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::header::TensorSpec;
+use crate::formats::NumberFormat;
 pub use crate::formats::activations::Activations;
 use crate::formats::float::Float;
-use crate::formats::int::IntFormat;
 use crate::ops::decode;
 
 /// How the columns of a row share scales.
@@ -39,11 +39,10 @@ pub enum Format {
 }
 
 /// How one linear layer is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scheme {
     /// Codes.
-    pub weights: IntFormat,
+    pub weights: NumberFormat,
     /// Sharing of scales.
     pub strategy: Strategy,
     /// Inputs.
@@ -70,14 +69,14 @@ impl Scheme {
     /// The tensors of `module` with a weight of [out, inp] whose scales are of type `float`.
     pub fn specs(&self, module: &str, (out, inp): (usize, usize), float: Float) -> Vec<TensorSpec> {
         let groups = inp / self.group(inp);
-        let bits = usize::from(self.weights.num_bits);
+        let bits = usize::from(self.weights.bits());
         let spec = |name: &str, dtype, shape: &[usize]| TensorSpec::new(format!("{module}.{name}"), dtype, shape);
         let mut specs = match self.format() {
             Format::Packed => vec![spec("weight_packed", Dtype::I32, &[out, (inp * bits).div_ceil(32)])],
             Format::Int => vec![spec("weight", Dtype::I8, &[out, inp])],
         };
         specs.push(spec("weight_scale", float.dtype(), &[out, groups]));
-        if !self.weights.symmetric {
+        if !self.weights.symmetric() {
             specs.push(match self.format() {
                 Format::Packed => spec("weight_zero_point", Dtype::I32, &[(out * bits).div_ceil(32), groups]),
                 Format::Int => spec("weight_zero_point", Dtype::I8, &[out, groups]),
@@ -94,7 +93,7 @@ impl Scheme {
     pub fn encode(&self, codes: &Codes, first: usize, (out, inp): (usize, usize), float: Float, to: &mut Vec<Vec<u8>>) {
         to.clear();
         let groups = inp / self.group(inp);
-        let bits = u32::from(self.weights.num_bits);
+        let bits = u32::from(self.weights.bits());
         to.push(match self.format() {
             Format::Packed => pack_rows(&codes.codes, inp, bits),
             Format::Int => codes.codes.iter().map(|&c| c as u8).collect(),
@@ -102,7 +101,7 @@ impl Scheme {
         let mut scales = Vec::with_capacity(codes.params.len() * float.size());
         codes.params.iter().for_each(|p| float.write(p.scale, &mut scales));
         to.push(scales);
-        if !self.weights.symmetric {
+        if !self.weights.symmetric() {
             let zero_points = codes.params.iter().map(|p| p.zero_point);
             to.push(match self.format() {
                 Format::Packed => pack_columns(&zero_points.collect::<Vec<_>>(), groups, bits),

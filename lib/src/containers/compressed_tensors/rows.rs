@@ -9,9 +9,9 @@ use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::{FLOATS, float_of};
 use crate::containers::{COLUMNS, Rows, Weight};
 use crate::error::Result;
+use crate::formats::Params;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
-use crate::formats::int::IntParams;
 use crate::model::{Linear, ModelConfig};
 use crate::ops::decode;
 
@@ -45,7 +45,7 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, model: &ModelConfig, linear: &Linear
         tensor.expect(&[spec.dtype], &spec.shape)?;
         tensors.push(tensor);
     }
-    let zero_points = (!scheme.weights.symmetric).then(|| tensors[2].bytes);
+    let zero_points = (!scheme.weights.symmetric()).then(|| tensors[2].bytes);
     if scheme.format() == Format::Packed {
         check_shape_tensor(&tensors[tensors.len() - 1], shape)?;
     }
@@ -63,15 +63,15 @@ fn check_shape_tensor(tensor: &TensorRef, shape: (usize, usize)) -> Result<()> {
 }
 
 impl Quantized<'_> {
-    fn params(&self, row: usize, group: usize, groups: usize) -> IntParams {
+    fn params(&self, row: usize, group: usize, groups: usize) -> Params {
         let mut scale = [0f32];
         let at = (row * groups + group) * self.float.size();
         self.float.read(&self.scales[at..at + self.float.size()], &mut scale);
         let zero_point = self.zero_points.map_or(0, |z| match self.scheme.format() {
             Format::Int => z[row * groups + group] as i8,
-            Format::Packed => zero_point(z, row, group, groups, u32::from(self.scheme.weights.num_bits)),
+            Format::Packed => zero_point(z, row, group, groups, u32::from(self.scheme.weights.bits())),
         });
-        IntParams { scale: scale[0], zero_point }
+        Params { scale: scale[0], zero_point }
     }
 }
 
@@ -119,7 +119,7 @@ impl Rows for Quantized<'_> {
                 let piece = &mut unpacked[..end - at];
                 match self.scheme.format() {
                     Format::Int => piece.iter_mut().zip(&codes[at..end]).for_each(|(c, &b)| *c = b as i8),
-                    Format::Packed => unpack_range(codes, at, u32::from(self.scheme.weights.num_bits), piece),
+                    Format::Packed => unpack_range(codes, at, u32::from(self.scheme.weights.bits()), piece),
                 }
                 let p = self.params(row, at / group, groups);
                 decode::integers(piece, p, self.float, &mut out[at - columns.start..end - columns.start]);
