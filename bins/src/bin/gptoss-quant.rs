@@ -13,7 +13,7 @@ use gptoss::checkpoint::source::{Checkpoint, read_config, read_object};
 use gptoss::model::ModelConfig;
 use gptoss::pipeline::quant::Plan;
 use gptoss::pipeline::{Paths, meter::Meter, model_name};
-use gptoss::recipe::{ClassRecipe, DEFAULT_IGNORE, GroupSize, Recipe, SchemeName};
+use gptoss::recipe::{DEFAULT_IGNORE, GroupSize, LayerRecipe, Recipe, SchemeName};
 use gptoss_tools::{Common, parse_size, run, source, volatile};
 
 /// Quantize a gpt-oss checkpoint: experts and the other weights ("mw") each by their own recipe.
@@ -171,18 +171,27 @@ impl Args {
         });
         let ignore = DEFAULT_IGNORE.into_iter().map(str::to_owned).chain(extra).collect();
         Ok(Recipe {
-            experts: ClassRecipe {
+            experts: LayerRecipe {
                 algorithm: self.experts_algo.unwrap_or(self.algo),
-                scheme: scheme("experts", self.experts, self.experts_type, SchemeName::W4A16)?,
+                scheme: scheme("experts", self.experts, self.experts_type, SchemeName::weight_only(4))?,
                 symmetric: symmetry(self.experts_symmetry),
                 group_size: self.experts_group_size.unwrap_or(self.group_size),
+                observer: Default::default(),
             },
-            mw: ClassRecipe {
+            mw: LayerRecipe {
                 algorithm: self.mw_algo.unwrap_or(self.algo),
-                scheme: scheme("mw", self.mw, self.mw_type, SchemeName::W8A16)?,
+                scheme: scheme("mw", self.mw, self.mw_type, SchemeName::weight_only(8))?,
                 symmetric: symmetry(self.mw_symmetry),
                 group_size: self.mw_group_size.unwrap_or(self.group_size),
+                observer: Default::default(),
             },
+            overrides: Vec::new(),
+            sparsity: None,
+            smoothquant: None,
+            gptq: Default::default(),
+            awq: Default::default(),
+            calibration: Default::default(),
+            kernels: Default::default(),
             ignore,
             shard_size: self.shard_size,
         })
@@ -198,12 +207,12 @@ fn scheme(
 ) -> Result<SchemeName> {
     let bits = |t| if t == WeightType::Int4 { 4 } else { 8 };
     match (scheme, weight) {
-        (Some(s), Some(t)) if s.weight_bits() != Some(bits(t)) => {
-            bail!("--{class}-scheme {} does not have weights of --{class}-type int{}", s.name(), bits(t))
+        (Some(s), Some(t)) if s.int_bits() != Some(bits(t)) => {
+            bail!("--{class}-scheme {} does not have weights of --{class}-type int{}", s, bits(t))
         }
         (Some(s), _) => Ok(s),
-        (None, Some(WeightType::Int4)) => Ok(SchemeName::W4A16),
-        (None, Some(WeightType::Int8)) => Ok(SchemeName::W8A16),
+        (None, Some(WeightType::Int4)) => Ok(SchemeName::weight_only(4)),
+        (None, Some(WeightType::Int8)) => Ok(SchemeName::weight_only(8)),
         (None, None) => Ok(default),
     }
 }

@@ -7,16 +7,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The algorithms that exist.
+/// The algorithms that choose codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Algorithm {
     /// Round to nearest: no data.
     Rtn,
+    /// Each column's rounding error is made up for by the columns that follow, as the inputs' second moments say.
+    Gptq,
+    /// Channels that see large inputs are scaled up before rounding, and the norm in front of them down.
+    Awq,
 }
 
 /// Names that users of other tools know and that this version does not have.
-const NOT_YET: [&str; 8] = ["gptq", "awq", "smoothquant", "sparsegpt", "wanda", "qqq", "ternary", "pt-bitnet"];
+const NOT_YET: [&str; 3] = ["qqq", "ternary", "pt-bitnet"];
 
 impl std::str::FromStr for Algorithm {
     type Err = Error;
@@ -24,10 +28,14 @@ impl std::str::FromStr for Algorithm {
     fn from_str(s: &str) -> Result<Self> {
         match s.to_ascii_lowercase().as_str() {
             "rtn" => Ok(Self::Rtn),
+            "gptq" => Ok(Self::Gptq),
+            "awq" => Ok(Self::Awq),
             other if NOT_YET.contains(&other) => Err(Error::Refused(format!(
-                "the algorithm {other} is not in this version; it has rtn, which needs no data"
+                "the algorithm {other} is not in this version; it has rtn, which needs no data, gptq and awq"
             ))),
-            other => Err(Error::Refused(format!("there is no algorithm {other:?}; this version has rtn"))),
+            other => {
+                Err(Error::Refused(format!("there is no algorithm {other:?}; this version has rtn, gptq and awq")))
+            }
         }
     }
 }
@@ -37,6 +45,13 @@ impl Algorithm {
     pub fn tag(self) -> &'static str {
         match self {
             Self::Rtn => "RTN",
+            Self::Gptq => "GPTQ",
+            Self::Awq => "AWQ",
         }
+    }
+
+    /// True where a text must go through the model.
+    pub fn needs_text(self) -> bool {
+        self != Self::Rtn
     }
 }

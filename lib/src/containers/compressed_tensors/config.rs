@@ -16,7 +16,7 @@ use crate::model::Proj;
 const VERSION: &str = "0.20.0";
 
 /// A regular expression for every module of one projection.
-fn target(proj: Proj) -> String {
+pub fn target(proj: Proj) -> String {
     match proj {
         Proj::Embed => "re:.*embed_tokens$".into(),
         Proj::LmHead => "re:.*lm_head$".into(),
@@ -41,20 +41,13 @@ fn arguments(format: NumberFormat, strategy: &str, group_size: Option<usize>, dy
     })
 }
 
-/// The whole `quantization_config` for these schemes (one a projection) and the modules that stay as they are.
-pub fn encode(schemes: &[(Proj, Scheme)], ignore: &[String]) -> Value {
-    let mut groups: Vec<(Scheme, Vec<Proj>)> = Vec::new();
-    for &(proj, scheme) in schemes {
-        match groups.iter_mut().find(|g| g.0 == scheme) {
-            Some(g) => g.1.push(proj),
-            None => groups.push((scheme, vec![proj])),
-        }
-    }
+/// The whole `quantization_config` for these schemes, each with its targets, and the modules that stay as they are.
+pub fn encode(groups: &[(Scheme, Vec<String>)], ignore: &[String]) -> Value {
     let name = |f: Format| serde_json::to_value(f).expect("a unit variant");
     let config_groups: Map<String, Value> = groups
         .iter()
         .enumerate()
-        .map(|(i, (scheme, projs))| {
+        .map(|(i, (scheme, targets))| {
             let weights = match scheme.strategy {
                 Strategy::Group(n) => arguments(scheme.weights, "group", Some(n), false),
                 Strategy::Channel => arguments(scheme.weights, "channel", None, false),
@@ -72,7 +65,7 @@ pub fn encode(schemes: &[(Proj, Scheme)], ignore: &[String]) -> Value {
                 }
             };
             let group = json!({
-                "targets": projs.iter().map(|&p| target(p)).collect::<Vec<_>>(),
+                "targets": targets,
                 "weights": weights,
                 "input_activations": inputs,
                 "output_activations": null,
@@ -184,7 +177,7 @@ mod tests {
             strategy: Strategy::Channel,
             activations: Activations::DynamicTokenInt8,
         };
-        let Value::Object(config) = encode(&[(Proj::Q, scheme)], &[]) else { panic!("an object") };
+        let Value::Object(config) = encode(&[(scheme, vec![target(Proj::Q)])], &[]) else { panic!("an object") };
         let with = |field: &str, value: Value| {
             let mut config = config.clone();
             config["config_groups"]["group_0"]["input_activations"][field] = value;

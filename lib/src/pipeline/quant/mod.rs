@@ -6,31 +6,30 @@ use std::ops::Range;
 use std::path::Path;
 
 use safetensors::Dtype;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
+
+mod output;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
 use super::{Paths, Resources, copy, seal, side_files, source_notes};
 use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::header::TensorSpec;
-use crate::checkpoint::layout::{Layout, Planned};
+use crate::checkpoint::layout::Planned;
 use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
-use crate::containers::compressed_tensors::{Scheme, Strategy, config};
+use crate::containers::compressed_tensors::Scheme;
 use crate::containers::dense::{FLOATS, float_of};
 use crate::containers::{self, Weight};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
-use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
+use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Class, Fused, Linear, ModelConfig, Proj, Role, Slot};
 use crate::ops::dequantize::HalfCounts;
-use crate::recipe::pattern::Patterns;
-use crate::recipe::{Recipe, SchemeName};
-use crate::runtimes::{self, ExpertLayout, MainLayout};
-use crate::verify::errors::{Family, report};
+use crate::recipe::{LayerRecipe, Recipe, Rules, Sparsity};
+use crate::verify::errors::report;
 
-/// Key in config.json that says which tensors were kept in another format than `quantization_config` speaks of.
-pub const KEPT: &str = "gptoss_kept";
+pub use output::KEPT;
 
 /// Rows of one unit: a multiple of 32, so that zero points packed along the rows end on whole words.
 const ROWS: usize = 256;
@@ -55,19 +54,29 @@ struct LinearJob<'a> {
     scheme: Option<Scheme>,
 }
 
+/// What becomes of a linear layer.
+#[derive(Debug, Clone)]
+struct Treatment {
+    /// As the recipe says.
+    layer: LayerRecipe,
+    /// What that comes to on its shape; `None` for floats.
+    scheme: Option<Scheme>,
+    /// Zeros that are made first.
+    sparse: Option<Sparsity>,
+}
+
 /// A quantization whose plan holds.
 pub struct Plan<'a> {
     source: Option<&'a Checkpoint>,
     raw_config: Map<String, Value>,
     config: ModelConfig,
     recipe: Recipe,
-    ignore: Patterns,
     mxfp4: bool,
     jobs: Vec<LinearJob<'a>>,
     units: Vec<Unit<Work<'a>>>,
     tensors: Vec<Planned>,
-    /// Scheme of each projection that is quantized.
-    schemes: BTreeMap<Proj, Scheme>,
+    /// What becomes of each linear layer that does not stay.
+    treated: BTreeMap<Linear, Treatment>,
     /// Modules that are not.
     unquantized: Vec<String>,
     /// What is reported of tensors that stay, by group.
@@ -94,12 +103,6 @@ impl<'a> Plan<'a> {
                 dir.display()
             )));
         }
-        if recipe.experts.scheme == SchemeName::Keep && recipe.mw.scheme == SchemeName::Keep {
-            return Err(Error::Refused(
-                "experts and mw are both kept: the output would be a copy of the source".into(),
-            ));
-        }
-        let ignore = Patterns::new(&recipe.ignore)?;
         let mxfp4 = match source {
             Some(s) => s.get(&model::mxfp4_specs(Fused::GateUp, 0, &config)[0].name).is_some(),
             None => method.is_some(),
@@ -109,17 +112,15 @@ impl<'a> Plan<'a> {
             raw_config: raw_config.clone(),
             config,
             recipe,
-            ignore,
             mxfp4,
             jobs: Vec::new(),
             units: Vec::new(),
             tensors: Vec::new(),
-            schemes: BTreeMap::new(),
+            treated: BTreeMap::new(),
             unquantized: Vec::new(),
             stays: Vec::new(),
         };
-        plan.every_pattern_hits()?;
-        plan.every_scheme_fits()?;
+        plan.treat()?;
         for slot in model::slots(&plan.config) {
             plan.slot(&slot)?;
         }
@@ -140,34 +141,21 @@ impl<'a> Plan<'a> {
         [one(Proj::Embed), one(Proj::LmHead)].into_iter().chain((0..layers).flat_map(per_layer))
     }
 
-    /// A pattern that matches nothing is a typing error that would go unseen.
-    fn every_pattern_hits(&self) -> Result<()> {
-        let mut hit = vec![false; self.recipe.ignore.len()];
-        for linear in Self::linears(&self.config) {
-            let module = linear.module();
-            self.ignore.hits(&module).for_each(|i| hit[i] = true);
-        }
-        match hit.iter().position(|h| !h) {
-            Some(i) => Err(Error::Refused(format!(
-                "the ignore pattern {:?} matches no module of this model",
-                self.recipe.ignore[i]
-            ))),
-            None => Ok(()),
-        }
-    }
-
-    /// Shapes are the same in every layer, so one layer's modules tell; ignored ones need not fit.
-    fn every_scheme_fits(&mut self) -> Result<()> {
-        for linear in Self::linears(&self.config) {
-            let class = self.recipe.class(linear.proj.class());
-            if self.schemes.contains_key(&linear.proj) || self.ignore.any(&linear.module()) {
-                continue;
-            }
-            if let Some(scheme) = class.resolve(&linear, &self.config)? {
-                self.schemes.insert(linear.proj, scheme);
+    /// Asks the recipe about every linear layer.
+    fn treat(&mut self) -> Result<()> {
+        let rules = Rules::new(&self.recipe)?;
+        let modules: Vec<(Linear, String)> = Self::linears(&self.config).map(|l| (l, l.module())).collect();
+        rules.every_pattern_hits(modules.iter().map(|m| &m.1[..]))?;
+        for (linear, _) in modules {
+            if let Some(layer) = rules.layer(&linear) {
+                let scheme = layer.resolve(&linear, &self.config)?;
+                let sparse = rules.sparse(&linear).cloned();
+                if scheme.is_some() || sparse.is_some() {
+                    self.treated.insert(linear, Treatment { layer: layer.clone(), scheme, sparse });
+                }
             }
         }
-        if self.schemes.is_empty() {
+        if self.treated.is_empty() {
             return Err(Error::Refused(
                 "the recipe ignores or keeps every linear layer: nothing is left to quantize".into(),
             ));
@@ -176,24 +164,30 @@ impl<'a> Plan<'a> {
     }
 
     fn scheme(&self, linear: &Linear) -> Option<Scheme> {
-        if self.ignore.any(&linear.module()) { None } else { self.schemes.get(&linear.proj).copied() }
+        self.treated.get(linear).and_then(|t| t.scheme)
+    }
+
+    /// True where no expert of a layer is touched: their tensors stay as they are.
+    fn experts_stay(&self, layer: usize) -> bool {
+        let first = Linear { proj: Proj::Gate, layer, expert: 0 };
+        let last = Linear { proj: Proj::Down, layer, expert: usize::MAX };
+        !self.treated.range(first..=last).any(|(l, _)| l.layer == layer && l.proj.class() == Class::Experts)
     }
 
     fn slot(&mut self, slot: &Slot) -> Result<()> {
-        let experts_stay = self.recipe.experts.scheme == SchemeName::Keep;
         match slot.role {
             Role::Experts(fused, layer) if self.mxfp4 => {
                 let specs = model::mxfp4_specs(fused, layer, &self.config);
-                if experts_stay {
+                if self.experts_stay(layer) {
                     self.stay(slot, "mxfp4");
                     specs.into_iter().try_for_each(|spec| self.copy(slot.group, spec, &[Dtype::U8]))
                 } else {
                     self.experts(slot, fused, layer)
                 }
             }
-            Role::Experts(fused, layer) if !experts_stay => self.experts(slot, fused, layer),
-            Role::ExpertBias(fused, layer) if !experts_stay => self.biases(slot, fused, layer),
-            Role::Weight(linear) if self.scheme(&linear).is_some() => self.linear(slot.group, linear),
+            Role::Experts(fused, layer) if !self.experts_stay(layer) => self.experts(slot, fused, layer),
+            Role::ExpertBias(fused, layer) if !self.experts_stay(layer) => self.biases(slot, fused, layer),
+            Role::Weight(linear) if self.treated.contains_key(&linear) => self.linear(slot.group, linear),
             _ => {
                 if let Role::Weight(linear) = slot.role {
                     self.unquantized.push(linear.module());
@@ -296,90 +290,6 @@ impl<'a> Plan<'a> {
     fn scratch_bytes(&self) -> u64 {
         let widest = Self::linears(&self.config).take(10).map(|l| l.shape(&self.config).1).max().unwrap_or(1);
         (ROWS * widest * (4 + 1 + 1 + 1) + copy::PIECE) as u64
-    }
-
-    /// How the output stores experts and main weights.
-    fn layouts(&self) -> (ExpertLayout, MainLayout) {
-        let quantized = |class| self.schemes.keys().any(|p| p.class() == class);
-        let experts = if quantized(Class::Experts) {
-            ExpertLayout::PerExpert
-        } else if self.recipe.experts.scheme == SchemeName::Keep {
-            if self.mxfp4 { ExpertLayout::Mxfp4 } else { ExpertLayout::Dense }
-        } else {
-            ExpertLayout::PerExpert
-        };
-        (experts, if quantized(Class::Main) { MainLayout::CompressedTensors } else { MainLayout::Dense })
-    }
-
-    fn keeps_mxfp4(&self) -> bool {
-        self.mxfp4 && self.recipe.experts.scheme == SchemeName::Keep
-    }
-
-    fn output_config(&self) -> Map<String, Value> {
-        let mut config = self.raw_config.clone();
-        let mut ignore = self.unquantized.clone();
-        if self.recipe.experts.scheme == SchemeName::Keep {
-            ignore.push(r"re:.*mlp\.experts.*".into());
-        }
-        let schemes: Vec<(Proj, Scheme)> = self.schemes.iter().map(|(&p, &s)| (p, s)).collect();
-        let was = config.insert("quantization_config".into(), config::encode(&schemes, &ignore));
-        if let (true, Some(was)) = (self.keeps_mxfp4(), was) {
-            let kept = json!({
-                "quant_method": "mxfp4",
-                "tensors": ["model.layers.*.mlp.experts.*_blocks", "model.layers.*.mlp.experts.*_scales"],
-                "modules_to_not_convert": was["modules_to_not_convert"],
-            });
-            config.insert(KEPT.into(), kept);
-        }
-        if !config.contains_key("dtype") && !config.contains_key("torch_dtype") {
-            let float = self.jobs.first().map_or(Float::Bf16, |j| j.float);
-            config.insert("dtype".into(), float.config_name().into());
-        }
-        config
-    }
-
-    /// What the plan says without running: the manifest of a dry run.
-    pub fn preview(&self) -> Manifest {
-        let mut manifest = Manifest::new("gptoss-quant", Job::Quantize { recipe: self.recipe.clone() });
-        let layout = Layout::new(self.tensors.clone(), self.recipe.shard_size);
-        manifest.plan = Some(PlanReport {
-            bytes: layout.total_bytes(),
-            shards: layout.shard_count() as u64,
-            tensors: self.tensors.len() as u64,
-            weights_read: self.source.is_some(),
-        });
-        let mut families: BTreeMap<(usize, String), TensorReport> = BTreeMap::new();
-        for job in &self.jobs {
-            let (out, inp) = job.linear.shape(&self.config);
-            let family = Family::of(&job.linear);
-            let group = job.linear.layer + 1;
-            let stored = stored_as(job);
-            let line = families.entry((group, family.name())).or_insert_with(|| TensorReport {
-                name: family.name(),
-                tensors: 0,
-                parameters: 0,
-                stored,
-                error: None,
-            });
-            line.tensors += 1;
-            line.parameters += (out * inp) as u64;
-        }
-        let mut lines: Vec<(usize, TensorReport)> = families.into_iter().map(|((g, _), r)| (g, r)).collect();
-        lines.extend(self.stays.iter().cloned());
-        lines.sort_by(|a, b| (a.0, &a.1.name).cmp(&(b.0, &b.1.name)));
-        manifest.tensors = lines.into_iter().map(|l| l.1).collect();
-        self.say_what_matters(&mut manifest);
-        manifest
-    }
-
-    fn say_what_matters(&self, manifest: &mut Manifest) {
-        let (experts, main) = self.layouts();
-        manifest.runtimes = runtimes::report(experts, main);
-        if self.keeps_mxfp4() {
-            manifest.notes.push(format!(
-                "the experts are kept as MXFP4 blocks and scales beside compressed-tensors modules; a runtime must read {KEPT} in config.json"
-            ));
-        }
     }
 
     /// Does it. The manifest's `volatile` part is left to the caller, who is told how many groups were there already.
@@ -525,7 +435,8 @@ impl<'a> Pipeline for Plan<'a> {
         for (job, s) in found.into_iter().flatten() {
             jobs.entry(job).or_default().merge(&s);
         }
-        let measured = jobs.iter().map(|(&job, sums)| (self.jobs[job].linear, stored_as(&self.jobs[job]), *sums));
+        let measured =
+            jobs.iter().map(|(&job, sums)| (self.jobs[job].linear, output::stored_as(&self.jobs[job]), *sums));
         let mut tensors = report(measured);
         tensors.extend(self.stays.iter().filter(|s| s.0 == group).map(|s| s.1.clone()));
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
@@ -539,15 +450,4 @@ pub(super) struct Scratch {
     rows: Vec<f32>,
     codes: Codes,
     parts: Vec<Vec<u8>>,
-}
-
-/// `int4 g64`, `int8 channel asymmetric`, `bfloat16`.
-fn stored_as(job: &LinearJob) -> String {
-    let Some(s) = job.scheme else { return job.float.config_name().into() };
-    let sharing = match s.strategy {
-        Strategy::Group(n) => format!("g{n}"),
-        Strategy::Channel => "channel".into(),
-    };
-    let zero = if s.weights.symmetric() { "" } else { " asymmetric" };
-    format!("{} {sharing}{zero}", s.weights.name())
 }
