@@ -6,6 +6,7 @@
 //! no such instruction), and the compiler fuses nothing by itself.
 
 pub mod attention;
+pub mod cholesky;
 pub mod compare;
 pub mod decode;
 pub mod dequantize;
@@ -18,10 +19,10 @@ pub mod route;
 
 /// Compiles `$body` twice, for the baseline processor and for AVX2 with FMA, and picks the version for this processor.
 macro_rules! for_this_cpu {
-    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*
         #[inline]
-        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma")]
