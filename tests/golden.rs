@@ -71,3 +71,80 @@ fn w8a16_is_bit_exact() {
 fn w8a8_is_bit_exact() {
     matches_golden("W8A8", scheme(8, true, Strategy::Channel, Activations::DynamicTokenInt8));
 }
+
+/// GPTQ beside llm-compressor's on one weight and Hessian, settings and scales equal: the error on disk and the codes.
+mod gptq {
+    use std::collections::BTreeMap;
+
+    use gptoss::algorithms::rtn::{Codes, Target, rtn};
+    use gptoss::algorithms::sweep::{Factor, Zeros};
+    use gptoss::formats::NumberFormat;
+    use gptoss::formats::float::Float;
+    use gptoss::formats::int::IntFormat;
+    use gptoss::recipe::{ActOrder, Observer};
+    use safetensors::SafeTensors;
+    use serde_json::Value;
+
+    const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/gptq/");
+
+    fn values(tensors: &SafeTensors, name: &str) -> (Vec<f32>, Vec<usize>) {
+        let tensor = tensors.tensor(name).unwrap();
+        let mut out = vec![0f32; tensor.shape().iter().product()];
+        Float::of(tensor.dtype()).expect("floats").read(tensor.data(), &mut out);
+        (out, tensor.shape().to_vec())
+    }
+
+    /// tr(D H D^T) / 2 with H = 2 / n sum of x x^T.
+    fn loss(q: &[f32], w: &[f32], hessian: &[f32], k: usize) -> f64 {
+        let mut total = 0f64;
+        for (q, w) in q.chunks_exact(k).zip(w.chunks_exact(k)) {
+            let d: Vec<f64> = q.iter().zip(w).map(|(q, w)| f64::from(q - w)).collect();
+            for (i, row) in hessian.chunks_exact(k).enumerate() {
+                total += d[i] * row.iter().zip(&d).map(|(h, d)| f64::from(*h) * d).sum::<f64>();
+            }
+        }
+        total / 2.0
+    }
+
+    #[test]
+    fn every_recorded_case_is_met() {
+        let bytes = std::fs::read(format!("{DIR}gptq.safetensors")).unwrap();
+        let golden = SafeTensors::deserialize(&bytes).unwrap();
+        let cases: BTreeMap<String, Value> =
+            serde_json::from_slice(&std::fs::read(format!("{DIR}gptq.json")).unwrap()).unwrap();
+        let ((w, shape), (hessian, _)) = (values(&golden, "weight"), values(&golden, "hessian"));
+        let k = shape[1];
+        for (name, case) in &cases {
+            let args = &case["args"];
+            let format = match args["type"].as_str().unwrap() {
+                "float" => NumberFormat::Fp8,
+                _ => NumberFormat::Int(IntFormat {
+                    num_bits: args["num_bits"].as_u64().unwrap() as u8,
+                    symmetric: args["symmetric"].as_bool().unwrap(),
+                }),
+            };
+            let group = args["group_size"].as_u64().map_or(k, |g| g as usize);
+            let target = Target { format, group, float: Float::Bf16 };
+            let order = if args["actorder"] == "static" { ActOrder::Static } else { ActOrder::Off };
+            let factor = Factor::new(&hessian, 1, k, order, 0.01).unwrap();
+            assert_eq!((factor.dead, factor.dampening_frac), (2, 0.01));
+            let ours = gptoss::algorithms::gptq::gptq(&w, &factor, target, Observer::Minmax, Zeros::None);
+            let (theirs, _) = values(&golden, &format!("{name}.quantized"));
+            let equal = ours.values.iter().zip(&theirs).filter(|(a, b)| a == b).count() as f64 / w.len() as f64;
+            let error = loss(&ours.values, &w, &hessian, k);
+            let mut nearest = Codes::default();
+            rtn(&w, k, target, &mut nearest);
+            let params = |i: usize| nearest.params[i / group];
+            let rounded: Vec<f32> = (nearest.codes.iter().enumerate())
+                .map(|(i, &c)| format.dequantize(c, params(i), Float::Bf16))
+                .collect();
+            let floor = loss(&rounded, &w, &hessian, k);
+            let recorded = case["error_tr_DHDt_half"].as_f64().unwrap();
+            println!("{name}: error {error:.6} beside {recorded:.6}, rtn {floor:.6}, equal {equal:.5}");
+
+            assert!(error <= 1.01 * recorded, "{name}: {error} > 1.01 x {recorded}");
+            assert!(error < floor, "{name}: {error}, round to nearest has {floor}");
+            assert!(equal >= 0.99, "{name}: only {equal} of the values are equal");
+        }
+    }
+}

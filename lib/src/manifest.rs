@@ -45,6 +45,12 @@ pub struct Manifest {
     /// What the model's weights look like in the output: one line a family of tensors.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub tensors: Vec<TensorReport>,
+    /// The text that a calibrated recipe was fitted to.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub calibration: Option<crate::text::TextReport>,
+    /// How many tokens each expert saw, one line a layer.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub coverage: Vec<Coverage>,
     /// Numbers that a 16-bit float could not hold.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub conversion: Option<HalfCounts>,
@@ -176,6 +182,21 @@ pub struct TensorReport {
     /// What storing them so changed; absent where it changed nothing.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<ErrorReport>,
+}
+
+/// The tokens that the experts of a layer saw.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Coverage {
+    /// The layer.
+    pub layer: usize,
+    /// Tokens of the text.
+    pub tokens: u64,
+    /// Tokens that the router sent to each expert.
+    pub experts: Vec<u64>,
+    /// Experts below the recipe's threshold.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub few: Vec<usize>,
 }
 
 /// The difference between stored and original values.
@@ -323,6 +344,8 @@ impl Manifest {
             output: None,
             plan: None,
             tensors: Vec::new(),
+            calibration: None,
+            coverage: Vec::new(),
             conversion: None,
             runtimes: Vec::new(),
             notes: Vec::new(),

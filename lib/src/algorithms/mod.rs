@@ -1,6 +1,12 @@
 //! Weights -> codes. Each algorithm is one file that reads like its paper.
 
+pub mod awq;
+pub mod gptq;
 pub mod rtn;
+pub mod scales;
+pub mod smoothquant;
+pub mod sweep;
+pub mod wanda;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -285,13 +285,14 @@ impl Device for Cpu {
     }
 
     fn sums(&self, columns: usize) -> Result<Moments> {
-        Ok(Moments { count: 0, abs: vec![0.0; columns], gram: vec![0.0; columns * columns] })
+        Ok(Moments { count: 0, abs: vec![0.0; columns], max: vec![0.0; columns], gram: vec![0.0; columns * columns] })
     }
 
     fn accumulate(&self, x: &Tensor, sums: &mut Moments) -> Result<()> {
         sums.count += x.rows() as u64;
         self.pool.install(|| {
             moments::add_abs(&x.values, &mut sums.abs);
+            moments::raise_max(&x.values, &mut sums.max);
             moments::add_gram(&x.values, x.columns, &mut sums.gram);
         });
         Ok(())

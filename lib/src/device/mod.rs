@@ -56,6 +56,8 @@ pub struct Moments {
     pub count: u64,
     /// Sum of |x| [columns].
     pub abs: Vec<f32>,
+    /// Greatest |x| [columns].
+    pub max: Vec<f32>,
     /// Sum of x x^T [columns, columns], symmetric.
     pub gram: Vec<f32>,
 }

@@ -1,6 +1,7 @@
 //! A text through a model, one layer after the other over all of it: hidden states are kept, weights are not, so a model
 //! of any size fits. Then what its logits say about the text, alone or beside another model's.
 
+pub(crate) mod batches;
 mod states;
 
 use std::ops::Range;
@@ -16,8 +17,10 @@ use crate::text::windows::Sequence;
 
 pub use states::States;
 
+use batches::{Batch, batches, caches};
+
 /// Most tokens that go through a layer together: from here on more bring nothing, weights are decoded often enough.
-const MOST_TOKENS: usize = 4096;
+pub(crate) const MOST_TOKENS: usize = 4096;
 /// Most rows of logits at a time.
 const MOST_LOGITS: usize = 512;
 
@@ -40,47 +43,6 @@ pub struct Figures {
     pub predicted: Vec<bool>,
 }
 
-/// Rows that go through a layer together: sequences, or pieces of one that is too long.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Batch {
-    /// First row, counted through the whole text.
-    first: usize,
-    /// Position of each piece's first row in its sequence.
-    starts: Vec<usize>,
-    /// Rows of each piece.
-    lengths: Vec<usize>,
-}
-
-impl Batch {
-    fn rows(&self) -> Range<usize> {
-        self.first..self.first + self.lengths.iter().sum::<usize>()
-    }
-}
-
-/// Sequences of these lengths, cut into batches of at most `most` rows. A piece that goes on with a sequence is the first of
-/// its batch.
-fn batches(lengths: impl Iterator<Item = usize>, most: usize) -> Vec<Batch> {
-    let mut all = vec![Batch::default()];
-    let mut row = 0;
-    for length in lengths {
-        let mut start = 0;
-        while start < length {
-            let last = all.last_mut().expect("there is one from the beginning");
-            let room = most - last.rows().len();
-            // A sequence is not cut to fill a batch that others have begun.
-            if room == 0 || (start == 0 && length > room && !last.lengths.is_empty()) {
-                all.push(Batch { first: row, ..Batch::default() });
-                continue;
-            }
-            let n = room.min(length - start);
-            last.starts.push(start);
-            last.lengths.push(n);
-            (start, row) = (start + n, row + n);
-        }
-    }
-    all
-}
-
 /// The next token of each row, where there is one, and whether the row counts at all.
 fn targets(sequences: &[Sequence]) -> (Vec<Option<u32>>, Vec<bool>) {
     let of_one = |s: &Sequence| -> Vec<(Option<u32>, bool)> {
@@ -90,14 +52,14 @@ fn targets(sequences: &[Sequence]) -> (Vec<Option<u32>>, Vec<bool>) {
 }
 
 /// Bytes that a layer needs for one token: every intermediate result that lives at once, and the kernel's copies.
-fn bytes_a_token(c: &ModelConfig) -> u64 {
+pub(crate) fn bytes_a_token(c: &ModelConfig) -> u64 {
     let attention = 4 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim;
     let experts = 4 * c.hidden + 3 * c.intermediate;
     4 * (4 * c.hidden + attention.max(experts)) as u64
 }
 
 /// Multiply-adds of a layer for one token, attention's scores left out.
-fn layer_work(m: &Model) -> u64 {
+pub(crate) fn layer_work(m: &Model) -> u64 {
     let c = &m.config;
     let attention = 2 * c.hidden * (c.heads + c.kv_heads) * c.head_dim;
     (attention + m.settings.top_k * 3 * c.hidden * c.intermediate) as u64
@@ -139,7 +101,7 @@ pub fn evaluate<D: Device>(
     Ok(figures)
 }
 
-fn fits(m: &Model, model: &Model, sequences: &[Sequence]) -> Result<()> {
+pub(crate) fn fits(m: &Model, model: &Model, sequences: &[Sequence]) -> Result<()> {
     let dir = m.checkpoint.dir.display();
     if m.config.vocab != model.config.vocab {
         let (a, b) = (m.config.vocab, model.config.vocab);
@@ -184,10 +146,7 @@ fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], roo
         for (batch, places) in batches.iter().zip(&places) {
             let rows = batch.rows();
             let mut x = device.upload(states.get(rows.clone()).to_vec(), c.hidden)?;
-            let going_on = past.take().filter(|_| batch.starts.first().is_some_and(|&s| s > 0));
-            let fresh = batch.lengths.len() - usize::from(going_on.is_some());
-            let fresh = (0..fresh).map(|_| device.cache(&weights.attention));
-            let mut caches: Vec<_> = going_on.into_iter().chain(fresh).collect();
+            let mut caches = caches(device, &weights.attention, batch, past.take());
             forward::layer(device, model, &weights, &mut x, places, &mut caches, &mut unobserved)?;
             past = caches.pop();
             states.put(rows.clone(), &device.download(x)?);
@@ -250,21 +209,6 @@ fn compare<D: Device>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn cut(lengths: &[usize], most: usize) -> Vec<(usize, Vec<usize>, Vec<usize>)> {
-        let all = batches(lengths.iter().copied(), most);
-        all.into_iter().map(|b| (b.first, b.starts, b.lengths)).collect()
-    }
-
-    #[test]
-    fn batches_hold_whole_sequences_where_they_fit() {
-        assert_eq!(cut(&[3, 4, 2], 10), [(0, vec![0, 0, 0], vec![3, 4, 2])]);
-        assert_eq!(cut(&[3, 4, 2], 7), [(0, vec![0, 0], vec![3, 4]), (7, vec![0], vec![2])]);
-        assert_eq!(cut(&[3, 4], 4), [(0, vec![0], vec![3]), (3, vec![0], vec![4])]);
-        let long = [(0, vec![0], vec![2]), (2, vec![0], vec![4]), (6, vec![4], vec![4]), (10, vec![8, 0], vec![1, 3])];
-        assert_eq!(cut(&[2, 9, 3], 4), long);
-        assert_eq!(cut(&[1, 1], 1), [(0, vec![0], vec![1]), (1, vec![0], vec![1])]);
-    }
 
     #[test]
     fn padding_counts_for_nothing() {

@@ -46,13 +46,23 @@ impl States {
         &all[rows.start * self.width..rows.end * self.width]
     }
 
+    /// One row, to be changed.
+    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        let width = self.width;
+        &mut self.all_mut()[row * width..][..width]
+    }
+
     /// Replaces some rows.
     pub fn put(&mut self, rows: Range<usize>, values: &[f32]) {
-        let all = match &mut self.values {
+        let width = self.width;
+        self.all_mut()[rows.start * width..rows.end * width].copy_from_slice(values);
+    }
+
+    fn all_mut(&mut self) -> &mut [f32] {
+        match &mut self.values {
             Values::Memory(v) => v,
             Values::File(map) => bytemuck::cast_slice_mut(map),
-        };
-        all[rows.start * self.width..rows.end * self.width].copy_from_slice(values);
+        }
     }
 }
 

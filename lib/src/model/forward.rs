@@ -41,14 +41,7 @@ pub fn layer<D: Device>(
     let settings = &model.settings;
     let normed = device.norm(x, &w.attention_norm, settings.eps)?;
     observer(Proj::Q, 0, &normed)?;
-    let mut heads = Heads {
-        query: device.linear(&normed, &w.q)?,
-        key: device.linear(&normed, &w.k)?,
-        value: device.linear(&normed, &w.v)?,
-    };
-    device.rotate(&mut heads.query, &places.cos, &places.sin)?;
-    device.rotate(&mut heads.key, &places.cos, &places.sin)?;
-    let attended = device.attend(&heads, &w.attention, &places.lengths, caches)?;
+    let attended = attended(device, w, &normed, places, caches)?;
     observer(Proj::O, 0, &attended)?;
     device.add(x, &device.linear(&attended, &w.o)?)?;
 
@@ -56,6 +49,24 @@ pub fn layer<D: Device>(
     observer(Proj::Router, 0, &normed)?;
     let routes = device.route(&device.linear(&normed, &w.router)?, settings.top_k)?;
     device.add(x, &device.experts(&normed, &routes, &w.experts, observer)?)
+}
+
+/// What the heads of a layer bring home from the normed hidden states [rows, H], before the output projection.
+pub fn attended<D: Device>(
+    device: &D,
+    w: &Layer<'_, D>,
+    normed: &D::Tensor,
+    places: &Places<D>,
+    caches: &mut [D::Cache],
+) -> Result<D::Tensor> {
+    let mut heads = Heads {
+        query: device.linear(normed, &w.q)?,
+        key: device.linear(normed, &w.k)?,
+        value: device.linear(normed, &w.v)?,
+    };
+    device.rotate(&mut heads.query, &places.cos, &places.sin)?;
+    device.rotate(&mut heads.key, &places.cos, &places.sin)?;
+    device.attend(&heads, &w.attention, &places.lengths, caches)
 }
 
 /// Logits [rows, V] of hidden states that left the last layer.

@@ -107,20 +107,10 @@ impl Model {
     /// Layer `l`.
     pub fn layer<'w, D: Device>(&'w self, device: &D, l: usize) -> Result<Layer<'w, D>> {
         let (c, s) = (&self.config, &self.settings);
-        let attention = |proj: Proj| {
-            let bias = match c.attention_bias {
-                true => Some(self.plain(
-                    &format!("model.layers.{l}.self_attn.{}.bias", proj.name()),
-                    &[Linear { proj, layer: l, expert: 0 }.shape(c).0],
-                )?),
-                false => None,
-            };
-            self.matrix(device, proj, l, 0, bias)
-        };
+        let attention = |proj: Proj| self.matrix(device, proj, l, 0, self.bias(l, proj)?);
         let row = |name: &str, columns: usize| {
             device.upload(self.plain(&format!("model.layers.{l}.{name}"), &[columns])?, columns)
         };
-        let router_bias = self.plain(&format!("model.layers.{l}.mlp.router.bias"), &[c.experts])?;
         Ok(Layer {
             attention_norm: row("input_layernorm.weight", c.hidden)?,
             q: attention(Proj::Q)?,
@@ -134,7 +124,7 @@ impl Model {
                 sinks: row("self_attn.sinks", c.heads)?,
             },
             mlp_norm: row("post_attention_layernorm.weight", c.hidden)?,
-            router: self.matrix(device, Proj::Router, l, 0, Some(router_bias))?,
+            router: self.matrix(device, Proj::Router, l, 0, self.bias(l, Proj::Router)?)?,
             experts: Experts {
                 gate: self.expert_matrices(device, Proj::Gate, l)?,
                 up: self.expert_matrices(device, Proj::Up, l)?,
@@ -143,6 +133,15 @@ impl Model {
                 limit: s.limit,
             },
         })
+    }
+
+    /// The bias of q, k, v, o or the router of layer `l`.
+    pub fn bias(&self, l: usize, proj: Proj) -> Result<Option<Vec<f32>>> {
+        let linear = Linear { proj, layer: l, expert: 0 };
+        if proj != Proj::Router && !self.config.attention_bias {
+            return Ok(None);
+        }
+        self.plain(&format!("{}.bias", linear.module()), &[linear.shape(&self.config).0]).map(Some)
     }
 
     /// What follows the last layer.

@@ -236,7 +236,7 @@ fn transpose_reference(from: &[f32], height: usize, width: usize, first: usize, 
 
 /// `sums`[r][j] goes on as the chain over k of tile[k][r] * panel[k][j], for `tile` [k, height] and `panel` [k, WIDTH].
 #[inline]
-pub(super) fn kernel(tile: &[f32], height: usize, panel: &[f32], sums: &mut [[f32; WIDTH]; HEIGHT]) {
+pub(crate) fn kernel(tile: &[f32], height: usize, panel: &[f32], sums: &mut [[f32; WIDTH]; HEIGHT]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         // SAFETY: AVX2 and FMA are there.

@@ -15,6 +15,13 @@ pub fn add_abs(x: &[f32], sums: &mut [f32]) {
     }
 }
 
+/// max[j] becomes at least |x[t][j]| for every token t.
+pub fn raise_max(x: &[f32], max: &mut [f32]) {
+    for row in x.chunks_exact(max.len()) {
+        max.iter_mut().zip(row).for_each(|(m, v)| *m = m.max(v.abs()));
+    }
+}
+
 /// gram[i][j] += x[t][i] x[t][j] for every token t, in the upper triangle (and a little below it); see [`mirror`].
 pub fn add_gram(x: &[f32], n: usize, gram: &mut [f32]) {
     for x in x.chunks(TOKENS * n) {

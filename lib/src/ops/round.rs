@@ -21,6 +21,33 @@ for_this_cpu! {
     pub fn measure(values: &[f32], reference: &[f32], sums: &mut ErrorSums) = measure_body
 }
 
+for_this_cpu! {
+    /// The squared error of rounding `w` with parameters `p`, each weighed by its `importance`; nothing is kept of the
+    /// codes.
+    pub fn cost(w: &[f32], importance: Option<&[f32]>, format: NumberFormat, p: Params, float: Float) -> f64 = cost_body
+}
+
+#[inline(always)]
+fn cost_body(w: &[f32], importance: Option<&[f32]>, format: NumberFormat, p: Params, float: Float) -> f64 {
+    const BLOCK: usize = 32;
+    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
+    let (mut sums, mut codes, mut value) = ([0f32; BLOCK], [0i8; BLOCK], [0f32; BLOCK]);
+    for (i, w) in w.chunks(BLOCK).enumerate() {
+        let (mut whole, mut weight) = ([0f32; BLOCK], [0f32; BLOCK]);
+        whole[..w.len()].copy_from_slice(w);
+        match importance {
+            Some(all) => weight[..w.len()].copy_from_slice(&all[i * BLOCK..][..w.len()]),
+            None => weight[..w.len()].fill(1.0),
+        }
+        lanes((format, float, false), &whole, &scale, &zero, &mut codes, &mut value);
+        for l in 0..BLOCK {
+            let error = whole[l] - value[l];
+            sums[l] = (error * error).mul_add(weight[l], sums[l]);
+        }
+    }
+    sums.iter().map(|&s| f64::from(s)).sum()
+}
+
 #[inline(always)]
 fn extremes_body(w: &[f32]) -> (f32, f32) {
     let first = w.first().copied().unwrap_or(0.0);
@@ -47,28 +74,32 @@ fn group_body(w: &[f32], format: NumberFormat, p: Params, float: Float, q: &mut 
     for (w, q) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)) {
         let (mut whole, mut codes) = ([0f32; BLOCK], [0i8; BLOCK]);
         whole[..w.len()].copy_from_slice(w);
-        lanes(format, float, &whole, &scale, &zero, &mut codes, &mut value);
+        lanes((format, float, false), &whole, &scale, &zero, &mut codes, &mut value);
         q.copy_from_slice(&codes[..w.len()]);
         measure_body(&value[..w.len()], w, sums);
     }
 }
 
 /// Rounds N weights, each with its own scale and zero point: [`NumberFormat::quantize`] and [`NumberFormat::dequantize`]
-/// without calls, so that it vectorizes. Format and type are constants in each arm: the loop inside has no choices left.
+/// without calls, so that it vectorizes. `exact` is for numbers that are not of type `float` themselves: their quotients
+/// are not rounded to it, only the values are.
 #[inline(always)]
 pub fn lanes<const N: usize>(
-    format: NumberFormat,
-    float: Float,
+    rule: (NumberFormat, Float, bool),
     w: &[f32; N],
     scale: &[f32; N],
     zero: &[f32; N],
     codes: &mut [i8; N],
     values: &mut [f32; N],
 ) {
-    match float {
-        Float::Bf16 => lanes_of(format, Float::Bf16, w, scale, zero, codes, values),
-        Float::F16 => lanes_of(format, Float::F16, w, scale, zero, codes, values),
-        Float::F32 => lanes_of(format, Float::F32, w, scale, zero, codes, values),
+    // Types are constants in each arm: the loop inside has no choices left.
+    let (format, float, exact) = rule;
+    match (float, exact) {
+        (Float::Bf16, false) => lanes_of(format, (Float::Bf16, Float::Bf16), w, scale, zero, codes, values),
+        (Float::Bf16, true) => lanes_of(format, (Float::F32, Float::Bf16), w, scale, zero, codes, values),
+        (Float::F16, false) => lanes_of(format, (Float::F16, Float::F16), w, scale, zero, codes, values),
+        (Float::F16, true) => lanes_of(format, (Float::F32, Float::F16), w, scale, zero, codes, values),
+        (Float::F32, _) => lanes_of(format, (Float::F32, Float::F32), w, scale, zero, codes, values),
     }
 }
 
@@ -78,7 +109,7 @@ const TO_INTEGER: f32 = 12_582_912.0;
 #[inline(always)]
 fn lanes_of<const N: usize>(
     format: NumberFormat,
-    float: Float,
+    (quotient, float): (Float, Float),
     w: &[f32; N],
     scale: &[f32; N],
     zero: &[f32; N],
@@ -89,8 +120,8 @@ fn lanes_of<const N: usize>(
         NumberFormat::Int(int) => {
             let (low, high) = (int.qmin() as f32, int.qmax() as f32);
             for i in 0..N {
-                let scaled = float.round(w[i] / scale[i]);
-                let shifted = if int.symmetric { scaled } else { float.round(scaled + zero[i]) };
+                let scaled = quotient.round(w[i] / scale[i]);
+                let shifted = if int.symmetric { scaled } else { quotient.round(scaled + zero[i]) };
                 let above = if shifted > low { shifted } else { low };
                 let clamped = if above < high { above } else { high };
                 let integer = clamped + TO_INTEGER;
@@ -100,7 +131,7 @@ fn lanes_of<const N: usize>(
         }
         NumberFormat::Fp8 => {
             for i in 0..N {
-                let value = fp8::round_e4m3(float.round(w[i] / scale[i]));
+                let value = fp8::round_e4m3(quotient.round(w[i] / scale[i]));
                 codes[i] = fp8::code(value) as i8;
                 values[i] = float.round(value * scale[i]);
             }

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::algorithms::Algorithm;
+use crate::containers::compressed_tensors::Scheme;
 use crate::error::{Error, Result};
 use crate::model::{Class, Linear};
 use pattern::Patterns;
@@ -34,6 +35,17 @@ pub struct LayerRecipe {
     /// How scales are fitted.
     #[serde(default)]
     pub observer: Observer,
+}
+
+/// What becomes of a linear layer.
+#[derive(Debug, Clone)]
+pub struct Treatment {
+    /// As the recipe says.
+    pub layer: LayerRecipe,
+    /// What that comes to on its shape; `None` for floats.
+    pub scheme: Option<Scheme>,
+    /// Zeros that are made first.
+    pub sparse: Option<Sparsity>,
 }
 
 /// Modules that are quantized otherwise than their class.

@@ -26,7 +26,7 @@ use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Class, Fused, Linear, ModelConfig, Proj, Role, Slot};
 use crate::ops::dequantize::HalfCounts;
-use crate::recipe::{LayerRecipe, Recipe, Rules, Sparsity};
+use crate::recipe::{Recipe, Rules, Treatment};
 use crate::verify::errors::report;
 
 pub use output::KEPT;
@@ -52,17 +52,6 @@ struct LinearJob<'a> {
     weight: Option<Weight<'a>>,
     float: Float,
     scheme: Option<Scheme>,
-}
-
-/// What becomes of a linear layer.
-#[derive(Debug, Clone)]
-struct Treatment {
-    /// As the recipe says.
-    layer: LayerRecipe,
-    /// What that comes to on its shape; `None` for floats.
-    scheme: Option<Scheme>,
-    /// Zeros that are made first.
-    sparse: Option<Sparsity>,
 }
 
 /// A quantization whose plan holds.

@@ -1,0 +1,369 @@
+//! The calibrated pipeline: a text goes through the model layer by layer; what the inputs of each linear layer look like says
+//! how its weight is rounded, and then the text goes on through the rounded layer.
+//!
+//! Within a layer the order is that of the data: q, k and v; the output projection, whose inputs come from the rounded q, k,
+//! v; then the experts, each on the tokens that it gets: gate and up, then down on what the rounded gate and up make. So
+//! every layer is fitted to the inputs that it will see, and every token goes through it once. Nothing that is summed
+//! depends on threads, batches or memory.
+
+mod experts;
+mod persist;
+mod smooth;
+mod solve;
+
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use crate::algorithms::rtn::ErrorSums;
+use crate::containers::{self, Rows, Weight};
+use crate::device::cpu::{Cpu, Tensor};
+use crate::device::{Device, Moments};
+use crate::error::{Error, Result};
+use crate::evaluate::batches::{Batch, batches, caches};
+use crate::evaluate::{MOST_TOKENS, States, bytes_a_token, fits, layer_work};
+use crate::formats::activations::Activations;
+use crate::formats::float::Float;
+use crate::manifest::Coverage;
+use crate::model::forward::{self, Places};
+use crate::model::{Layer, Linear, Model, Proj};
+use crate::pipeline::progress::Progress;
+use crate::recipe::{Recipe, Treatment};
+use crate::text::windows::Sequence;
+
+pub use persist::Saved;
+pub use solve::{Inputs, Problem, Rounded, solve};
+
+/// Rows of a weight that are solved together: the table of a vocabulary would be large as a whole.
+const ROWS: usize = 16384;
+
+/// Who takes what calibration makes.
+pub trait Output: Sync {
+    /// What becomes of a linear layer; `None` where it stays.
+    fn treatment(&self, linear: &Linear) -> Option<&Treatment>;
+    /// Whether the scales of a transform go into this layer's first and second norm.
+    fn smooths(&self, layer: usize) -> (bool, bool);
+    /// Takes rows `first`.. of a treated layer.
+    fn put(&self, linear: &Linear, first: usize, rounded: &Rounded) -> Result<()>;
+    /// Takes a tensor that a transform changed, values that its type holds exactly.
+    fn put_plain(&self, name: &str, values: &[f32]) -> Result<()>;
+}
+
+/// What a run may use; none of it changes a bit.
+pub struct Room<'a> {
+    /// Most bytes of working memory.
+    pub memory: u64,
+    /// Where hidden states go that do not fit.
+    pub offload: &'a Path,
+    /// Whom to tell.
+    pub progress: &'a Progress,
+}
+
+/// What is known of a layer when it is done.
+#[derive(Debug, Default)]
+pub struct LayerReport {
+    /// Errors of each treated linear layer.
+    pub errors: Vec<(Linear, ErrorSums)>,
+    /// Tokens of each expert.
+    pub coverage: Option<Coverage>,
+    /// What went otherwise than asked.
+    pub notes: Vec<String>,
+}
+
+impl LayerReport {
+    fn add(&mut self, linear: Linear, errors: ErrorSums, notes: Vec<String>) {
+        self.errors.push((linear, errors));
+        self.notes.extend(notes);
+    }
+}
+
+/// A weight that is computed with: f32, with what its scheme does to inputs.
+struct Held {
+    values: Vec<f32>,
+    shape: (usize, usize),
+    inputs: Activations,
+}
+
+impl Rows for Held {
+    fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    fn float(&self) -> Float {
+        Float::F32
+    }
+
+    fn inputs(&self) -> Activations {
+        self.inputs
+    }
+
+    fn values(&self) -> Option<&[f32]> {
+        Some(&self.values)
+    }
+
+    fn read(&self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
+            out.copy_from_slice(&self.values[row * self.shape.1..][columns.clone()]);
+        }
+    }
+}
+
+/// A text on its way through a model.
+pub struct Calibrator<'a> {
+    device: &'a Cpu,
+    model: &'a Model,
+    recipe: &'a Recipe,
+    output: &'a dyn Output,
+    room: Room<'a>,
+    batches: Vec<Batch>,
+    places: Vec<Places<Cpu>>,
+    ids: Vec<u32>,
+    /// Hidden states [tokens, H].
+    x: States,
+}
+
+impl<'a> Calibrator<'a> {
+    /// With the embedded text.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the text does not fit the model.
+    pub fn new(
+        device: &'a Cpu,
+        model: &'a Model,
+        recipe: &'a Recipe,
+        output: &'a dyn Output,
+        sequences: &[Sequence],
+        room: Room<'a>,
+    ) -> Result<Self> {
+        fits(model, model, sequences)?;
+        let c = &model.config;
+        let most = (room.memory / 4 / bytes_a_token(c)).clamp(1, MOST_TOKENS as u64) as usize;
+        // Padding stands behind the text, where nothing that counts sees it.
+        let batches = batches(sequences.iter().map(|s| s.real), most);
+        let ids: Vec<u32> = sequences.iter().flat_map(|s| &s.ids[..s.real]).copied().collect();
+        let places = |b: &Batch| Places::new(device, model, &b.starts, &b.lengths);
+        let places = batches.iter().map(places).collect::<Result<_>>()?;
+        let x = States::new(ids.len(), c.hidden, room.memory / 8, room.offload)?;
+        Ok(Self { device, model, recipe, output, room, batches, places, ids, x })
+    }
+
+    /// How many tokens.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Multiply-adds that a layer takes, roughly, for progress.
+    pub fn work_a_layer(&self) -> u64 {
+        self.tokens() as u64 * 2 * layer_work(self.model)
+    }
+
+    /// Starts with the embedding.
+    pub fn embed(&mut self) -> Result<()> {
+        let embedding = self.model.embedding(self.device)?;
+        for batch in &self.batches {
+            let rows = batch.rows();
+            let values = self.device.download(self.device.embed(&embedding, &self.ids[rows.clone()])?)?;
+            self.x.put(rows, &values);
+        }
+        Ok(())
+    }
+
+    /// Hidden states, to be kept for a run that is interrupted.
+    pub fn states(&self) -> &[f32] {
+        self.x.get(0..self.tokens())
+    }
+
+    /// Goes on from hidden states that were kept.
+    pub fn restore(&mut self, read: impl FnOnce(&mut States) -> Result<()>) -> Result<()> {
+        read(&mut self.x)
+    }
+
+    /// Rounds layer `l` and takes the text through it.
+    pub fn layer(&mut self, l: usize) -> Result<LayerReport> {
+        let mut report = LayerReport::default();
+        let weights = self.model.layer(self.device, l)?;
+        self.attention(l, weights, &mut report)?;
+        self.experts(l, &mut report)?;
+        self.model.checkpoint.release();
+        Ok(report)
+    }
+
+    /// Rounds the output head, or whatever reads the last hidden states.
+    pub fn head(&mut self) -> Result<LayerReport> {
+        let mut report = LayerReport::default();
+        let linear = Linear { proj: Proj::LmHead, layer: 0, expert: 0 };
+        if self.output.treatment(&linear).is_some() {
+            let norm = self.model.head(self.device)?.norm;
+            let inputs = self.sums_of(self.needs_inputs(&[linear]), self.model.config.hidden, |batch, _| {
+                self.device.norm(&self.batch(batch)?, &norm, self.model.settings.eps)
+            })?;
+            self.round(&linear, inputs.as_ref(), None, &mut report)?;
+        }
+        let table = Linear { proj: Proj::Embed, ..linear };
+        if self.output.treatment(&table).is_some() {
+            self.round(&table, None, None, &mut report)?;
+        }
+        Ok(report)
+    }
+
+    fn attention(&mut self, l: usize, mut weights: Layer<'_, Cpu>, report: &mut LayerReport) -> Result<()> {
+        let (c, eps) = (&self.model.config, self.model.settings.eps);
+        let linear = |proj| Linear { proj, layer: l, expert: 0 };
+        let readers = [Proj::Q, Proj::K, Proj::V].map(linear);
+        let smooths = self.output.smooths(l).0;
+        let inputs = self.sums_of(smooths || self.needs_inputs(&readers), c.hidden, |batch, _| {
+            self.device.norm(&self.batch(batch)?, &weights.attention_norm, eps)
+        })?;
+        let norm_name = format!("model.layers.{l}.input_layernorm.weight");
+        let (scales, inputs) = match (smooths, inputs) {
+            (true, Some(inputs)) => {
+                let smoothing = self.smooth(&norm_name, &readers, &inputs, report)?;
+                if self.recipe.calibration.sequential_update {
+                    weights.attention_norm = self.device.upload(smoothing.norm.clone(), c.hidden)?;
+                }
+                let inputs = smoothing.of_inputs(inputs);
+                (Some(smoothing.scales), Some(inputs))
+            }
+            (_, inputs) => (None, inputs),
+        };
+        for (i, reader) in readers.iter().enumerate() {
+            let held = self.round(reader, inputs.as_ref(), scales.as_deref(), report)?;
+            if let Some(matrix) = self.next_matrix(l, reader, held, scales.is_some())? {
+                *[&mut weights.q, &mut weights.k, &mut weights.v][i] = matrix;
+            }
+        }
+        drop(inputs);
+        let output = linear(Proj::O);
+        let width = c.heads * c.head_dim;
+        let mut attended = States::new(self.tokens(), width, self.room.memory / 8, self.room.offload)?;
+        let mut sums = self.needs_inputs(&[output]).then(|| self.device.sums(width)).transpose()?;
+        let mut past = None;
+        for (batch, places) in self.batches.iter().zip(&self.places) {
+            let mut caches = caches(self.device, &weights.attention, batch, past.take());
+            let normed = self.device.norm(&self.batch(batch)?, &weights.attention_norm, eps)?;
+            let out = forward::attended(self.device, &weights, &normed, places, &mut caches)?;
+            past = caches.pop();
+            if let Some(sums) = &mut sums {
+                self.device.accumulate(&out, sums)?;
+            }
+            attended.put(batch.rows(), &self.device.download(out)?);
+        }
+        let inputs = sums.map(|s| self.device.moments(&s).map(Inputs::new)).transpose()?;
+        let held = self.round(&output, inputs.as_ref(), None, report)?;
+        if let Some(matrix) = self.next_matrix(l, &output, held, false)? {
+            weights.o = matrix;
+        }
+        for batch in &self.batches {
+            let mut x = self.batch(batch)?;
+            let attended = self.device.upload(attended.get(batch.rows()).to_vec(), width)?;
+            self.device.add(&mut x, &self.device.linear(&attended, &weights.o)?)?;
+            self.x.put(batch.rows(), &self.device.download(x)?);
+            self.room.progress.advance(batch.rows().len() as u64 * layer_work(self.model) / 2);
+        }
+        Ok(())
+    }
+
+    /// The hidden states of a batch.
+    fn batch(&self, batch: &Batch) -> Result<Tensor> {
+        self.device.upload(self.x.get(batch.rows()).to_vec(), self.model.config.hidden)
+    }
+
+    /// Whether some of these layers are rounded by what their inputs look like.
+    fn needs_inputs(&self, linears: &[Linear]) -> bool {
+        linears
+            .iter()
+            .filter_map(|l| self.output.treatment(l))
+            .any(|t| t.sparse.is_some() || (t.scheme.is_some() && t.layer.algorithm.needs_text()))
+    }
+
+    /// Sums over what `inputs` makes of each batch.
+    fn sums_of(
+        &self,
+        wanted: bool,
+        columns: usize,
+        inputs: impl Fn(&Batch, &Places<Cpu>) -> Result<Tensor>,
+    ) -> Result<Option<Inputs>> {
+        if !wanted {
+            return Ok(None);
+        }
+        let mut sums: Moments = self.device.sums(columns)?;
+        for (batch, places) in self.batches.iter().zip(&self.places) {
+            self.device.accumulate(&inputs(batch, places)?, &mut sums)?;
+        }
+        Ok(Some(Inputs::new(self.device.moments(&sums)?)))
+    }
+
+    /// Rows of the source's weight, times the scales of a transform.
+    fn source_rows(
+        &self,
+        weight: &Weight,
+        module: &str,
+        rows: std::ops::Range<usize>,
+        scales: Option<&[f32]>,
+    ) -> Result<Vec<f32>> {
+        let columns = weight.shape().1;
+        let mut w = vec![0f32; rows.len() * columns];
+        w.par_chunks_mut(64 * columns).enumerate().for_each(|(i, w)| {
+            let first = rows.start + i * 64;
+            weight.read_rows(first..first + w.len() / columns, w);
+        });
+        if let Some(at) = w.par_iter().position_first(|v| !v.is_finite()) {
+            let (row, column) = (rows.start + at / columns, at % columns);
+            return Err(Error::Refused(format!(
+                "{module} holds NaN or infinity at row {row}, column {column}; the checkpoint is damaged"
+            )));
+        }
+        if let Some(scales) = scales {
+            w.par_chunks_mut(columns).for_each(|row| row.iter_mut().zip(scales).for_each(|(w, s)| *w *= s));
+        }
+        Ok(w)
+    }
+
+    /// Rounds a linear layer; what is computed with from now on, where the text goes on through rounded layers.
+    fn round(
+        &self,
+        linear: &Linear,
+        inputs: Option<&Inputs>,
+        scales: Option<&[f32]>,
+        report: &mut LayerReport,
+    ) -> Result<Option<Held>> {
+        let Some(treatment) = self.output.treatment(linear) else { return Ok(None) };
+        let weight = containers::open(&self.model.checkpoint, &self.model.config, linear)?;
+        let (shape, module, float) = (weight.shape(), linear.module(), weight.float());
+        let keep = self.recipe.calibration.sequential_update && !matches!(linear.proj, Proj::LmHead | Proj::Embed);
+        let mut values = Vec::new();
+        let (mut errors, mut notes) = (ErrorSums::default(), Vec::new());
+        for first in (0..shape.0).step_by(ROWS) {
+            let w = self.source_rows(&weight, &module, first..shape.0.min(first + ROWS), scales)?;
+            let problem = Problem { module: &module, w, columns: shape.1, float, treatment, inputs };
+            let mut rounded = self.device.enter(|| solve(problem, self.recipe))?;
+            self.output.put(linear, first, &rounded)?;
+            errors.merge(&rounded.errors);
+            notes.append(&mut rounded.notes);
+            if keep {
+                values.append(&mut rounded.values);
+            }
+        }
+        notes.dedup();
+        report.add(*linear, errors, notes);
+        let inputs = treatment.scheme.map_or(Activations::Float, |s| s.activations);
+        Ok(keep.then_some(Held { values, shape, inputs }))
+    }
+
+    /// The matrix that the text goes on through: the rounded one, or the source's with a transform's scales in it; `None`
+    /// where that is the one which is there.
+    fn next_matrix<'w>(
+        &self,
+        l: usize,
+        linear: &Linear,
+        held: Option<Held>,
+        scaled: bool,
+    ) -> Result<Option<<Cpu as Device>::Matrix<'w>>> {
+        let Some(held) = held else {
+            assert!(!scaled || !self.recipe.calibration.sequential_update, "what is scaled is rounded too");
+            return Ok(None);
+        };
+        let bias = self.model.bias(l, linear.proj)?;
+        self.device.matrix(Box::new(held), bias).map(Some)
+    }
+}

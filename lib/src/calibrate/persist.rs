@@ -1,0 +1,76 @@
+//! Hidden states on the disk, so that an interrupted run goes on where it was. Two files take turns: the one that the journal
+//! speaks of is never the one that is being written.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::evaluate::States;
+
+/// How the files' names begin.
+pub const PREFIX: &str = "hidden-states-";
+
+/// The two files.
+pub struct Saved {
+    files: [PathBuf; 2],
+}
+
+impl Saved {
+    /// In `folder`, for the job with this fingerprint.
+    pub fn new(folder: &Path, fingerprint: &str) -> Self {
+        let name = |i: usize| folder.join(format!("{PREFIX}{}.{i}", &fingerprint[..16.min(fingerprint.len())]));
+        Self { files: [name(0), name(1)] }
+    }
+
+    /// Keeps the states in front of `layer`, durably.
+    pub fn save(&self, layer: usize, states: &[f32]) -> Result<()> {
+        let path = &self.files[layer % 2];
+        let write = || {
+            let mut file = File::create(path)?;
+            file.write_all(&(layer as u64).to_le_bytes())?;
+            file.write_all(bytemuck::cast_slice(states))?;
+            file.sync_data()
+        };
+        write().map_err(Error::io("write hidden states to", path))
+    }
+
+    /// Reads the states in front of `layer`, [rows, width], a piece at a time.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] where they are not there as they were kept.
+    pub fn load(&self, layer: usize, rows: usize, width: usize, states: &mut States) -> Result<()> {
+        let path = &self.files[layer % 2];
+        let gone = |_| {
+            Error::file(
+                path,
+                "does not hold the hidden states that the interrupted run kept; give --force to start over",
+            )
+        };
+        let file = File::open(path).map_err(gone)?;
+        if file.metadata().map_err(gone)?.len() != 8 + (rows * width * 4) as u64 {
+            return Err(gone(std::io::ErrorKind::InvalidData.into()));
+        }
+        let mut file = BufReader::new(file);
+        let mut number = [0u8; 8];
+        file.read_exact(&mut number).map_err(gone)?;
+        if u64::from_le_bytes(number) != layer as u64 {
+            return Err(gone(std::io::ErrorKind::InvalidData.into()));
+        }
+        for row in 0..rows {
+            file.read_exact(bytemuck::cast_slice_mut(states.row_mut(row))).map_err(gone)?;
+        }
+        Ok(())
+    }
+
+    /// Removes both.
+    pub fn remove(&self) -> Result<()> {
+        for path in &self.files {
+            match std::fs::remove_file(path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", path)(e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+//! Transforms that leave the model what it is: scales go from a norm into every layer that reads it. For gpt-oss the two
+//! norms of a layer are the only such places: up -> down is cut by (u + 1) and the clamp, v -> o by the shared key heads.
+
+use crate::algorithms::awq::{self, Reader};
+use crate::algorithms::rtn::Target;
+use crate::algorithms::{Algorithm, smoothquant};
+use crate::containers::{self, dense};
+use crate::device::Moments;
+use crate::error::Result;
+use crate::formats::float::Float;
+use crate::model::Linear;
+
+use super::{Calibrator, Inputs, LayerReport};
+
+/// Rows of weights that AWQ weighs its scales on, over all that read a norm; evenly drawn from each.
+const SAMPLE: usize = 4096;
+/// But no fewer of each than this.
+const LEAST: usize = 16;
+
+/// The outcome for one norm.
+pub(super) struct Smoothing {
+    /// Weights are multiplied by these, inputs divided [H].
+    pub(super) scales: Vec<f32>,
+    /// The norm's new weight, as it is on disk [H].
+    pub(super) norm: Vec<f32>,
+}
+
+impl Smoothing {
+    /// Sums over the inputs, as the new norm makes them.
+    pub(super) fn of_inputs(&self, inputs: Inputs) -> Inputs {
+        let mut m: Moments = inputs.moments;
+        let n = self.scales.len();
+        for (i, row) in m.gram.chunks_exact_mut(n).enumerate() {
+            row.iter_mut().zip(&self.scales).for_each(|(g, s)| *g = *g / s / self.scales[i]);
+        }
+        m.abs.iter_mut().zip(&self.scales).for_each(|(v, s)| *v /= s);
+        m.max.iter_mut().zip(&self.scales).for_each(|(v, s)| *v /= s);
+        Inputs::new(m)
+    }
+}
+
+impl Calibrator<'_> {
+    /// Finds the scales for the layers that read the norm `name`, and writes its new weight.
+    pub(super) fn smooth(
+        &self,
+        name: &str,
+        readers: &[Linear],
+        inputs: &Inputs,
+        report: &mut LayerReport,
+    ) -> Result<Smoothing> {
+        let tensor = self.model.checkpoint.tensor(name)?;
+        let float = dense::float_of(&tensor)?;
+        let mut norm = dense::read(&tensor, &[self.model.config.hidden])?;
+        let exact = |scales: &mut [f32]| {
+            norm.iter().zip(scales).for_each(|(n, s)| *s = taken_up(*n, *s, float));
+        };
+        let m = &inputs.moments;
+        let algorithm = |l: &Linear| self.output.treatment(l).map(|t| t.layer.algorithm);
+        let scales = if readers.iter().all(|l| algorithm(l) == Some(Algorithm::Awq)) {
+            let mean: Vec<f32> = m.abs.iter().map(|a| a / m.count.max(1) as f32).collect();
+            let (sample, settings) = (self.sample(readers)?, &self.recipe.awq);
+            let (scales, gain) = self.device.enter(|| awq::search(&sample, &mean, &m.gram, settings, exact));
+            report.notes.push(format!("{name}: AWQ's scales take {:.1}% off the error of what reads it", 100.0 * gain));
+            scales
+        } else {
+            let strength = self.recipe.smoothquant.as_ref().map_or(0.0, |s| s.strength);
+            let mut scales = smoothquant::scales(&m.max, &self.greatest(readers)?, strength);
+            exact(&mut scales);
+            scales
+        };
+        norm.iter_mut().zip(&scales).for_each(|(n, s)| *n = float.round(*n / s));
+        self.output.put_plain(name, &norm)?;
+        Ok(Smoothing { scales, norm })
+    }
+
+    /// A sample of the rows of `readers`.
+    fn sample(&self, readers: &[Linear]) -> Result<Vec<Reader>> {
+        let each = (SAMPLE / readers.len().max(1)).max(LEAST);
+        let mut sample = Vec::with_capacity(readers.len());
+        for linear in readers {
+            let weight = containers::open(&self.model.checkpoint, &self.model.config, linear)?;
+            let (rows, columns) = weight.shape();
+            let scheme = self.output.treatment(linear).and_then(|t| t.scheme).expect("AWQ rounds to codes");
+            let mut w = Vec::with_capacity(each.min(rows) * columns);
+            for row in (0..rows).step_by(rows.div_ceil(each)) {
+                w.extend(self.source_rows(&weight, &linear.module(), row..row + 1, None)?);
+            }
+            let target = Target { format: scheme.weights, group: scheme.group(columns), float: weight.float() };
+            sample.push(Reader { w, target });
+        }
+        Ok(sample)
+    }
+
+    /// Greatest |w| of each input channel over all of `readers`.
+    fn greatest(&self, readers: &[Linear]) -> Result<Vec<f32>> {
+        let mut greatest = vec![0f32; self.model.config.hidden];
+        for linear in readers {
+            let weight = containers::open(&self.model.checkpoint, &self.model.config, linear)?;
+            let (rows, columns) = weight.shape();
+            for first in (0..rows).step_by(1024) {
+                let w = self.source_rows(&weight, &linear.module(), first..rows.min(first + 1024), None)?;
+                for row in w.chunks_exact(columns) {
+                    greatest.iter_mut().zip(row).for_each(|(g, w)| *g = g.max(w.abs()));
+                }
+            }
+        }
+        Ok(greatest)
+    }
+}
+
+/// The scale nearest to `s` that a norm's weight `n` of type `float` can be divided by exactly.
+fn taken_up(n: f32, s: f32, float: Float) -> f32 {
+    let divided = float.round(n / s);
+    // A weight of 0, or one that would vanish, stays as it is.
+    if divided == 0.0 || !divided.is_finite() { 1.0 } else { n / divided }
+}
