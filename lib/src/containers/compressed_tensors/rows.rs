@@ -154,3 +154,75 @@ impl Rows for Quantized<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::algorithms::rtn::{Codes, Target, rtn};
+    use crate::containers::compressed_tensors::Strategy as Sharing;
+    use crate::formats::NumberFormat;
+    use crate::formats::int::IntFormat;
+    use proptest::prelude::*;
+
+    fn schemes() -> impl Strategy<Value = Scheme> {
+        let activations = || prop_oneof![Just(Activations::Float), Just(Activations::DynamicTokenInt8)];
+        let ints =
+            (2u8..=8, any::<bool>(), 1usize..150, activations()).prop_map(|(bits, symmetric, n, activations)| {
+                let weights = NumberFormat::Int(IntFormat { num_bits: bits, symmetric });
+                Scheme { weights, strategy: if n > 140 { Sharing::Channel } else { Sharing::Group(n) }, activations }
+            });
+        let fp8 = Scheme {
+            weights: NumberFormat::Fp8,
+            strategy: Sharing::Channel,
+            activations: Activations::DynamicTokenFp8,
+        };
+        let mxfp4 = Scheme {
+            weights: NumberFormat::Mxfp4,
+            strategy: Sharing::Group(mxfp4::BLOCK),
+            activations: Activations::Float,
+        };
+        prop_oneof![4 => ints, 1 => Just(fp8), 1 => Just(mxfp4)]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_reads_back_as_its_codes_say(
+            scheme in schemes(),
+            out in 1usize..80,
+            groups in 1usize..12,
+            float in prop_oneof![Just(Float::Bf16), Just(Float::F16), Just(Float::F32)],
+            seed in any::<u32>(),
+        ) {
+            let group = if let Sharing::Group(n) = scheme.strategy { n } else { 32 };
+            let inp = group * groups;
+            let mut s = seed;
+            let w: Vec<f32> = (0..out * inp)
+                .map(|i| {
+                    s = s.wrapping_mul(1664525).wrapping_add(1013904223);
+                    // Some groups of zeros, some rows much larger than others.
+                    let size = if i / group % 5 == 0 { 0.0 } else { 2f32.powi((i / inp % 13) as i32 - 9) };
+                    float.round((s >> 8) as f32 / (1u32 << 24) as f32 * size - size / 3.0)
+                })
+                .collect();
+            let float = if scheme.weights == NumberFormat::Mxfp4 { Float::Bf16 } else { float };
+            let target = Target { format: scheme.weights, group: scheme.group(inp), float };
+            let mut codes = Codes::default();
+            rtn(&w, inp, target, &mut codes);
+            let mut parts = Vec::new();
+            scheme.encode(&codes, 0, (out, inp), float, &mut parts);
+            for (spec, part) in scheme.specs("m", (out, inp), float).iter().zip(&parts) {
+                prop_assert_eq!(spec.byte_len(), part.len(), "{}", &spec.name);
+            }
+            let zero_points = (!scheme.weights.symmetric()).then(|| &parts[2][..]);
+            let rows = Quantized { scheme, shape: (out, inp), float, codes: &parts[0], scales: &parts[1], zero_points };
+            let (first, from) = (out / 3, inp / 2 / COLUMNS * COLUMNS);
+            let mut have = vec![0f32; (out - first) * (inp - from)];
+            rows.read(first..out, from..inp, &mut have);
+            for (i, have) in have.into_iter().enumerate() {
+                let at = (first + i / (inp - from)) * inp + from + i % (inp - from);
+                let want = scheme.weights.dequantize(codes.codes[at], codes.params[at / target.group], float);
+                prop_assert_eq!(have.to_bits(), want.to_bits(), "value {}", at);
+            }
+        }
+    }
+}
