@@ -52,6 +52,32 @@ fn scheme(num_bits: u8, symmetric: bool, strategy: Strategy, activations: Activa
     Scheme { weights: NumberFormat::Int(IntFormat { num_bits, symmetric }), strategy, activations }
 }
 
+fn float(weights: NumberFormat, strategy: Strategy, activations: Activations) -> Scheme {
+    Scheme { weights, strategy, activations }
+}
+
+#[test]
+fn w2a16_to_w7a16_are_bit_exact_and_odd_widths_are_dense() {
+    for bits in [2, 3, 5, 6, 7] {
+        matches_golden(&format!("W{bits}A16"), scheme(bits, true, Strategy::Group(128), Activations::Float));
+    }
+}
+
+#[test]
+fn w4a8_is_bit_exact() {
+    matches_golden("W4A8", scheme(4, true, Strategy::Group(128), Activations::DynamicTokenInt8));
+}
+
+#[test]
+fn fp8_is_bit_exact() {
+    matches_golden("FP8_DYNAMIC", float(NumberFormat::Fp8, Strategy::Channel, Activations::DynamicTokenFp8));
+}
+
+#[test]
+fn mxfp4_is_bit_exact() {
+    matches_golden("MXFP4A16", float(NumberFormat::Mxfp4, Strategy::Group(32), Activations::Float));
+}
+
 #[test]
 fn w4a16_is_bit_exact() {
     matches_golden("W4A16", scheme(4, true, Strategy::Group(128), Activations::Float));

@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 
 use super::Params;
-use super::float::{Float, round_bf16};
+use super::float::Float;
 
 /// Values that share one scale.
 pub const BLOCK: usize = 32;
@@ -35,14 +35,13 @@ pub fn value(code: u8, e: u8) -> f32 {
 }
 
 /// The scale for weights between `min` and `max`: absmax is rounded to a power of two, up from a fraction of 1.75, and
-/// divided by 4, as compressed-tensors does; a group of zeros gets the scale 1.
+/// divided by 4, as compressed-tensors does; a group of zeros gets the least scale there is.
 #[inline(always)]
 pub fn fit(min: f32, max: f32) -> Params {
-    // Half a step of E2M1's one fraction bit, added to absmax in BF16.
-    let bits = round_bf16(max.max(-min).max(0.0)).to_bits() + (1 << 21);
-    let exponent = (bits >> 23).saturating_sub(2).clamp(1, 254);
-    let scale = if max == 0.0 && min == 0.0 { 1.0 } else { f32::from_bits(exponent << 23) };
-    Params { scale, zero_point: 0 }
+    // Half a step of E2M1's one fraction bit, added to absmax.
+    let bits = max.max(-min).max(0.0).to_bits() + (1 << 21);
+    let exponent = (bits >> 23).saturating_sub(2);
+    Params { scale: scale(exponent as u8), zero_point: 0 }
 }
 
 /// The scale byte of a scale that [`fit`] or [`scale`] made.
@@ -69,6 +68,11 @@ pub fn code(value: f32) -> u8 {
     let normal = ((a.to_bits() >> 22).wrapping_sub(252)) as u8;
     let magnitude = if a < 1.0 { (a * 2.0) as u8 } else { normal };
     magnitude | ((value.to_bits() >> 28) & 8) as u8
+}
+
+/// Packs codes, two a byte, low nibble first; whole blocks, so no byte is shared between rows.
+pub fn pack(codes: &[i8]) -> Vec<u8> {
+    codes.as_chunks::<2>().0.iter().map(|&[low, high]| (low as u8 & 15) | (high as u8) << 4).collect()
 }
 
 /// Decodes one row: `codes` [in/2], `scales` [in/32], `out` [in].
@@ -189,14 +193,16 @@ mod tests {
 
     #[test]
     fn scales_are_powers_of_two_that_leave_absmax_below_seven_steps() {
-        for (absmax, want) in [(4.0, 1.0), (6.9, 1.0), (7.0, 2.0), (3.0, 0.5), (1e-30, 0.0), (0.0, 1.0)] {
+        for (absmax, want) in
+            [(4.0, 1.0), (6.9, 1.0), (7.0, 2.0), (3.0, 0.5), (1e-30, 0.0), (0.0, scale(0)), (1e-45, scale(0))]
+        {
             let s = fit(-absmax, absmax / 2.0).scale;
             assert_eq!(scale(scale_byte(s)), s);
             if want > 0.0 {
                 assert_eq!(s, want, "{absmax}");
             }
         }
-        assert!(fit(-1e-45, 0.0).scale > 0.0);
+        assert_eq!(scale_byte(fit(f32::MIN, f32::MAX).scale), 253);
     }
 
     #[test]

@@ -1,10 +1,9 @@
 //! Stored numbers -> f32, in place: what the quantizer, comparisons and the forward read. The references are
-//! [`mxfp4::decode_row`], [`Float::read`] and [`int::dequantize`].
+//! [`mxfp4::decode_row`], [`Float::read`] and [`crate::formats::NumberFormat::dequantize`].
 
 use crate::formats::Params;
 use crate::formats::float::Float;
-use crate::formats::int;
-use crate::formats::mxfp4;
+use crate::formats::{fp8, int, mxfp4};
 use crate::ops::for_this_cpu;
 
 for_this_cpu! {
@@ -20,6 +19,16 @@ for_this_cpu! {
 for_this_cpu! {
     /// Codes of 4 bits, two a byte, low bits first, stored with 8 added.
     pub fn nibbles(packed: &[u8], codes: &mut [i8]) = nibbles_body
+}
+
+for_this_cpu! {
+    /// The values of E4M3 `codes` that share `scale`, rounded to `float`.
+    pub fn e4m3(codes: &[u8], scale: f32, float: Float, out: &mut [f32]) = e4m3_body
+}
+
+for_this_cpu! {
+    /// Codes of 2 to 7 bits, eight in as many bytes as a code has bits, stored with half their range added.
+    pub fn eights(bits: u32, packed: &[u8], codes: &mut [i8]) = eights_body
 }
 
 /// Asks for bytes that will be read soon.
@@ -61,6 +70,45 @@ fn integers_body(codes: &[i8], p: Params, float: Float, out: &mut [f32]) {
         Float::Bf16 => all(Float::Bf16),
         Float::F16 => all(Float::F16),
         Float::F32 => all(Float::F32),
+    }
+}
+
+#[inline(always)]
+fn e4m3_body(codes: &[u8], scale: f32, float: Float, out: &mut [f32]) {
+    let mut all = |float: Float| {
+        for (o, &c) in out.iter_mut().zip(codes) {
+            *o = float.round(fp8::value(c) * scale);
+        }
+    };
+    match float {
+        Float::Bf16 => all(Float::Bf16),
+        Float::F16 => all(Float::F16),
+        Float::F32 => all(Float::F32),
+    }
+}
+
+#[inline(always)]
+fn eights_body(bits: u32, packed: &[u8], codes: &mut [i8]) {
+    match bits {
+        2 => eights_of::<2>(packed, codes),
+        3 => eights_of::<3>(packed, codes),
+        4 => eights_of::<4>(packed, codes),
+        5 => eights_of::<5>(packed, codes),
+        6 => eights_of::<6>(packed, codes),
+        7 => eights_of::<7>(packed, codes),
+        _ => unreachable!("a code of 8 bits is a byte"),
+    }
+}
+
+#[inline(always)]
+fn eights_of<const BITS: usize>(packed: &[u8], codes: &mut [i8]) {
+    for (eight, bytes) in codes.as_chunks_mut::<8>().0.iter_mut().zip(packed.as_chunks::<BITS>().0) {
+        let mut word = [0u8; 8];
+        word[..BITS].copy_from_slice(bytes);
+        let word = u64::from_le_bytes(word);
+        for (i, code) in eight.iter_mut().enumerate() {
+            *code = ((word >> (i * BITS)) as i8 & ((1 << BITS) - 1)) - (1 << (BITS - 1));
+        }
     }
 }
 

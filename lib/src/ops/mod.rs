@@ -16,6 +16,7 @@ pub mod matmul;
 pub mod moments;
 pub mod round;
 pub mod route;
+pub mod transpose;
 
 /// Compiles `$body` twice, for the baseline processor and for AVX2 with FMA, and picks the version for this processor.
 macro_rules! for_this_cpu {

@@ -10,6 +10,8 @@ pub enum ExpertLayout {
     Mxfp4,
     /// Fused plain floats.
     Dense,
+    /// OpenAI's blocks in some layers, fused floats in others.
+    Mixed,
     /// compressed-tensors, a module an expert.
     PerExpert,
 }
@@ -31,7 +33,7 @@ struct Rule {
     reason: &'static str,
 }
 
-use ExpertLayout::{Dense as DenseExperts, Mxfp4, PerExpert};
+use ExpertLayout::{Dense as DenseExperts, Mixed, Mxfp4, PerExpert};
 use Loads::{DoesNotLoad, Loads as Good, LoadsWrongly};
 use MainLayout::{CompressedTensors as Quantized, Dense};
 
@@ -48,10 +50,12 @@ const fn rule(
 const LOST_NAMES: &str = "per-expert gate/up/down names are unknown to its loader, which drops them without a word";
 const KEPT: &str =
     "quant_method is compressed-tensors, so the kept MXFP4 experts are not recognised; see gptoss_kept in config.json";
+const MIXED: &str =
+    "some layers have MXFP4 experts and others floats; no loader is known to read both in one checkpoint";
 const NO_SAFETENSORS: &str = "reads GGUF, not safetensors; a GGUF can be made from it";
 
 /// One line a combination; a test holds the table complete.
-const RULES: [Rule; 18] = [
+const RULES: [Rule; 24] = [
     rule("vllm", Mxfp4, Dense, Good, "the published layout"),
     rule("transformers", Mxfp4, Dense, Good, "the published layout; without a GPU it dequantizes (needs accelerate)"),
     rule("llama.cpp", Mxfp4, Dense, DoesNotLoad, NO_SAFETENSORS),
@@ -64,6 +68,12 @@ const RULES: [Rule; 18] = [
     rule("vllm", Mxfp4, Quantized, DoesNotLoad, KEPT),
     rule("transformers", Mxfp4, Quantized, LoadsWrongly, KEPT),
     rule("llama.cpp", Mxfp4, Quantized, DoesNotLoad, NO_SAFETENSORS),
+    rule("vllm", Mixed, Dense, DoesNotLoad, MIXED),
+    rule("transformers", Mixed, Dense, DoesNotLoad, MIXED),
+    rule("llama.cpp", Mixed, Dense, DoesNotLoad, NO_SAFETENSORS),
+    rule("vllm", Mixed, Quantized, DoesNotLoad, MIXED),
+    rule("transformers", Mixed, Quantized, DoesNotLoad, MIXED),
+    rule("llama.cpp", Mixed, Quantized, DoesNotLoad, NO_SAFETENSORS),
     rule("vllm", PerExpert, Dense, LoadsWrongly, LOST_NAMES),
     rule(
         "transformers",
@@ -99,7 +109,7 @@ mod tests {
 
     #[test]
     fn every_layout_has_one_rule_a_runtime() {
-        for experts in [Mxfp4, DenseExperts, PerExpert] {
+        for experts in [Mxfp4, DenseExperts, Mixed, PerExpert] {
             for main in [Dense, Quantized] {
                 let runtimes: Vec<String> = report(experts, main).into_iter().map(|r| r.runtime).collect();
                 assert_eq!(runtimes, ["vllm", "transformers", "llama.cpp"], "{experts:?} {main:?}");

@@ -15,7 +15,7 @@ use crate::formats::mxfp4::SCALE_NAN;
 use crate::manifest::{FileRecord, Finding, Manifest, Verdict};
 use crate::model::{self, Fused, Linear, ModelConfig, Role};
 use crate::pipeline::executor;
-use crate::pipeline::quant::KEPT;
+use crate::pipeline::quant::says_blocks;
 
 /// Gathers what is wrong.
 #[derive(Default)]
@@ -177,8 +177,7 @@ fn linear(checkpoint: &Checkpoint, config: &ModelConfig, linear: &Linear, findin
 /// Blocks must be announced, or no reader looks for them.
 fn says_mxfp4(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused, layer: usize, findings: &mut Findings) {
     let blocks = &model::mxfp4_specs(fused, layer, config)[0].name;
-    let method = checkpoint.config.get("quantization_config").and_then(|q| q["quant_method"].as_str());
-    let said = method == Some("mxfp4") || checkpoint.config.contains_key(KEPT);
+    let said = says_blocks(&checkpoint.config, layer);
     let stored = checkpoint.get(blocks).is_some();
     if stored != said {
         let (has, says) = if stored { ("holds", "does not say so") } else { ("does not hold", "says mxfp4") };
@@ -214,16 +213,25 @@ struct Scan {
     other: Option<String>,
 }
 
+/// What is wrong with the numbers of a tensor whose type has a byte for each.
+fn bytes_that_are_nan(tensor: &TensorRef) -> Option<String> {
+    let is_scale = tensor.name.ends_with("_scales") || tensor.name.ends_with(".weight_scale");
+    match tensor.info.dtype {
+        Dtype::U8 if is_scale && tensor.bytes.contains(&SCALE_NAN) => {
+            Some("holds the scale byte 255, which is NaN".into())
+        }
+        // One fold over all of them vectorizes.
+        Dtype::F8_E4M3 if tensor.bytes.iter().fold(false, |nan, b| nan | (b & 0x7f == 0x7f)) => {
+            Some("holds an FP8 code that is NaN".into())
+        }
+        _ => None,
+    }
+}
+
 fn scan(tensor: &TensorRef) -> Scan {
     let clean = Scan { infinities: 0, other: None };
     let Some(float) = Float::of(tensor.info.dtype) else {
-        let nan =
-            tensor.info.dtype == Dtype::U8 && tensor.name.ends_with("_scales") && tensor.bytes.contains(&SCALE_NAN);
-        return if nan {
-            Scan { other: Some("holds the scale byte 255, which is NaN".into()), ..clean }
-        } else {
-            clean
-        };
+        return Scan { other: bytes_that_are_nan(tensor), ..clean };
     };
     let is_scale = tensor.name.ends_with(".weight_scale");
     if float.first_non_finite(tensor.bytes).is_none() && !is_scale {

@@ -8,12 +8,15 @@ use super::{Activations, Format, Scheme, Strategy};
 use crate::checkpoint::CONFIG;
 use crate::checkpoint::source::Checkpoint;
 use crate::error::{Error, Result};
-use crate::formats::NumberFormat;
 use crate::formats::int::IntFormat;
+use crate::formats::{NumberFormat, mxfp4};
 use crate::model::Proj;
 
 /// The version of compressed-tensors whose layout is written.
 const VERSION: &str = "0.20.0";
+
+/// As config.json spells the type of MXFP4's scales.
+const E8M0: &str = "torch.uint8";
 
 /// A regular expression for every module of one projection.
 pub fn target(proj: Proj) -> String {
@@ -27,7 +30,7 @@ pub fn target(proj: Proj) -> String {
 }
 
 fn arguments(format: NumberFormat, strategy: &str, group_size: Option<usize>, dynamic: bool) -> Value {
-    json!({
+    let mut arguments = json!({
         "num_bits": format.bits(),
         "type": if matches!(format, NumberFormat::Int(_)) { "int" } else { "float" },
         "symmetric": format.symmetric(),
@@ -38,7 +41,11 @@ fn arguments(format: NumberFormat, strategy: &str, group_size: Option<usize>, dy
         "actorder": null,
         "observer": if dynamic { Value::Null } else { "memoryless_minmax".into() },
         "observer_kwargs": {},
-    })
+    });
+    if format == NumberFormat::Mxfp4 {
+        arguments["scale_dtype"] = E8M0.into();
+    }
+    arguments
 }
 
 /// The whole `quantization_config` for these schemes, each with its targets, and the modules that stay as they are.
@@ -52,17 +59,11 @@ pub fn encode(groups: &[(Scheme, Vec<String>)], ignore: &[String]) -> Value {
                 Strategy::Group(n) => arguments(scheme.weights, "group", Some(n), false),
                 Strategy::Channel => arguments(scheme.weights, "channel", None, false),
             };
+            let int8 = NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true });
             let inputs = match scheme.activations {
                 Activations::Float => Value::Null,
-                Activations::DynamicTokenInt8 => {
-                    arguments(NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true }), "token", None, true)
-                }
-                Activations::DynamicTokenFp8 => {
-                    let mut inputs =
-                        arguments(NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true }), "token", None, true);
-                    inputs["type"] = "float".into();
-                    inputs
-                }
+                Activations::DynamicTokenInt8 => arguments(int8, "token", None, true),
+                Activations::DynamicTokenFp8 => arguments(NumberFormat::Fp8, "token", None, true),
             };
             let group = json!({
                 "targets": targets,
@@ -135,19 +136,13 @@ fn matches_any(patterns: &[String], module: &str) -> std::result::Result<bool, S
 }
 
 fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
-    let weights = &group["weights"];
-    if weights["type"].as_str() != Some("int") {
-        return Err(format!("weights of type {} are not read by this version; int is", weights["type"]));
-    }
-    let num_bits = match weights["num_bits"].as_u64() {
-        Some(n @ 2..=8) => n as u8,
-        _ => return Err(format!("num_bits is {}, wanted 2 to 8", weights["num_bits"])),
-    };
-    let strategy = match (weights["strategy"].as_str(), weights["group_size"].as_u64()) {
+    let arguments = &group["weights"];
+    let strategy = match (arguments["strategy"].as_str(), arguments["group_size"].as_u64()) {
         (Some("group"), Some(n @ 1..)) => Strategy::Group(n as usize),
         (Some("channel"), _) => Strategy::Channel,
         (s, g) => return Err(format!("strategy {s:?} with group_size {g:?} is not read by this version")),
     };
+    let weights = parse_weights(arguments, strategy)?;
     let inputs = &group["input_activations"];
     if inputs["symmetric"].as_bool() == Some(false) {
         return Err("input_activations that are not symmetric are not read by this version".into());
@@ -162,13 +157,55 @@ fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
         }
         a => return Err(format!("input_activations {a} are not read by this version")),
     };
-    let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
-    Ok(Scheme { weights: NumberFormat::Int(IntFormat { num_bits, symmetric }), strategy, activations })
+    Ok(Scheme { weights, strategy, activations })
+}
+
+fn parse_weights(arguments: &Value, strategy: Strategy) -> std::result::Result<NumberFormat, String> {
+    const BLOCKS: Strategy = Strategy::Group(mxfp4::BLOCK);
+    let (kind, num_bits) = (&arguments["type"], &arguments["num_bits"]);
+    let (bits, scales) = (num_bits.as_u64(), arguments["scale_dtype"].as_str());
+    let symmetric = arguments["symmetric"].as_bool().unwrap_or(true);
+    match (kind.as_str(), bits, strategy, scales, symmetric) {
+        (Some("int"), Some(n @ 2..=8), ..) => Ok(NumberFormat::Int(IntFormat { num_bits: n as u8, symmetric })),
+        (Some("int"), ..) => Err(format!("num_bits is {num_bits}, wanted 2 to 8")),
+        (Some("float"), Some(8), Strategy::Channel, None, true) => Ok(NumberFormat::Fp8),
+        (Some("float"), Some(4), BLOCKS, None | Some(E8M0), true) => Ok(NumberFormat::Mxfp4),
+        (Some("float"), ..) => {
+            Err(format!("float weights with {arguments} are not read by this version; 8 bits a channel and MXFP4 are"))
+        }
+        _ => Err(format!("weights of type {kind} are not read by this version; int and float are")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_scheme_is_read_back_and_floats_of_other_kinds_are_refused() {
+        let int = |num_bits, symmetric| NumberFormat::Int(IntFormat { num_bits, symmetric });
+        for (weights, strategy, activations, format) in [
+            (int(3, true), Strategy::Group(64), Activations::Float, "pack-quantized"),
+            (int(5, false), Strategy::Channel, Activations::Float, "pack-quantized"),
+            (int(4, true), Strategy::Group(96), Activations::DynamicTokenInt8, "int-quantized"),
+            (NumberFormat::Fp8, Strategy::Channel, Activations::DynamicTokenFp8, "float-quantized"),
+            (NumberFormat::Mxfp4, Strategy::Group(32), Activations::Float, "mxfp4-pack-quantized"),
+        ] {
+            let scheme = Scheme { weights, strategy, activations };
+            let Value::Object(config) = encode(&[(scheme, vec![target(Proj::Q)])], &[]) else { panic!("an object") };
+            assert_eq!(config["format"], format);
+            let module = "model.layers.0.self_attn.q_proj";
+            assert_eq!(lookup(&config, module), Ok(Some(scheme)));
+            if matches!(weights, NumberFormat::Fp8 | NumberFormat::Mxfp4) {
+                for (field, value) in [("num_bits", 6.into()), ("symmetric", false.into()), ("scale_dtype", "x".into())]
+                {
+                    let mut config = config.clone();
+                    config["config_groups"]["group_0"]["weights"][field] = value;
+                    assert!(lookup(&config, module).unwrap_err().contains("are not read by this version"), "{field}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn inputs_are_read_or_refused() {

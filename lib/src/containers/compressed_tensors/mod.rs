@@ -1,5 +1,6 @@
-//! compressed-tensors' `pack-quantized` and `int-quantized`: tensors, packing, `quantization_config`.
-//! Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naive_quantized`.
+//! compressed-tensors' `pack-quantized`, `int-quantized`, `float-quantized` and `mxfp4-pack-quantized`: tensors, packing,
+//! `quantization_config`. Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naive_quantized`,
+//! `compressors/mxfp4`.
 
 pub mod config;
 mod rows;
@@ -12,9 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::header::TensorSpec;
-use crate::formats::NumberFormat;
 pub use crate::formats::activations::Activations;
 use crate::formats::float::Float;
+use crate::formats::{NumberFormat, mxfp4};
 use crate::ops::decode;
 
 /// How the columns of a row share scales.
@@ -36,6 +37,12 @@ pub enum Format {
     /// One i8 a code.
     #[serde(rename = "int-quantized")]
     Int,
+    /// One E4M3 number a code.
+    #[serde(rename = "float-quantized")]
+    Float,
+    /// E2M1 codes, two a byte, and scales of one byte.
+    #[serde(rename = "mxfp4-pack-quantized")]
+    Mxfp4,
 }
 
 /// How one linear layer is stored.
@@ -50,11 +57,13 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    /// Weight-only codes are packed; codes beside quantized inputs are not.
+    /// Weight-only integers are packed; integers beside quantized inputs are not.
     pub fn format(&self) -> Format {
-        match self.activations {
-            Activations::Float => Format::Packed,
-            Activations::DynamicTokenInt8 | Activations::DynamicTokenFp8 => Format::Int,
+        match (self.weights, self.activations) {
+            (NumberFormat::Fp8, _) => Format::Float,
+            (NumberFormat::Mxfp4, _) => Format::Mxfp4,
+            (NumberFormat::Int(_), Activations::Float) => Format::Packed,
+            (NumberFormat::Int(_), Activations::DynamicTokenInt8 | Activations::DynamicTokenFp8) => Format::Int,
         }
     }
 
@@ -66,7 +75,7 @@ impl Scheme {
         }
     }
 
-    /// The tensors of `module` with a weight of [out, inp] whose scales are of type `float`.
+    /// The tensors of `module` with a weight of [out, inp] whose scales are of type `float` (MXFP4's are of their own).
     pub fn specs(&self, module: &str, (out, inp): (usize, usize), float: Float) -> Vec<TensorSpec> {
         let groups = inp / self.group(inp);
         let bits = usize::from(self.weights.bits());
@@ -74,12 +83,15 @@ impl Scheme {
         let mut specs = match self.format() {
             Format::Packed => vec![spec("weight_packed", Dtype::I32, &[out, (inp * bits).div_ceil(32)])],
             Format::Int => vec![spec("weight", Dtype::I8, &[out, inp])],
+            Format::Float => vec![spec("weight", Dtype::F8_E4M3, &[out, inp])],
+            Format::Mxfp4 => vec![spec("weight_packed", Dtype::U8, &[out, inp / 2])],
         };
-        specs.push(spec("weight_scale", float.dtype(), &[out, groups]));
+        let scale = if self.format() == Format::Mxfp4 { Dtype::U8 } else { float.dtype() };
+        specs.push(spec("weight_scale", scale, &[out, groups]));
         if !self.weights.symmetric() {
             specs.push(match self.format() {
                 Format::Packed => spec("weight_zero_point", Dtype::I32, &[(out * bits).div_ceil(32), groups]),
-                Format::Int => spec("weight_zero_point", Dtype::I8, &[out, groups]),
+                _ => spec("weight_zero_point", Dtype::I8, &[out, groups]),
             });
         }
         if self.format() == Format::Packed {
@@ -96,16 +108,21 @@ impl Scheme {
         let bits = u32::from(self.weights.bits());
         to.push(match self.format() {
             Format::Packed => pack_rows(&codes.codes, inp, bits),
-            Format::Int => codes.codes.iter().map(|&c| c as u8).collect(),
+            Format::Int | Format::Float => codes.codes.iter().map(|&c| c as u8).collect(),
+            Format::Mxfp4 => mxfp4::pack(&codes.codes),
         });
-        let mut scales = Vec::with_capacity(codes.params.len() * float.size());
-        codes.params.iter().for_each(|p| float.write(p.scale, &mut scales));
-        to.push(scales);
+        to.push(if self.format() == Format::Mxfp4 {
+            codes.params.iter().map(|p| mxfp4::scale_byte(p.scale)).collect()
+        } else {
+            let mut scales = Vec::with_capacity(codes.params.len() * float.size());
+            codes.params.iter().for_each(|p| float.write(p.scale, &mut scales));
+            scales
+        });
         if !self.weights.symmetric() {
             let zero_points = codes.params.iter().map(|p| p.zero_point);
             to.push(match self.format() {
                 Format::Packed => pack_columns(&zero_points.collect::<Vec<_>>(), groups, bits),
-                Format::Int => zero_points.map(|z| z as u8).collect(),
+                _ => zero_points.map(|z| z as u8).collect(),
             });
         }
         if self.format() == Format::Packed {
@@ -129,10 +146,22 @@ pub fn pack_rows(codes: &[i8], columns: usize, bits: u32) -> Vec<u8> {
             4 => row.chunks(2).zip(out).for_each(|(c, o)| {
                 *o = (offset(c[0], 4) | c.get(1).map_or(0, |&c| offset(c, 4) << 4)) as u8;
             }),
-            _ => pack_bits(row.iter().copied(), bits, out),
+            _ => {
+                let (eights, rest) = row.as_chunks::<8>();
+                let (whole, last) = out.split_at_mut(eights.len() * bits as usize);
+                eights.iter().zip(whole.chunks_exact_mut(bits as usize)).for_each(|(c, o)| pack_eight(c, bits, o));
+                pack_bits(rest.iter().copied(), bits, last);
+            }
         }
     }
     out
+}
+
+/// Eight codes fill as many bytes as a code has bits.
+#[inline(always)]
+fn pack_eight(codes: &[i8; 8], bits: u32, out: &mut [u8]) {
+    let word = codes.iter().rev().fold(0, |word, &code| word << bits | u64::from(offset(code, bits)));
+    out.copy_from_slice(&word.to_le_bytes()[..bits as usize]);
 }
 
 /// Packs `codes` [rows, columns] along the rows: words [ceil(rows * bits / 32), columns].
@@ -182,7 +211,14 @@ pub fn unpack_range(packed: &[u8], first: usize, bits: u32, codes: &mut [i8]) {
         8 => codes.iter_mut().zip(&packed[first..]).for_each(|(c, &b)| *c = (b ^ 0x80) as i8),
         // Ranges begin at a multiple of 32 or of a group size; an odd group size takes the general way.
         4 if first.is_multiple_of(2) => decode::nibbles(&packed[first / 2..], codes),
-        _ => codes.iter_mut().enumerate().for_each(|(i, c)| *c = unpack(packed, first + i, bits)),
+        _ => {
+            let odd = codes.len().min(first.next_multiple_of(8) - first);
+            let end = odd + (codes.len() - odd) / 8 * 8;
+            if end > odd {
+                decode::eights(bits, &packed[(first + odd) / 8 * bits as usize..], &mut codes[odd..end]);
+            }
+            (0..odd).chain(end..codes.len()).for_each(|i| codes[i] = unpack(packed, first + i, bits));
+        }
     }
 }
 

@@ -9,9 +9,9 @@ use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::{FLOATS, float_of};
 use crate::containers::{COLUMNS, Rows, Weight};
 use crate::error::Result;
-use crate::formats::Params;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
+use crate::formats::{Params, mxfp4};
 use crate::model::{Linear, ModelConfig};
 use crate::ops::decode;
 
@@ -37,8 +37,14 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, model: &ModelConfig, linear: &Linear
     {
         return Err(scale.error(format!("group_size {n} does not divide in_features {}", shape.1)));
     }
-    scale.expect(&FLOATS, &[shape.0, shape.1 / scheme.group(shape.1)])?;
-    let float = float_of(&scale)?;
+    let float = match scheme.format() {
+        // As from OpenAI's blocks: exact in the type that the other weights have.
+        Format::Mxfp4 => Float::Bf16,
+        _ => {
+            scale.expect(&FLOATS, &[shape.0, shape.1 / scheme.group(shape.1)])?;
+            float_of(&scale)?
+        }
+    };
     let mut tensors = Vec::new();
     for spec in scheme.specs(&module, shape, float) {
         let tensor = checkpoint.tensor(&spec.name)?;
@@ -68,10 +74,34 @@ impl Quantized<'_> {
         let at = (row * groups + group) * self.float.size();
         self.float.read(&self.scales[at..at + self.float.size()], &mut scale);
         let zero_point = self.zero_points.map_or(0, |z| match self.scheme.format() {
-            Format::Int => z[row * groups + group] as i8,
             Format::Packed => zero_point(z, row, group, groups, u32::from(self.scheme.weights.bits())),
+            _ => z[row * groups + group] as i8,
         });
         Params { scale: scale[0], zero_point }
+    }
+
+    /// The values of one row of E2M1 codes at `columns`, which cut no block.
+    fn blocks(&self, row: usize, codes: &[u8], columns: &Range<usize>, out: &mut [f32]) {
+        let scales = &self.scales[row * self.shape.1 / mxfp4::BLOCK..][..self.shape.1 / mxfp4::BLOCK];
+        let bytes = columns.start / 2..columns.end / 2;
+        let groups = columns.start / mxfp4::BLOCK..columns.end / mxfp4::BLOCK;
+        decode::decode_row(&codes[bytes], &scales[groups], out);
+    }
+
+    /// The values of the columns from `at` on, which lie in one group and are at most [`COLUMNS`].
+    fn piece(&self, row: usize, codes: &[u8], at: usize, out: &mut [f32]) {
+        let group = self.scheme.group(self.shape.1);
+        let p = self.params(row, at / group, self.shape.1 / group);
+        let stored = at..at + out.len();
+        match self.scheme.format() {
+            Format::Float => decode::e4m3(&codes[stored], p.scale, self.float, out),
+            Format::Int => decode::integers(bytemuck::cast_slice(&codes[stored]), p, self.float, out),
+            _ => {
+                let unpacked = &mut [0i8; COLUMNS][..out.len()];
+                unpack_range(codes, at, u32::from(self.scheme.weights.bits()), unpacked);
+                decode::integers(unpacked, p, self.float, out);
+            }
+        }
     }
 }
 
@@ -104,26 +134,94 @@ impl Rows for Quantized<'_> {
 
     fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
         let group = self.scheme.group(self.shape.1);
-        let groups = self.shape.1 / group;
         let row_bytes = self.codes.len() / self.shape.0;
-        let mut unpacked = [0i8; COLUMNS];
         for (row, out) in rows.zip(out.chunks_exact_mut(columns.len().max(1))) {
             let codes = &self.codes[row * row_bytes..][..row_bytes];
             // The row's next block is asked for soon.
             let (from, n) = (columns.end * row_bytes / self.shape.1, columns.len() * row_bytes / self.shape.1);
             decode::prefetch(&codes[from..row_bytes.min(from + n)]);
+            if self.scheme.format() == Format::Mxfp4 {
+                self.blocks(row, codes, &columns, out);
+                continue;
+            }
             let mut at = columns.start;
             // Pieces that lie in one group: a range of columns may begin and end inside one.
             while at < columns.end {
                 let end = columns.end.min((at / group + 1) * group).min(at + COLUMNS);
-                let piece = &mut unpacked[..end - at];
-                match self.scheme.format() {
-                    Format::Int => piece.iter_mut().zip(&codes[at..end]).for_each(|(c, &b)| *c = b as i8),
-                    Format::Packed => unpack_range(codes, at, u32::from(self.scheme.weights.bits()), piece),
-                }
-                let p = self.params(row, at / group, groups);
-                decode::integers(piece, p, self.float, &mut out[at - columns.start..end - columns.start]);
+                self.piece(row, codes, at, &mut out[at - columns.start..end - columns.start]);
                 at = end;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::algorithms::rtn::{Codes, Target, rtn};
+    use crate::containers::compressed_tensors::Strategy as Sharing;
+    use crate::formats::NumberFormat;
+    use crate::formats::int::IntFormat;
+    use proptest::prelude::*;
+
+    fn schemes() -> impl Strategy<Value = Scheme> {
+        let activations = || prop_oneof![Just(Activations::Float), Just(Activations::DynamicTokenInt8)];
+        let ints =
+            (2u8..=8, any::<bool>(), 1usize..150, activations()).prop_map(|(bits, symmetric, n, activations)| {
+                let weights = NumberFormat::Int(IntFormat { num_bits: bits, symmetric });
+                Scheme { weights, strategy: if n > 140 { Sharing::Channel } else { Sharing::Group(n) }, activations }
+            });
+        let fp8 = Scheme {
+            weights: NumberFormat::Fp8,
+            strategy: Sharing::Channel,
+            activations: Activations::DynamicTokenFp8,
+        };
+        let mxfp4 = Scheme {
+            weights: NumberFormat::Mxfp4,
+            strategy: Sharing::Group(mxfp4::BLOCK),
+            activations: Activations::Float,
+        };
+        prop_oneof![4 => ints, 1 => Just(fp8), 1 => Just(mxfp4)]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_reads_back_as_its_codes_say(
+            scheme in schemes(),
+            out in 1usize..80,
+            groups in 1usize..12,
+            float in prop_oneof![Just(Float::Bf16), Just(Float::F16), Just(Float::F32)],
+            seed in any::<u32>(),
+        ) {
+            let group = if let Sharing::Group(n) = scheme.strategy { n } else { 32 };
+            let inp = group * groups;
+            let mut s = seed;
+            let w: Vec<f32> = (0..out * inp)
+                .map(|i| {
+                    s = s.wrapping_mul(1664525).wrapping_add(1013904223);
+                    // Some groups of zeros, some rows much larger than others.
+                    let size = if i / group % 5 == 0 { 0.0 } else { 2f32.powi((i / inp % 13) as i32 - 9) };
+                    float.round((s >> 8) as f32 / (1u32 << 24) as f32 * size - size / 3.0)
+                })
+                .collect();
+            let float = if scheme.weights == NumberFormat::Mxfp4 { Float::Bf16 } else { float };
+            let target = Target { format: scheme.weights, group: scheme.group(inp), float };
+            let mut codes = Codes::default();
+            rtn(&w, inp, target, &mut codes);
+            let mut parts = Vec::new();
+            scheme.encode(&codes, 0, (out, inp), float, &mut parts);
+            for (spec, part) in scheme.specs("m", (out, inp), float).iter().zip(&parts) {
+                prop_assert_eq!(spec.byte_len(), part.len(), "{}", &spec.name);
+            }
+            let zero_points = (!scheme.weights.symmetric()).then(|| &parts[2][..]);
+            let rows = Quantized { scheme, shape: (out, inp), float, codes: &parts[0], scales: &parts[1], zero_points };
+            let (first, from) = (out / 3, inp / 2 / COLUMNS * COLUMNS);
+            let mut have = vec![0f32; (out - first) * (inp - from)];
+            rows.read(first..out, from..inp, &mut have);
+            for (i, have) in have.into_iter().enumerate() {
+                let at = (first + i / (inp - from)) * inp + from + i % (inp - from);
+                let want = scheme.weights.dequantize(codes.codes[at], codes.params[at / target.group], float);
+                prop_assert_eq!(have.to_bits(), want.to_bits(), "value {}", at);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A recipe over a checkpoint -> compressed-tensors. The plan is made from the config (and the headers, where weights are
+//! A recipe over a checkpoint -> compressed-tensors, MXFP4 blocks or floats. The plan is made from the config (and the headers, where weights are
 //! there), so that whatever cannot work fails before any data is read.
 
 use std::collections::BTreeMap;
@@ -8,7 +8,9 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+mod linears;
 mod output;
+mod store;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
@@ -18,30 +20,30 @@ use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::layout::Planned;
 use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::containers::Weight;
 use crate::containers::compressed_tensors::Scheme;
 use crate::containers::dense::{FLOATS, float_of};
-use crate::containers::{self, Weight};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
-use crate::model::{self, Class, Fused, Linear, ModelConfig, Proj, Role, Slot};
+use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
 use crate::ops::dequantize::HalfCounts;
 use crate::recipe::{Recipe, Rules, Treatment};
 use crate::verify::errors::report;
 
-pub use output::KEPT;
+use linears::Experts;
+use store::{Store, Values};
 
-/// Rows of one unit: a multiple of 32, so that zero points packed along the rows end on whole words.
-const ROWS: usize = 256;
+pub use output::{KEPT, says_blocks};
 
-/// A unit of work; `to` is the (first) output tensor's number.
+/// A unit of work; `to` is the (first) output tensor's number, `job` that of a [`LinearJob`].
 pub(super) enum Work<'a> {
     /// Pass a byte range on unchanged.
     Copy { to: usize, tensor: TensorRef<'a>, range: Range<usize> },
     /// Round rows of a linear layer.
-    Quantize { to: usize, job: usize, rows: Range<usize> },
-    /// Write rows of an expert's layer that the recipe leaves alone.
-    Plain { to: usize, job: usize, rows: Range<usize> },
+    Quantize { job: usize, rows: Range<usize> },
+    /// Write rows of a layer that gets no codes.
+    Plain { job: usize, rows: Range<usize> },
     /// Split the fused biases of a layer's experts; tensor `to` is the first expert's first part.
     Biases { to: usize, tensor: TensorRef<'a>, fused: Fused },
 }
@@ -52,6 +54,7 @@ struct LinearJob<'a> {
     weight: Option<Weight<'a>>,
     float: Float,
     scheme: Option<Scheme>,
+    store: Store,
 }
 
 /// A quantization whose plan holds.
@@ -66,6 +69,8 @@ pub struct Plan<'a> {
     tensors: Vec<Planned>,
     /// What becomes of each linear layer that does not stay.
     treated: BTreeMap<Linear, Treatment>,
+    /// How each layer's experts are written.
+    experts: Vec<Experts>,
     /// Modules that are not.
     unquantized: Vec<String>,
     /// What is reported of tensors that stay, by group.
@@ -106,10 +111,12 @@ impl<'a> Plan<'a> {
             units: Vec::new(),
             tensors: Vec::new(),
             treated: BTreeMap::new(),
+            experts: Vec::new(),
             unquantized: Vec::new(),
             stays: Vec::new(),
         };
         plan.treat()?;
+        plan.experts = (0..plan.config.layers).map(|l| plan.experts_of(l)).collect();
         for slot in model::slots(&plan.config) {
             plan.slot(&slot)?;
         }
@@ -156,26 +163,17 @@ impl<'a> Plan<'a> {
         self.treated.get(linear).and_then(|t| t.scheme)
     }
 
-    /// True where no expert of a layer is touched: their tensors stay as they are.
-    fn experts_stay(&self, layer: usize) -> bool {
-        let first = Linear { proj: Proj::Gate, layer, expert: 0 };
-        let last = Linear { proj: Proj::Down, layer, expert: usize::MAX };
-        !self.treated.range(first..=last).any(|(l, _)| l.layer == layer && l.proj.class() == Class::Experts)
-    }
-
     fn slot(&mut self, slot: &Slot) -> Result<()> {
         match slot.role {
+            Role::Experts(fused, layer) if self.experts[layer] != Experts::Stay => self.experts(slot, fused, layer),
             Role::Experts(fused, layer) if self.mxfp4 => {
                 let specs = model::mxfp4_specs(fused, layer, &self.config);
-                if self.experts_stay(layer) {
-                    self.stay(slot, "mxfp4");
-                    specs.into_iter().try_for_each(|spec| self.copy(slot.group, spec, &[Dtype::U8]))
-                } else {
-                    self.experts(slot, fused, layer)
-                }
+                self.stay(slot, "mxfp4");
+                specs.into_iter().try_for_each(|spec| self.copy(slot.group, spec, &[Dtype::U8]))
             }
-            Role::Experts(fused, layer) if !self.experts_stay(layer) => self.experts(slot, fused, layer),
-            Role::ExpertBias(fused, layer) if !self.experts_stay(layer) => self.biases(slot, fused, layer),
+            Role::ExpertBias(fused, layer) if self.experts[layer] == Experts::Modules => {
+                self.biases(slot, fused, layer)
+            }
             Role::Weight(linear) if self.treated.contains_key(&linear) => self.linear(slot.group, linear),
             _ => {
                 if let Role::Weight(linear) = slot.role {
@@ -220,65 +218,9 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    fn experts(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
-        for expert in 0..self.config.experts {
-            for &(proj, _, _) in fused.parts() {
-                self.linear(slot.group, Linear { proj, layer, expert })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// A linear layer under its own name: quantized, or (an expert that the recipe ignores) as plain rows.
-    fn linear(&mut self, group: usize, linear: Linear) -> Result<()> {
-        let weight = self.source.map(|s| containers::open(s, &self.config, &linear)).transpose()?;
-        let float = weight.as_ref().map_or(Float::Bf16, |w| w.float());
-        let (module, shape, scheme) = (linear.module(), linear.shape(&self.config), self.scheme(&linear));
-        let specs = match scheme {
-            Some(scheme) => scheme.specs(&module, shape, float),
-            None => {
-                self.unquantized.push(module.clone());
-                vec![TensorSpec::new(format!("{module}.weight"), float.dtype(), [shape.0, shape.1])]
-            }
-        };
-        let bytes: usize = specs.iter().map(TensorSpec::byte_len).sum();
-        let firsts: Vec<usize> = specs.into_iter().map(|s| self.add(group, s)).collect();
-        let (to, job) = (firsts[0], self.jobs.len());
-        self.jobs.push(LinearJob { linear, weight, float, scheme });
-        // Without weights there is nothing to do, only to plan.
-        let rows = if self.source.is_some() { 0..shape.0 } else { 0..0 };
-        for start in rows.step_by(ROWS) {
-            let rows = start..shape.0.min(start + ROWS);
-            let bytes = (bytes * rows.len() / shape.0) as u64;
-            let work = if scheme.is_some() { Work::Quantize { to, job, rows } } else { Work::Plain { to, job, rows } };
-            self.units.push(Unit { group: Some(group), bytes, work });
-        }
-        Ok(())
-    }
-
-    fn biases(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
-        let float = self.float_of(&slot.name)?;
-        let (out, _) = fused.shape(&self.config);
-        let to = self.tensors.len();
-        for expert in 0..self.config.experts {
-            for &(proj, _, step) in fused.parts() {
-                let name = format!("{}.bias", Linear { proj, layer, expert }.module());
-                self.add(slot.group, TensorSpec::new(name, float.dtype(), [out / step]));
-            }
-        }
-        self.stay(slot, float.config_name());
-        let Some(source) = self.source else { return Ok(()) };
-        let tensor = source.tensor(&slot.name)?;
-        tensor.expect(&FLOATS, &slot.shape)?;
-        let work = Work::Biases { to, tensor, fused };
-        self.units.push(Unit { group: Some(slot.group), bytes: tensor.bytes.len() as u64, work });
-        Ok(())
-    }
-
-    /// Working memory of one worker: rows, codes, packed codes and parameters.
+    /// Working memory of one worker.
     fn scratch_bytes(&self) -> u64 {
-        let widest = Self::linears(&self.config).take(10).map(|l| l.shape(&self.config).1).max().unwrap_or(1);
-        (ROWS * widest * (4 + 1 + 1 + 1) + copy::PIECE) as u64
+        self.jobs.iter().map(|j| j.store.unit_bytes()).max().unwrap_or(copy::PIECE as u64)
     }
 
     /// Does it. The manifest's `volatile` part is left to the caller, who is told how many groups were there already.
@@ -305,8 +247,7 @@ impl<'a> Plan<'a> {
         manifest.notes = source_notes(source, &self.config)?;
         self.say_what_matters(&mut manifest);
         let files = side_files(source, &self.output_config())?;
-        let layout = if self.keeps_mxfp4() { "compressed-tensors+mxfp4" } else { "compressed-tensors" };
-        done.sink.finish(files, |files| Ok(seal(&mut manifest, layout.into(), files)))?;
+        done.sink.finish(files, |files| Ok(seal(&mut manifest, self.layout_word(), files)))?;
         Ok((manifest, done.resumed))
     }
 
@@ -380,15 +321,13 @@ impl<'a> Pipeline for Plan<'a> {
         match work {
             Work::Copy { to, tensor, range } => copy::copy(sink, *to, tensor, range)?,
             Work::Biases { to, tensor, fused } => self.split_biases(*to, tensor, *fused, sink)?,
-            Work::Plain { to, job, rows } => {
+            Work::Plain { job, rows } => {
                 let job = &self.jobs[*job];
-                let columns = self.read(job, rows, scratch);
+                self.read(job, rows, scratch);
                 self.not_finite(job, rows, scratch)?;
-                let mut bytes = Vec::with_capacity(scratch.rows.len() * job.float.size());
-                scratch.rows.iter().for_each(|&v| job.float.write(v, &mut bytes));
-                sink.write(*to, rows.start * columns * job.float.size(), &bytes)?;
+                job.store.write(rows.clone(), Values::Numbers(&scratch.rows), sink)?;
             }
-            Work::Quantize { to, job, rows } => {
+            Work::Quantize { job, rows } => {
                 let number = *job;
                 let job = &self.jobs[number];
                 let columns = self.read(job, rows, scratch);
@@ -403,15 +342,7 @@ impl<'a> Pipeline for Plan<'a> {
                     let (module, float) = (job.linear.module(), job.float.config_name());
                     return Err(self.about(job, format!("{module} spans more than {float} can scale; is it damaged?")));
                 }
-                let shape = job.linear.shape(&self.config);
-                scheme.encode(&scratch.codes, rows.start, shape, job.float, &mut scratch.parts);
-                for (i, part) in scratch.parts.iter().enumerate().filter(|(_, p)| !p.is_empty()) {
-                    // Each tensor's rows lie behind one another; only the last unit of a layer is shorter.
-                    let whole = sink.layout().tensors[to + i].spec.byte_len();
-                    let last = rows.start > 0 && rows.end == shape.0;
-                    let offset = if last { whole - part.len() } else { rows.start / ROWS * part.len() };
-                    sink.write(to + i, offset, part)?;
-                }
+                job.store.write(rows.clone(), Values::Codes(&scratch.codes), sink)?;
                 return Ok(Some((number, sums)));
             }
         }
@@ -438,5 +369,4 @@ impl<'a> Pipeline for Plan<'a> {
 pub(super) struct Scratch {
     rows: Vec<f32>,
     codes: Codes,
-    parts: Vec<Vec<u8>>,
 }

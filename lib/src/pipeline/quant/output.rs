@@ -4,53 +4,99 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
+use super::linears::Experts;
 use super::{LinearJob, Plan};
 use crate::checkpoint::layout::Layout;
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
+use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::{Class, Linear, Proj};
 use crate::runtimes::{self, ExpertLayout, MainLayout};
 use crate::verify::errors::Family;
 
-/// Key in config.json that says which tensors were kept in another format than `quantization_config` speaks of.
+/// Key in config.json that says which tensors have another format than `quantization_config` speaks of.
 pub const KEPT: &str = "gptoss_kept";
 
+/// What the published checkpoints do not convert.
+const NOT_CONVERTED: [&str; 4] =
+    ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"];
+
+fn kept_name(layer: &str, tensor: &str) -> String {
+    format!("model.layers.{layer}.mlp.experts.*_{tensor}")
+}
+
+fn experts_module(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.experts")
+}
+
+/// Whether a config.json says that the experts of `layer` are MXFP4 blocks.
+pub fn says_blocks(config: &Map<String, Value>, layer: usize) -> bool {
+    let lists = |list: &Value, name: &str| list.as_array().is_some_and(|l| l.iter().any(|n| n == name));
+    let native = config
+        .get("quantization_config")
+        .is_some_and(|q| q["quant_method"] == "mxfp4" && !lists(&q["modules_to_not_convert"], &experts_module(layer)));
+    let kept =
+        |kept: &Value| ["*", &layer.to_string()].iter().any(|l| lists(&kept["tensors"], &kept_name(l, "blocks")));
+    native || config.get(KEPT).is_some_and(kept)
+}
+
 impl Plan<'_> {
-    /// How the output stores experts and main weights.
-    fn layouts(&self) -> (ExpertLayout, MainLayout) {
-        let quantized = |class| self.treated.iter().any(|(l, t)| l.proj.class() == class && t.scheme.is_some());
-        let experts = if (0..self.config.layers).any(|l| !self.experts_stay(l)) {
-            ExpertLayout::PerExpert
-        } else if self.mxfp4 {
-            ExpertLayout::Mxfp4
-        } else {
-            ExpertLayout::Dense
-        };
-        (experts, if quantized(Class::Main) { MainLayout::CompressedTensors } else { MainLayout::Dense })
+    /// True where a layer's experts are MXFP4 blocks in the output.
+    fn has_blocks(&self, layer: usize) -> bool {
+        match self.experts[layer] {
+            Experts::Native => true,
+            Experts::Stay => self.mxfp4,
+            Experts::Fused | Experts::Modules => false,
+        }
     }
 
-    pub(super) fn keeps_mxfp4(&self) -> bool {
-        self.mxfp4 && (0..self.config.layers).any(|l| self.experts_stay(l))
+    /// How the output stores experts and main weights.
+    fn layouts(&self) -> (ExpertLayout, MainLayout) {
+        let blocks = (0..self.config.layers).filter(|&l| self.has_blocks(l)).count();
+        let experts = if self.experts.contains(&Experts::Modules) {
+            ExpertLayout::PerExpert
+        } else if blocks == self.config.layers {
+            ExpertLayout::Mxfp4
+        } else if blocks == 0 {
+            ExpertLayout::Dense
+        } else {
+            ExpertLayout::Mixed
+        };
+        let main = self.treated.iter().any(|(l, t)| l.proj.class() == Class::Main && t.scheme.is_some());
+        (experts, if main { MainLayout::CompressedTensors } else { MainLayout::Dense })
+    }
+
+    /// The output's layout in a word.
+    pub(super) fn layout_word(&self) -> String {
+        let blocks = (0..self.config.layers).any(|l| self.has_blocks(l));
+        match (self.config_groups().is_empty(), blocks) {
+            (false, false) => "compressed-tensors".into(),
+            (false, true) => "compressed-tensors+mxfp4".into(),
+            (true, true) => "mxfp4".into(),
+            (true, false) => match self.jobs.first().map_or(Float::Bf16, |j| j.float) {
+                Float::Bf16 => "bf16".into(),
+                Float::F16 => "fp16".into(),
+                Float::F32 => "fp32".into(),
+            },
+        }
     }
 
     pub(super) fn output_config(&self) -> Map<String, Value> {
         let mut config = self.raw_config.clone();
-        let mut ignore = self.unquantized.clone();
-        let staying: Vec<usize> = (0..self.config.layers).filter(|&l| self.experts_stay(l)).collect();
-        if staying.len() == self.config.layers {
-            ignore.push(r"re:.*mlp\.experts.*".into());
+        // The key keeps its place where the source has it.
+        let was = config.get("quantization_config").cloned();
+        let groups = self.config_groups();
+        let blocks: Vec<usize> = (0..self.config.layers).filter(|&l| self.has_blocks(l)).collect();
+        if !groups.is_empty() {
+            config.insert("quantization_config".into(), config::encode(&groups, &self.ignored()));
+            if !blocks.is_empty() {
+                config.insert(KEPT.into(), self.kept(&blocks, was.as_ref()));
+            }
+        } else if !blocks.is_empty() {
+            config.insert("quantization_config".into(), self.openai_config(was));
         } else {
-            ignore.extend(staying.iter().map(|l| format!(r"re:.*layers\.{l}\.mlp\.experts.*")));
-        }
-        let was = config.insert("quantization_config".into(), config::encode(&self.config_groups(), &ignore));
-        if let (true, Some(was)) = (self.keeps_mxfp4(), was) {
-            let kept = json!({
-                "quant_method": "mxfp4",
-                "tensors": ["model.layers.*.mlp.experts.*_blocks", "model.layers.*.mlp.experts.*_scales"],
-                "modules_to_not_convert": was["modules_to_not_convert"],
-            });
-            config.insert(KEPT.into(), kept);
+            config.shift_remove("quantization_config");
         }
         if !config.contains_key("dtype") && !config.contains_key("torch_dtype") {
             let float = self.jobs.first().map_or(Float::Bf16, |j| j.float);
@@ -59,11 +105,46 @@ impl Plan<'_> {
         config
     }
 
+    /// What compressed-tensors must leave alone: single modules, and the experts of layers that have none.
+    fn ignored(&self) -> Vec<String> {
+        let mut ignored = self.unquantized.clone();
+        let fused: Vec<usize> = (0..self.config.layers).filter(|&l| self.experts[l] != Experts::Modules).collect();
+        if fused.len() == self.config.layers {
+            ignored.push(r"re:.*mlp\.experts.*".into());
+        } else {
+            ignored.extend(fused.iter().map(|l| format!(r"re:.*layers\.{l}\.mlp\.experts.*")));
+        }
+        ignored
+    }
+
+    /// What is said of MXFP4 blocks beside compressed-tensors modules.
+    fn kept(&self, blocks: &[usize], was: Option<&Value>) -> Value {
+        let layers: Vec<String> = match blocks.len() == self.config.layers {
+            true => vec!["*".into()],
+            false => blocks.iter().map(usize::to_string).collect(),
+        };
+        let tensors: Vec<String> = layers.iter().flat_map(|l| ["blocks", "scales"].map(|t| kept_name(l, t))).collect();
+        let not = was.map_or_else(|| NOT_CONVERTED.into(), |was| was["modules_to_not_convert"].clone());
+        json!({"quant_method": "mxfp4", "tensors": tensors, "modules_to_not_convert": not})
+    }
+
+    /// OpenAI's own `quantization_config`: the source's, or what the published checkpoints have.
+    fn openai_config(&self, was: Option<Value>) -> Value {
+        let mut ours = was.unwrap_or_else(|| json!({"modules_to_not_convert": NOT_CONVERTED, "quant_method": "mxfp4"}));
+        let floats = (0..self.config.layers).filter(|&l| !self.has_blocks(l)).map(experts_module);
+        if let Some(list) = ours["modules_to_not_convert"].as_array_mut() {
+            list.extend(floats.map(Value::from));
+        }
+        ours
+    }
+
     /// Modules by scheme. A projection whose layers all have one scheme is named by one expression.
     fn config_groups(&self) -> Vec<(Scheme, Vec<String>)> {
         let mut by_proj: BTreeMap<Proj, Vec<(Linear, Scheme)>> = BTreeMap::new();
         for (linear, t) in &self.treated {
-            if let Some(scheme) = t.scheme {
+            // Experts in OpenAI's own layout are no modules of this container.
+            let native = linear.proj.class() == Class::Experts && self.experts[linear.layer] == Experts::Native;
+            if let Some(scheme) = t.scheme.filter(|_| !native) {
                 by_proj.entry(linear.proj).or_default().push((*linear, scheme));
             }
         }
@@ -120,17 +201,20 @@ impl Plan<'_> {
     pub(super) fn say_what_matters(&self, manifest: &mut Manifest) {
         let (experts, main) = self.layouts();
         manifest.runtimes = runtimes::report(experts, main);
-        if self.keeps_mxfp4() {
+        if self.layout_word() == "compressed-tensors+mxfp4" {
             manifest.notes.push(format!(
-                "the experts are kept as MXFP4 blocks and scales beside compressed-tensors modules; a runtime must read {KEPT} in config.json"
+                "experts are MXFP4 blocks and scales beside compressed-tensors modules; a runtime must read {KEPT} in config.json"
             ));
         }
     }
 }
 
-/// `int4 g64`, `int8 channel asymmetric`, `bfloat16`.
+/// `int4 g64`, `int8 channel asymmetric`, `mxfp4`, `bfloat16`.
 pub(super) fn stored_as(job: &LinearJob) -> String {
     let Some(s) = job.scheme else { return job.float.config_name().into() };
+    if s.weights == NumberFormat::Mxfp4 {
+        return s.weights.name();
+    }
     let sharing = match s.strategy {
         Strategy::Group(n) => format!("g{n}"),
         Strategy::Channel => "channel".into(),

@@ -1,0 +1,164 @@
+//! Which tensors the linear layers become, and the units that make them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::store::{Lane, Place, Store};
+use super::{LinearJob, Plan, Work};
+use crate::checkpoint::header::TensorSpec;
+use crate::containers::dense::FLOATS;
+use crate::containers::{self, Weight};
+use crate::error::{Error, Result};
+use crate::formats::NumberFormat;
+use crate::formats::float::Float;
+use crate::model::{self, Fused, Linear, Proj, Slot};
+use crate::pipeline::executor::Unit;
+
+/// How the experts of a layer are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Experts {
+    /// As the source has them.
+    Stay,
+    /// As OpenAI's blocks and scales: each of them becomes MXFP4.
+    Native,
+    /// As the fused floats that transformers loads: none of them gets codes.
+    Fused,
+    /// A module an expert and projection.
+    Modules,
+}
+
+impl<'a> Plan<'a> {
+    /// What the treatment of a layer's experts comes to.
+    pub(super) fn experts_of(&self, layer: usize) -> Experts {
+        let projections = [Proj::Gate, Proj::Up, Proj::Down];
+        let each = (0..self.config.experts).flat_map(|e| projections.map(|proj| Linear { proj, layer, expert: e }));
+        let treated: Vec<_> = each.map(|linear| self.treated.get(&linear)).collect();
+        let scheme = |i: usize| treated[i].and_then(|t| t.scheme);
+        let mut all = 0..treated.len();
+        if treated.iter().all(Option::is_none) {
+            Experts::Stay
+        } else if all.clone().all(|i| scheme(i).is_none()) {
+            Experts::Fused
+        } else if all.all(|i| scheme(i).is_some_and(|s| s.weights == NumberFormat::Mxfp4)) {
+            Experts::Native
+        } else {
+            Experts::Modules
+        }
+    }
+
+    /// The weights of all experts of a layer, which do not stay.
+    pub(super) fn experts(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
+        let kind = self.experts[layer];
+        let one = Linear { proj: fused.parts()[0].0, layer, expert: 0 };
+        let to = match kind {
+            Experts::Native => {
+                let [blocks, scales] = model::mxfp4_specs(fused, layer, &self.config);
+                let to = self.add(slot.group, blocks);
+                self.add(slot.group, scales);
+                to
+            }
+            Experts::Fused => {
+                let float = self.open(&one)?.1;
+                self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()))
+            }
+            Experts::Stay | Experts::Modules => {
+                let each = (0..self.config.experts).flat_map(|e| fused.parts().iter().map(move |p| (e, p.0)));
+                return each
+                    .map(|(expert, proj)| Linear { proj, layer, expert })
+                    .try_for_each(|linear| self.linear(slot.group, linear));
+            }
+        };
+        for expert in 0..self.config.experts {
+            let (halves, jobs) = (Arc::default(), self.jobs.len());
+            for &(proj, first, step) in fused.parts() {
+                let lane = Lane { expert, first, step, halves: Arc::clone(&halves) };
+                let place =
+                    if kind == Experts::Native { Place::Native { to, lane } } else { Place::Fused { to, lane } };
+                let linear = Linear { proj, layer, expert };
+                let (weight, float) = self.open(&linear)?;
+                if kind == Experts::Fused && float.dtype() != self.tensors[to].spec.dtype {
+                    let (module, other) = (linear.module(), one.module());
+                    return Err(Error::Refused(format!(
+                        "{module} has another type than {other}; one tensor holds both"
+                    )));
+                }
+                self.job(linear, weight, float, place);
+            }
+            self.units_of(slot.group, jobs..self.jobs.len());
+        }
+        Ok(())
+    }
+
+    /// A linear layer under its own name: quantized, or (an expert that the recipe ignores) as plain rows.
+    pub(super) fn linear(&mut self, group: usize, linear: Linear) -> Result<()> {
+        let (weight, float) = self.open(&linear)?;
+        let (module, shape) = (linear.module(), linear.shape(&self.config));
+        let to = self.tensors.len();
+        let place = match self.scheme(&linear) {
+            Some(scheme) => {
+                for spec in scheme.specs(&module, shape, float) {
+                    self.add(group, spec);
+                }
+                Place::CompressedTensors { to, scheme }
+            }
+            None => {
+                self.add(group, TensorSpec::new(format!("{module}.weight"), float.dtype(), [shape.0, shape.1]));
+                self.unquantized.push(module);
+                Place::Plain { to }
+            }
+        };
+        let job = self.jobs.len();
+        self.job(linear, weight, float, place);
+        self.units_of(group, job..job + 1);
+        Ok(())
+    }
+
+    fn open(&self, linear: &Linear) -> Result<(Option<Weight<'a>>, Float)> {
+        let weight = self.source.map(|s| containers::open(s, &self.config, linear)).transpose()?;
+        let float = weight.as_ref().map_or(Float::Bf16, |w| w.float());
+        Ok((weight, float))
+    }
+
+    fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
+        let store = Store { place, shape: linear.shape(&self.config), float };
+        self.jobs.push(LinearJob { linear, weight, float, scheme: self.scheme(&linear), store });
+    }
+
+    /// The units of `jobs`, which have one shape and one kind of store: the same rows of each, then the next.
+    fn units_of(&mut self, group: usize, jobs: Range<usize>) {
+        let store = &self.jobs[jobs.start].store;
+        let (out, step, bytes) = (store.shape.0, store.unit_rows(), store.bytes());
+        // Without weights there is nothing to do, only to plan.
+        let all = if self.source.is_some() { 0..out } else { 0..0 };
+        for start in all.step_by(step) {
+            let rows = start..out.min(start + step);
+            for job in jobs.clone() {
+                let (rows, bytes) = (rows.clone(), (bytes * rows.len() / out) as u64);
+                let work = match self.jobs[job].scheme {
+                    Some(_) => Work::Quantize { job, rows },
+                    None => Work::Plain { job, rows },
+                };
+                self.units.push(Unit { group: Some(group), bytes, work });
+            }
+        }
+    }
+
+    pub(super) fn biases(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
+        let float = self.float_of(&slot.name)?;
+        let (out, _) = fused.shape(&self.config);
+        let to = self.tensors.len();
+        for expert in 0..self.config.experts {
+            for &(proj, _, step) in fused.parts() {
+                let name = format!("{}.bias", Linear { proj, layer, expert }.module());
+                self.add(slot.group, TensorSpec::new(name, float.dtype(), [out / step]));
+            }
+        }
+        self.stay(slot, float.config_name());
+        let Some(source) = self.source else { return Ok(()) };
+        let tensor = source.tensor(&slot.name)?;
+        tensor.expect(&FLOATS, &slot.shape)?;
+        let work = Work::Biases { to, tensor, fused };
+        self.units.push(Unit { group: Some(slot.group), bytes: tensor.bytes.len() as u64, work });
+        Ok(())
+    }
+}
