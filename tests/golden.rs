@@ -6,6 +6,7 @@ use gptoss::containers::compressed_tensors::{Activations, Scheme, Strategy};
 use gptoss::formats::NumberFormat;
 use gptoss::formats::float::Float;
 use gptoss::formats::int::IntFormat;
+use gptoss::recipe::Observer;
 use safetensors::SafeTensors;
 
 const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/compressed_tensors/");
@@ -25,7 +26,7 @@ fn matches_golden(name: &str, scheme: Scheme) {
 
     let target = Target { format: scheme.weights, group: scheme.group(inp), float: Float::Bf16 };
     let mut codes = Codes::default();
-    rtn(&w, inp, target, &mut codes);
+    rtn(&w, inp, target, Observer::Minmax, &mut codes);
     let mut parts = Vec::new();
     scheme.encode(&codes, 0, (out, inp), Float::Bf16, &mut parts);
 
@@ -159,7 +160,7 @@ mod gptq {
             let equal = ours.values.iter().zip(&theirs).filter(|(a, b)| a == b).count() as f64 / w.len() as f64;
             let error = loss(&ours.values, &w, &hessian, k);
             let mut nearest = Codes::default();
-            rtn(&w, k, target, &mut nearest);
+            rtn(&w, k, target, Observer::Minmax, &mut nearest);
             let params = |i: usize| nearest.params[i / group];
             let rounded: Vec<f32> = (nearest.codes.iter().enumerate())
                 .map(|(i, &c)| format.dequantize(c, params(i), Float::Bf16))

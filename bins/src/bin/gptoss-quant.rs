@@ -97,6 +97,8 @@ struct Args {
     extra_ignore: Vec<String>,
 
     #[command(flatten)]
+    text: gptoss_tools::text::TextArgs,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -135,7 +137,19 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     let model = model_name(&located.dir, &ModelConfig::parse(&located.dir, &checkpoint.config)?);
     let dst = args.output_dir.clone().unwrap_or_else(|| recipe.output_name(&model).into());
     let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force };
-    let (mut manifest, resumed) = plan.run(&paths, &resources)?;
+    let text = match plan.needs_text() {
+        true => Some(gptoss::text::load(
+            &args.text.request(Some(256), gptoss::text::dataset::Split::Train)?,
+            &gptoss::text::tokenizer::Tokenizer::open(
+                &located.dir,
+                ModelConfig::parse(&located.dir, &checkpoint.config)?.vocab,
+            )?,
+            &located.dir,
+            &resources.progress,
+        )?),
+        false => None,
+    };
+    let (mut manifest, resumed) = plan.run(&paths, &resources, text.as_ref())?;
     manifest.notes.iter().for_each(|n| resources.progress.note(&format!("note: {n}")));
     manifest.volatile = Some(volatile(&located, Some(&dst), meter.read(), resources.threads, resumed));
     args.common.emit(&manifest)?;

@@ -4,6 +4,9 @@
 use crate::formats::float::Float;
 use crate::formats::{NumberFormat, Params};
 use crate::ops::round;
+use crate::recipe::Observer;
+
+use super::scales;
 
 /// What to round to.
 #[derive(Debug, Clone, Copy)]
@@ -26,14 +29,13 @@ pub struct Codes {
 }
 
 /// Rounds `w`, f32 [R, K] with K = `columns`, into `out`; gives the error that this made.
-pub fn rtn(w: &[f32], columns: usize, target: Target, out: &mut Codes) -> ErrorSums {
+pub fn rtn(w: &[f32], columns: usize, target: Target, observer: Observer, out: &mut Codes) -> ErrorSums {
     out.codes.resize(w.len(), 0);
     out.params.clear();
     let mut sums = ErrorSums::default();
     for (row, codes) in w.chunks_exact(columns).zip(out.codes.chunks_exact_mut(columns)) {
         for (w, q) in row.chunks_exact(target.group).zip(codes.chunks_exact_mut(target.group)) {
-            let (min, max) = round::extremes(w);
-            let params = target.format.fit(min, max, target.float);
+            let params = scales::fit_group(w, target, observer, None);
             round::group(w, target.format, params, target.float, q, &mut sums);
             out.params.push(params);
         }

@@ -16,19 +16,22 @@ const STEPS: usize = 32;
 /// says how large its inputs are.
 pub fn fit(w: &[f32], columns: usize, target: Target, observer: Observer, importance: Option<&[f32]>) -> Vec<Params> {
     let groups = columns / target.group;
-    let one = |(i, w): (usize, &[f32])| match observer {
-        Observer::Minmax => minmax(w, target),
-        Observer::Mse => {
-            let at = i % groups * target.group;
-            mse(w, target, importance.map(|all| &all[at..at + target.group]))
-        }
+    let one = |(i, w): (usize, &[f32])| {
+        let at = i % groups * target.group;
+        fit_group(w, target, observer, importance.map(|all| &all[at..at + target.group]))
     };
     w.par_chunks_exact(target.group).with_min_len(64).enumerate().map(one).collect()
 }
 
-fn minmax(w: &[f32], target: Target) -> Params {
-    let (min, max) = round::extremes(w);
-    target.format.fit(min, max, target.float)
+/// Parameters for one group.
+pub fn fit_group(w: &[f32], target: Target, observer: Observer, importance: Option<&[f32]>) -> Params {
+    match observer {
+        Observer::Minmax => {
+            let (min, max) = round::extremes(w);
+            target.format.fit(min, max, target.float)
+        }
+        Observer::Mse => mse(w, target, importance),
+    }
 }
 
 /// The shrunken range whose rounding costs least; the widest of equals.

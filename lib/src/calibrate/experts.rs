@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::smooth::Smoothing;
-use super::{Calibrator, Inputs, LayerReport, Problem, Rounded, solve};
+use super::{Calibrator, Inputs, LayerReport, Output, Problem, Rounded, solve};
 use crate::algorithms::rtn::ErrorSums;
 use crate::containers::{self, dense};
 use crate::device::{Device, Moments};
@@ -80,7 +80,7 @@ enum Tokens<'a> {
 }
 
 impl Calibrator<'_> {
-    pub(super) fn experts(&mut self, l: usize, report: &mut LayerReport) -> Result<()> {
+    pub(super) fn experts(&mut self, l: usize, output: &dyn Output, report: &mut LayerReport) -> Result<()> {
         let (c, settings) = (&self.model.config, &self.model.settings);
         let weights = self.model.layer(self.device, l)?;
         let (norm_name, sequential) =
@@ -91,26 +91,27 @@ impl Calibrator<'_> {
             (0..c.experts).flat_map(move |expert| projs.iter().map(move |&proj| Linear { proj, layer: l, expert }))
         };
         let readers: Vec<Linear> = each(&[Proj::Gate, Proj::Up]).collect();
-        let treated = each(&[Proj::Gate, Proj::Up, Proj::Down]).any(|e| self.output.treatment(&e).is_some());
+        let treated = each(&[Proj::Gate, Proj::Up, Proj::Down]).any(|e| output.treatment(&e).is_some());
 
         // The router, and what it decides.
-        let smooths = self.output.smooths(l).1;
+        let smooths = output.smooths(l).1;
         let few = self.recipe.calibration.few_tokens;
         let every = self.recipe.calibration.few_tokens_threshold >= 1.0;
-        let wants_all = few == FewTokens::AllExperts && self.needs_inputs(&readers);
-        let inputs = self.sums_of(smooths || wants_all || self.needs_inputs(&[router]), c.hidden, |batch, _| {
-            self.device.norm(&self.batch(batch)?, &weights.mlp_norm, settings.eps)
-        })?;
+        let wants_all = few == FewTokens::AllExperts && self.needs_inputs(output, &readers);
+        let inputs =
+            self.sums_of(smooths || wants_all || self.needs_inputs(output, &[router]), c.hidden, |batch, _| {
+                self.device.norm(&self.batch(batch)?, &weights.mlp_norm, settings.eps)
+            })?;
         let (smoothing, inputs) = match inputs {
             Some(inputs) if smooths => {
-                let smoothing = self.smooth(&norm_name, &readers, &inputs, report)?;
+                let smoothing = self.smooth(&norm_name, &readers, &inputs, output, report)?;
                 let inputs = smoothing.of_inputs(inputs);
                 (Some(smoothing), Some(inputs))
             }
             inputs => (None, inputs),
         };
         let scales = smoothing.as_ref().map(|s| &s.scales[..]);
-        let rounded_router = self.router(&router, scales, inputs.as_ref(), report)?;
+        let rounded_router = self.router(&router, scales, inputs.as_ref(), output, report)?;
         let norm = match (&smoothing, sequential) {
             (Some(s), true) => &s.norm,
             _ => &source_norm,
@@ -151,7 +152,7 @@ impl Calibrator<'_> {
             gate_up_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::GateUp, l)?,
             down_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::Down, l)?,
         };
-        let out = self.waves(&mlp, report)?;
+        let out = self.waves(&mlp, output, report)?;
         for batch in &self.batches {
             let mut x = self.x.get(batch.rows()).to_vec();
             self.device.enter(|| elementwise::add(&mut x, out.get(batch.rows())));
@@ -166,11 +167,12 @@ impl Calibrator<'_> {
         router: &Linear,
         scales: Option<&[f32]>,
         inputs: Option<&Inputs>,
+        output: &dyn Output,
         report: &mut LayerReport,
     ) -> Result<Option<<crate::device::cpu::Cpu as Device>::Matrix<'static>>> {
         let sequential = self.recipe.calibration.sequential_update;
-        if self.output.treatment(router).is_some() {
-            let held = self.round(router, inputs, scales, report)?;
+        if output.treatment(router).is_some() {
+            let held = self.round(router, inputs, scales, output, report)?;
             return self.next_matrix(router.layer, router, held, scales.is_some());
         }
         let Some(scales) = scales else { return Ok(None) };
@@ -178,14 +180,14 @@ impl Calibrator<'_> {
         let (shape, float) = (weight.shape(), weight.float());
         let mut values = self.source_rows(&weight, &router.module(), 0..shape.0, Some(scales))?;
         values.iter_mut().for_each(|v| *v = float.round(*v));
-        self.output.put_plain(&format!("{}.weight", router.module()), &values)?;
+        output.put_plain(&format!("{}.weight", router.module()), &values)?;
         let held = super::Held { values, shape, inputs: Activations::Float };
         self.next_matrix(router.layer, router, sequential.then_some(held), false)
     }
 
     /// All experts, as many at a time as memory allows; the sum of their outputs [tokens, H]. Experts are added in
     /// ascending order, as the forward does.
-    fn waves(&self, mlp: &Mlp, report: &mut LayerReport) -> Result<States> {
+    fn waves(&self, mlp: &Mlp, output: &dyn Output, report: &mut LayerReport) -> Result<States> {
         let c = &self.model.config;
         let mut out = States::new(self.tokens(), c.hidden, self.room.memory / 8, self.room.offload)?;
         let widest = c.hidden.max(c.intermediate);
@@ -195,8 +197,9 @@ impl Calibrator<'_> {
         let share = layer_work(self.model) * 3 / 2 * self.tokens() as u64 / c.experts as u64;
         for first in (0..c.experts).step_by(wave) {
             let experts = first..c.experts.min(first + wave);
-            let done: Vec<Result<Done>> =
-                self.device.enter(|| experts.clone().into_par_iter().map(|e| self.expert(mlp, e, wave)).collect());
+            let done: Vec<Result<Done>> = self
+                .device
+                .enter(|| experts.clone().into_par_iter().map(|e| self.expert(mlp, e, wave, output)).collect());
             for (expert, done) in experts.zip(done) {
                 let done = done?;
                 for (i, &(token, weight)) in mlp.routes[expert].iter().enumerate() {
@@ -285,6 +288,7 @@ impl Calibrator<'_> {
         mlp: &Mlp,
         linear: Linear,
         inputs: Option<&Inputs>,
+        output: &dyn Output,
         done: &mut (Vec<(Linear, ErrorSums)>, Vec<String>),
     ) -> Result<Matrix> {
         let c = &self.model.config;
@@ -300,12 +304,12 @@ impl Calibrator<'_> {
             }
         };
         let w = self.source_rows(&weight, &module, 0..shape.0, scales)?;
-        let Some(treatment) = self.output.treatment(&linear) else {
+        let Some(treatment) = output.treatment(&linear) else {
             return Ok(Matrix { values: w, shape, inputs: Activations::Float, bias });
         };
         let problem = Problem { module: &module, w, columns: shape.1, float, treatment, inputs };
         let rounded: Rounded = solve(problem, self.recipe)?;
-        self.output.put(&linear, 0, &rounded)?;
+        output.put(&linear, 0, &rounded)?;
         done.0.push((linear, rounded.errors));
         done.1.extend(rounded.notes);
         if sequential {
@@ -317,7 +321,7 @@ impl Calibrator<'_> {
         }
     }
 
-    fn expert(&self, mlp: &Mlp, expert: usize, wave: usize) -> Result<Done> {
+    fn expert(&self, mlp: &Mlp, expert: usize, wave: usize, output: &dyn Output) -> Result<Done> {
         let (c, settings) = (&self.model.config, &self.model.settings);
         let linear = |proj| Linear { proj, layer: mlp.layer, expert };
         let routed = &mlp.routes[expert][..];
@@ -333,13 +337,13 @@ impl Calibrator<'_> {
             Tokens::All(tokens) => Some(tokens),
         };
         let uses_all = matches!(telling, Tokens::All(_));
-        if self.is_few(mlp, expert) && self.needs_inputs(&[linear(Proj::Gate), linear(Proj::Down)]) {
+        if self.is_few(mlp, expert) && self.needs_inputs(output, &[linear(Proj::Gate), linear(Proj::Down)]) {
             done.1.push(self.few_note(mlp, expert));
         }
 
         let first = [linear(Proj::Gate), linear(Proj::Up)];
         let own;
-        let inputs = match tokens.filter(|_| self.needs_inputs(&first)) {
+        let inputs = match tokens.filter(|_| self.needs_inputs(output, &first)) {
             None => None,
             Some(_) if uses_all && !by_weight(&telling) && mlp.all.is_some() => mlp.all.as_ref(),
             Some(tokens) => {
@@ -353,8 +357,8 @@ impl Calibrator<'_> {
                 Some(&own)
             }
         };
-        let gate = self.projection(mlp, first[0], inputs, &mut done)?;
-        let up = self.projection(mlp, first[1], inputs, &mut done)?;
+        let gate = self.projection(mlp, first[0], inputs, output, &mut done)?;
+        let up = self.projection(mlp, first[1], inputs, output, &mut done)?;
         let hidden = |chunk: &[(u32, f32)]| {
             let x = self.gather(mlp, chunk);
             let (mut h, u) = (gate.apply(&x), up.apply(&x));
@@ -372,7 +376,7 @@ impl Calibrator<'_> {
             kept.put(at..at + chunk.len(), &h);
             h
         };
-        let wanted = tokens.filter(|_| self.needs_inputs(&[second]));
+        let wanted = tokens.filter(|_| self.needs_inputs(output, &[second]));
         let inputs = match wanted {
             Some(tokens) if !uses_all => {
                 Some(self.weighted_sums(tokens, c.intermediate, by_weight(&telling), &mut keep)?)
@@ -385,7 +389,7 @@ impl Calibrator<'_> {
             }
         }
         .map(Inputs::new);
-        let down = self.projection(mlp, second, inputs.as_ref(), &mut done)?;
+        let down = self.projection(mlp, second, inputs.as_ref(), output, &mut done)?;
         let mut outputs = States::new(routed.len(), c.hidden, memory, self.room.offload)?;
         for first in (0..routed.len()).step_by(CHUNK) {
             let rows = first..routed.len().min(first + CHUNK);

@@ -31,7 +31,7 @@ use crate::pipeline::progress::Progress;
 use crate::recipe::{Recipe, Treatment};
 use crate::text::windows::Sequence;
 
-pub use persist::Saved;
+pub use persist::{PREFIX as STATES_PREFIX, Saved};
 pub use solve::{Inputs, Problem, Rounded, solve};
 
 /// Rows of a weight that are solved together: the table of a vocabulary would be large as a whole.
@@ -113,7 +113,6 @@ pub struct Calibrator<'a> {
     device: &'a Cpu,
     model: &'a Model,
     recipe: &'a Recipe,
-    output: &'a dyn Output,
     room: Room<'a>,
     batches: Vec<Batch>,
     places: Vec<Places<Cpu>>,
@@ -131,7 +130,6 @@ impl<'a> Calibrator<'a> {
         device: &'a Cpu,
         model: &'a Model,
         recipe: &'a Recipe,
-        output: &'a dyn Output,
         sequences: &[Sequence],
         room: Room<'a>,
     ) -> Result<Self> {
@@ -144,7 +142,7 @@ impl<'a> Calibrator<'a> {
         let places = |b: &Batch| Places::new(device, model, &b.starts, &b.lengths);
         let places = batches.iter().map(places).collect::<Result<_>>()?;
         let x = States::new(ids.len(), c.hidden, room.memory / 8, room.offload)?;
-        Ok(Self { device, model, recipe, output, room, batches, places, ids, x })
+        Ok(Self { device, model, recipe, room, batches, places, ids, x })
     }
 
     /// How many tokens.
@@ -179,45 +177,51 @@ impl<'a> Calibrator<'a> {
     }
 
     /// Rounds layer `l` and takes the text through it.
-    pub fn layer(&mut self, l: usize) -> Result<LayerReport> {
+    pub fn layer(&mut self, l: usize, output: &dyn Output) -> Result<LayerReport> {
         let mut report = LayerReport::default();
         let weights = self.model.layer(self.device, l)?;
-        self.attention(l, weights, &mut report)?;
-        self.experts(l, &mut report)?;
+        self.attention(l, weights, output, &mut report)?;
+        self.experts(l, output, &mut report)?;
         self.model.checkpoint.release();
         Ok(report)
     }
 
     /// Rounds the output head, or whatever reads the last hidden states.
-    pub fn head(&mut self) -> Result<LayerReport> {
+    pub fn head(&mut self, output: &dyn Output) -> Result<LayerReport> {
         let mut report = LayerReport::default();
         let linear = Linear { proj: Proj::LmHead, layer: 0, expert: 0 };
-        if self.output.treatment(&linear).is_some() {
+        if output.treatment(&linear).is_some() {
             let norm = self.model.head(self.device)?.norm;
-            let inputs = self.sums_of(self.needs_inputs(&[linear]), self.model.config.hidden, |batch, _| {
+            let inputs = self.sums_of(self.needs_inputs(output, &[linear]), self.model.config.hidden, |batch, _| {
                 self.device.norm(&self.batch(batch)?, &norm, self.model.settings.eps)
             })?;
-            self.round(&linear, inputs.as_ref(), None, &mut report)?;
+            self.round(&linear, inputs.as_ref(), None, output, &mut report)?;
         }
         let table = Linear { proj: Proj::Embed, ..linear };
-        if self.output.treatment(&table).is_some() {
-            self.round(&table, None, None, &mut report)?;
+        if output.treatment(&table).is_some() {
+            self.round(&table, None, None, output, &mut report)?;
         }
         Ok(report)
     }
 
-    fn attention(&mut self, l: usize, mut weights: Layer<'_, Cpu>, report: &mut LayerReport) -> Result<()> {
+    fn attention(
+        &mut self,
+        l: usize,
+        mut weights: Layer<'_, Cpu>,
+        output: &dyn Output,
+        report: &mut LayerReport,
+    ) -> Result<()> {
         let (c, eps) = (&self.model.config, self.model.settings.eps);
         let linear = |proj| Linear { proj, layer: l, expert: 0 };
         let readers = [Proj::Q, Proj::K, Proj::V].map(linear);
-        let smooths = self.output.smooths(l).0;
-        let inputs = self.sums_of(smooths || self.needs_inputs(&readers), c.hidden, |batch, _| {
+        let smooths = output.smooths(l).0;
+        let inputs = self.sums_of(smooths || self.needs_inputs(output, &readers), c.hidden, |batch, _| {
             self.device.norm(&self.batch(batch)?, &weights.attention_norm, eps)
         })?;
         let norm_name = format!("model.layers.{l}.input_layernorm.weight");
         let (scales, inputs) = match (smooths, inputs) {
             (true, Some(inputs)) => {
-                let smoothing = self.smooth(&norm_name, &readers, &inputs, report)?;
+                let smoothing = self.smooth(&norm_name, &readers, &inputs, output, report)?;
                 if self.recipe.calibration.sequential_update {
                     weights.attention_norm = self.device.upload(smoothing.norm.clone(), c.hidden)?;
                 }
@@ -227,16 +231,16 @@ impl<'a> Calibrator<'a> {
             (_, inputs) => (None, inputs),
         };
         for (i, reader) in readers.iter().enumerate() {
-            let held = self.round(reader, inputs.as_ref(), scales.as_deref(), report)?;
+            let held = self.round(reader, inputs.as_ref(), scales.as_deref(), output, report)?;
             if let Some(matrix) = self.next_matrix(l, reader, held, scales.is_some())? {
                 *[&mut weights.q, &mut weights.k, &mut weights.v][i] = matrix;
             }
         }
         drop(inputs);
-        let output = linear(Proj::O);
+        let last = linear(Proj::O);
         let width = c.heads * c.head_dim;
         let mut attended = States::new(self.tokens(), width, self.room.memory / 8, self.room.offload)?;
-        let mut sums = self.needs_inputs(&[output]).then(|| self.device.sums(width)).transpose()?;
+        let mut sums = self.needs_inputs(output, &[last]).then(|| self.device.sums(width)).transpose()?;
         let mut past = None;
         for (batch, places) in self.batches.iter().zip(&self.places) {
             let mut caches = caches(self.device, &weights.attention, batch, past.take());
@@ -249,8 +253,8 @@ impl<'a> Calibrator<'a> {
             attended.put(batch.rows(), &self.device.download(out)?);
         }
         let inputs = sums.map(|s| self.device.moments(&s).map(Inputs::new)).transpose()?;
-        let held = self.round(&output, inputs.as_ref(), None, report)?;
-        if let Some(matrix) = self.next_matrix(l, &output, held, false)? {
+        let held = self.round(&last, inputs.as_ref(), None, output, report)?;
+        if let Some(matrix) = self.next_matrix(l, &last, held, false)? {
             weights.o = matrix;
         }
         for batch in &self.batches {
@@ -269,10 +273,10 @@ impl<'a> Calibrator<'a> {
     }
 
     /// Whether some of these layers are rounded by what their inputs look like.
-    fn needs_inputs(&self, linears: &[Linear]) -> bool {
+    fn needs_inputs(&self, output: &dyn Output, linears: &[Linear]) -> bool {
         linears
             .iter()
-            .filter_map(|l| self.output.treatment(l))
+            .filter_map(|l| output.treatment(l))
             .any(|t| t.sparse.is_some() || (t.scheme.is_some() && t.layer.algorithm.needs_text()))
     }
 
@@ -325,9 +329,10 @@ impl<'a> Calibrator<'a> {
         linear: &Linear,
         inputs: Option<&Inputs>,
         scales: Option<&[f32]>,
+        output: &dyn Output,
         report: &mut LayerReport,
     ) -> Result<Option<Held>> {
-        let Some(treatment) = self.output.treatment(linear) else { return Ok(None) };
+        let Some(treatment) = output.treatment(linear) else { return Ok(None) };
         let weight = containers::open(&self.model.checkpoint, &self.model.config, linear)?;
         let (shape, module, float) = (weight.shape(), linear.module(), weight.float());
         let keep = self.recipe.calibration.sequential_update && !matches!(linear.proj, Proj::LmHead | Proj::Embed);
@@ -337,7 +342,7 @@ impl<'a> Calibrator<'a> {
             let w = self.source_rows(&weight, &module, first..shape.0.min(first + ROWS), scales)?;
             let problem = Problem { module: &module, w, columns: shape.1, float, treatment, inputs };
             let mut rounded = self.device.enter(|| solve(problem, self.recipe))?;
-            self.output.put(linear, first, &rounded)?;
+            output.put(linear, first, &rounded)?;
             errors.merge(&rounded.errors);
             notes.append(&mut rounded.notes);
             if keep {

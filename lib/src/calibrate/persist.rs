@@ -35,11 +35,11 @@ impl Saved {
         write().map_err(Error::io("write hidden states to", path))
     }
 
-    /// Reads the states in front of `layer`, [rows, width], a piece at a time.
+    /// Reads the states in front of `layer`, a row at a time.
     ///
     /// # Errors
     /// [`Error::BadFile`] where they are not there as they were kept.
-    pub fn load(&self, layer: usize, rows: usize, width: usize, states: &mut States) -> Result<()> {
+    pub fn load(&self, layer: usize, states: &mut States) -> Result<()> {
         let path = &self.files[layer % 2];
         let gone = |_| {
             Error::file(
@@ -48,7 +48,7 @@ impl Saved {
             )
         };
         let file = File::open(path).map_err(gone)?;
-        if file.metadata().map_err(gone)?.len() != 8 + (rows * width * 4) as u64 {
+        if file.metadata().map_err(gone)?.len() != 8 + (4 * states.len()) as u64 {
             return Err(gone(std::io::ErrorKind::InvalidData.into()));
         }
         let mut file = BufReader::new(file);
@@ -57,7 +57,7 @@ impl Saved {
         if u64::from_le_bytes(number) != layer as u64 {
             return Err(gone(std::io::ErrorKind::InvalidData.into()));
         }
-        for row in 0..rows {
+        for row in 0..states.rows() {
             file.read_exact(bytemuck::cast_slice_mut(states.row_mut(row))).map_err(gone)?;
         }
         Ok(())

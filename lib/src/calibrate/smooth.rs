@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::formats::float::Float;
 use crate::model::Linear;
 
-use super::{Calibrator, Inputs, LayerReport};
+use super::{Calibrator, Inputs, LayerReport, Output};
 
 /// Rows of weights that AWQ weighs its scales on, over all that read a norm; evenly drawn from each.
 const SAMPLE: usize = 4096;
@@ -46,6 +46,7 @@ impl Calibrator<'_> {
         name: &str,
         readers: &[Linear],
         inputs: &Inputs,
+        output: &dyn Output,
         report: &mut LayerReport,
     ) -> Result<Smoothing> {
         let tensor = self.model.checkpoint.tensor(name)?;
@@ -55,10 +56,10 @@ impl Calibrator<'_> {
             norm.iter().zip(scales).for_each(|(n, s)| *s = taken_up(*n, *s, float));
         };
         let m = &inputs.moments;
-        let algorithm = |l: &Linear| self.output.treatment(l).map(|t| t.layer.algorithm);
+        let algorithm = |l: &Linear| output.treatment(l).map(|t| t.layer.algorithm);
         let scales = if readers.iter().all(|l| algorithm(l) == Some(Algorithm::Awq)) {
             let mean: Vec<f32> = m.abs.iter().map(|a| a / m.count.max(1) as f32).collect();
-            let (sample, settings) = (self.sample(readers)?, &self.recipe.awq);
+            let (sample, settings) = (self.sample(readers, output)?, &self.recipe.awq);
             let (scales, gain) = self.device.enter(|| awq::search(&sample, &mean, &m.gram, settings, exact));
             report.notes.push(format!("{name}: AWQ's scales take {:.1}% off the error of what reads it", 100.0 * gain));
             scales
@@ -69,18 +70,18 @@ impl Calibrator<'_> {
             scales
         };
         norm.iter_mut().zip(&scales).for_each(|(n, s)| *n = float.round(*n / s));
-        self.output.put_plain(name, &norm)?;
+        output.put_plain(name, &norm)?;
         Ok(Smoothing { scales, norm })
     }
 
     /// A sample of the rows of `readers`.
-    fn sample(&self, readers: &[Linear]) -> Result<Vec<Reader>> {
+    fn sample(&self, readers: &[Linear], output: &dyn Output) -> Result<Vec<Reader>> {
         let each = (SAMPLE / readers.len().max(1)).max(LEAST);
         let mut sample = Vec::with_capacity(readers.len());
         for linear in readers {
             let weight = containers::open(&self.model.checkpoint, &self.model.config, linear)?;
             let (rows, columns) = weight.shape();
-            let scheme = self.output.treatment(linear).and_then(|t| t.scheme).expect("AWQ rounds to codes");
+            let scheme = output.treatment(linear).and_then(|t| t.scheme).expect("AWQ rounds to codes");
             let mut w = Vec::with_capacity(each.min(rows) * columns);
             for row in (0..rows).step_by(rows.div_ceil(each)) {
                 w.extend(self.source_rows(&weight, &linear.module(), row..row + 1, None)?);

@@ -99,6 +99,7 @@ pub(super) fn check_occupant(dst: &Path, force: bool) -> Result<()> {
 pub(super) fn is_checkpoint_file(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let known = [CONFIG, INDEX, MANIFEST, JOURNAL, "README.md", ".gitattributes"].contains(&&*name);
+    let known = known || name.starts_with(crate::calibrate::STATES_PREFIX);
     path.is_file() && (known || name.ends_with(".safetensors") || is_side_file(&name))
 }
 

@@ -23,7 +23,8 @@ impl States {
     /// Zeros; in a file in `folder` where they take more than `memory` bytes.
     pub fn new(rows: usize, width: usize, memory: u64, folder: &Path) -> Result<Self> {
         let bytes = (rows * width * 4) as u64;
-        let values = if bytes <= memory {
+        // A file of no bytes cannot be mapped.
+        let values = if bytes <= memory || bytes == 0 {
             Values::Memory(vec![0.0; rows * width])
         } else {
             let file = tempfile::tempfile_in(folder).map_err(Error::io("write hidden states to", folder))?;
@@ -35,6 +36,24 @@ impl States {
             Values::File(map.map_err(Error::io("map hidden states in", folder))?)
         };
         Ok(Self { values, width })
+    }
+
+    /// Numbers.
+    pub fn len(&self) -> usize {
+        match &self.values {
+            Values::Memory(v) => v.len(),
+            Values::File(map) => map.len() / 4,
+        }
+    }
+
+    /// True where there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.len() / self.width
     }
 
     /// Some rows.

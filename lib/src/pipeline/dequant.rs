@@ -183,6 +183,7 @@ impl<'a> Plan<'a> {
             verb: "dequantize",
             source: self.source,
             job: &job,
+            text: "",
             scratch_bytes: self.scratch_bytes(),
             tensors: std::mem::take(&mut self.tensors),
             shard_size: self.options.shard_size,
@@ -367,7 +368,7 @@ impl<'a> Pipeline for Plan<'a> {
     fn close(&self, _group: usize, found: Vec<HalfCounts>) -> GroupResult {
         let mut conversion = HalfCounts::default();
         found.into_iter().for_each(|c| conversion += c);
-        GroupResult { tensors: Vec::new(), conversion }
+        GroupResult { tensors: Vec::new(), conversion, ..GroupResult::default() }
     }
 }
 

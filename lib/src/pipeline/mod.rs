@@ -27,6 +27,8 @@ pub struct Resources {
     pub threads: usize,
     /// Most bytes of working memory; mapped input does not count.
     pub max_memory: u64,
+    /// Where hidden states go; beside the unfinished output where it is `None`.
+    pub offload: Option<PathBuf>,
     /// Whom to tell.
     pub progress: Progress,
 }

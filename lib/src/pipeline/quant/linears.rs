@@ -133,6 +133,10 @@ impl<'a> Plan<'a> {
         for start in all.step_by(step) {
             let rows = start..out.min(start + step);
             for job in jobs.clone() {
+                // Calibration brings these.
+                if self.calibrates(&self.jobs[job].linear) {
+                    continue;
+                }
                 let (rows, bytes) = (rows.clone(), (bytes * rows.len() / out) as u64);
                 let work = match self.jobs[job].scheme {
                     Some(_) => Work::Quantize { job, rows },

@@ -8,6 +8,7 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+mod calibrated;
 mod linears;
 mod output;
 mod store;
@@ -27,8 +28,8 @@ use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
-use crate::ops::dequantize::HalfCounts;
 use crate::recipe::{Recipe, Rules, Treatment};
+use crate::text::Text;
 use crate::verify::errors::report;
 
 use linears::Experts;
@@ -73,6 +74,10 @@ pub struct Plan<'a> {
     experts: Vec<Experts>,
     /// Modules that are not.
     unquantized: Vec<String>,
+    /// Whether a text goes through the model.
+    calibrated: bool,
+    /// Tensors that a transform changes, with their numbers and types.
+    changed: BTreeMap<String, (usize, Float)>,
     /// What is reported of tensors that stay, by group.
     stays: Vec<(usize, TensorReport)>,
 }
@@ -113,14 +118,22 @@ impl<'a> Plan<'a> {
             treated: BTreeMap::new(),
             experts: Vec::new(),
             unquantized: Vec::new(),
+            calibrated: false,
+            changed: BTreeMap::new(),
             stays: Vec::new(),
         };
         plan.treat()?;
+        plan.calibrated = plan.recipe.needs_text();
         plan.experts = (0..plan.config.layers).map(|l| plan.experts_of(l)).collect();
         for slot in model::slots(&plan.config) {
             plan.slot(&slot)?;
         }
         Ok(plan)
+    }
+
+    /// Whether [`Self::run`] needs a text.
+    pub fn needs_text(&self) -> bool {
+        self.calibrated
     }
 
     /// Every linear layer of the model.
@@ -181,6 +194,11 @@ impl<'a> Plan<'a> {
                 }
                 let float = self.float_of(&slot.name)?;
                 self.stay(slot, float.config_name());
+                if self.is_changed(&slot.name, &slot.role) {
+                    let to = self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()));
+                    self.changed.insert(slot.name.clone(), (to, float));
+                    return Ok(());
+                }
                 self.copy(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()), &FLOATS)
             }
         }
@@ -223,28 +241,52 @@ impl<'a> Plan<'a> {
         self.jobs.iter().map(|j| j.store.unit_bytes()).max().unwrap_or(copy::PIECE as u64)
     }
 
-    /// Does it. The manifest's `volatile` part is left to the caller, who is told how many groups were there already.
-    pub fn run(mut self, paths: &Paths, resources: &Resources) -> Result<(Manifest, usize)> {
+    /// Does it, with the calibration text that the recipe needs. The manifest's `volatile` part is left to the caller, who is
+    /// told how many groups were there already.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] without weights, and without a text where the recipe needs one.
+    pub fn run(mut self, paths: &Paths, resources: &Resources, text: Option<&Text>) -> Result<(Manifest, usize)> {
         let Some(source) = self.source else {
             return Err(Error::Refused(
                 "there are no weights to quantize, only a config.json; --dry-run plans from that".into(),
             ));
+        };
+        let text = match (self.calibrated, text) {
+            (true, None) => {
+                return Err(Error::Refused(
+                    "this recipe needs a calibration text: give --calib-jsonl FILE, or --algo rtn, which needs none"
+                        .into(),
+                ));
+            }
+            (true, text) => text,
+            (false, _) => None,
         };
         let job = Job::Quantize { recipe: self.recipe.clone() };
         let task = Task {
             verb: "quantize",
             source,
             job: &job,
+            text: &text.map_or(String::new(), calibrated::hash_of),
             scratch_bytes: self.scratch_bytes(),
             tensors: std::mem::take(&mut self.tensors),
             shard_size: self.recipe.shard_size,
             units: std::mem::take(&mut self.units),
         };
-        let done = task::run(&self, task, paths, resources)?;
+        let done = match text {
+            None => task::run(&self, task, paths, resources)?,
+            Some(text) => calibrated::run(&self, task, paths, resources, text)?,
+        };
         let mut manifest = Manifest::new("gptoss-quant", job);
         manifest.source = Some(done.source);
-        manifest.tensors = done.groups.into_iter().flat_map(|g| g.tensors).collect();
+        manifest.calibration = text.map(|t| t.report.clone());
         manifest.notes = source_notes(source, &self.config)?;
+        manifest.notes.extend(text.iter().flat_map(|t| t.notes.clone()));
+        for group in done.groups {
+            manifest.tensors.extend(group.tensors);
+            manifest.coverage.extend(group.coverage);
+            manifest.notes.extend(group.notes);
+        }
         self.say_what_matters(&mut manifest);
         let files = side_files(source, &self.output_config())?;
         done.sink.finish(files, |files| Ok(seal(&mut manifest, self.layout_word(), files)))?;
@@ -333,7 +375,8 @@ impl<'a> Pipeline for Plan<'a> {
                 let columns = self.read(job, rows, scratch);
                 let scheme = job.scheme.expect("planned for quantization");
                 let target = Target { format: scheme.weights, group: scheme.group(columns), float: job.float };
-                let sums = rtn(&scratch.rows, columns, target, &mut scratch.codes);
+                let observer = self.treated[&job.linear].layer.observer;
+                let sums = rtn(&scratch.rows, columns, target, observer, &mut scratch.codes);
                 // The squares of finite f32 are finite in f64, so the sum tells without another look at the weights.
                 if !sums.squared_weight.iter().sum::<f64>().is_finite() {
                     self.not_finite(job, rows, scratch)?;
@@ -351,8 +394,15 @@ impl<'a> Pipeline for Plan<'a> {
 
     /// Errors by family; they come in unit order, so the result is the same for any number of workers.
     fn close(&self, group: usize, found: Vec<Self::Found>) -> GroupResult {
+        self.result(group, found.into_iter().flatten())
+    }
+}
+
+impl Plan<'_> {
+    /// A group's result, from what was measured of its jobs.
+    fn result(&self, group: usize, found: impl Iterator<Item = (usize, ErrorSums)>) -> GroupResult {
         let mut jobs: BTreeMap<usize, ErrorSums> = BTreeMap::new();
-        for (job, s) in found.into_iter().flatten() {
+        for (job, s) in found {
             jobs.entry(job).or_default().merge(&s);
         }
         let measured =
@@ -360,7 +410,7 @@ impl<'a> Pipeline for Plan<'a> {
         let mut tensors = report(measured);
         tensors.extend(self.stays.iter().filter(|s| s.0 == group).map(|s| s.1.clone()));
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        GroupResult { tensors, conversion: HalfCounts::default() }
+        GroupResult { tensors, ..GroupResult::default() }
     }
 }
 

@@ -1,0 +1,191 @@
+//! The plan and the calibrated pipeline: groups come in order, each layer is calibrated first, then its other tensors are
+//! written, then it is journaled.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use super::store::Values;
+use super::{Plan, Role, Scratch, Work};
+use crate::algorithms::Algorithm;
+use crate::calibrate::{Calibrator, LayerReport, Output, Room, Rounded, Saved};
+use crate::checkpoint::digest;
+use crate::checkpoint::sink::Sink;
+use crate::device::cpu::Cpu;
+use crate::error::Result;
+use crate::model::{Class, Linear, Model, Proj};
+use crate::pipeline::progress::Unit;
+use crate::pipeline::task::{Done, GroupResult, Opened, Pipeline, Task};
+use crate::pipeline::{Paths, Resources};
+use crate::recipe::Treatment;
+use crate::text::Text;
+
+/// A hash of the ids that go through the model.
+pub(super) fn hash_of(text: &Text) -> String {
+    let mut bytes = Vec::new();
+    for s in &text.sequences {
+        bytes.extend((s.real as u64).to_le_bytes());
+        bytes.extend(s.ids[..s.real].iter().flat_map(|id| id.to_le_bytes()));
+    }
+    digest::sha256(&bytes)
+}
+
+/// Runs a plan whose recipe looks at a text.
+pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Resources, text: &Text) -> Result<Done> {
+    let model = Model::open(&paths.src)?;
+    crate::evaluate::fits(&model, &model, &text.sequences)?;
+    let device = Cpu::new(resources.threads)?;
+    let opened = Opened::new(task, paths, resources)?;
+    let offload = resources.offload.clone().unwrap_or_else(|| opened.sink.partial().to_path_buf());
+    let saved = Saved::new(&offload, &opened.fingerprint);
+    let room = Room { memory: resources.max_memory, offload: &offload, progress: &resources.progress };
+    let jobs = plan.jobs.iter().enumerate().map(|(i, j)| (j.linear, i)).collect();
+    let taker = Taker { plan, sink: &opened.sink, jobs };
+    let outcome = Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room).and_then(|calibrator| {
+        let left = model.config.layers.saturating_sub(opened.sink.resumed.len().saturating_sub(1));
+        resources.progress.start_counting("calibrate", calibrator.work_a_layer() * left as u64, Unit::Work);
+        let state = Mutex::new(State { calibrator, at: None, reports: BTreeMap::new() });
+        let run = Calibrated { plan, taker: &taker, saved: &saved, state };
+        opened.work(&run, resources)
+    });
+    let kept = matches!(&outcome, Err(e) if e.is_transient());
+    if !kept {
+        saved.remove()?;
+    }
+    opened.end(outcome, resources)
+}
+
+/// Writes what calibration makes into the sink.
+struct Taker<'p> {
+    plan: &'p Plan<'p>,
+    sink: &'p Sink,
+    jobs: BTreeMap<Linear, usize>,
+}
+
+impl Output for Taker<'_> {
+    fn treatment(&self, linear: &Linear) -> Option<&Treatment> {
+        self.plan.treated.get(linear)
+    }
+
+    fn smooths(&self, layer: usize) -> (bool, bool) {
+        (self.plan.smooths(layer, Class::Main), self.plan.smooths(layer, Class::Experts))
+    }
+
+    fn put(&self, linear: &Linear, first: usize, rounded: &Rounded) -> Result<()> {
+        let job = &self.plan.jobs[self.jobs[linear]];
+        let rows = first..first + rounded.values.len() / job.store.shape.1;
+        let values = rounded.codes.as_ref().map_or(Values::Numbers(&rounded.values), Values::Codes);
+        job.store.write(rows, values, self.sink)?;
+        self.sink.advance();
+        Ok(())
+    }
+
+    fn put_plain(&self, name: &str, values: &[f32]) -> Result<()> {
+        let (to, float) = self.plan.changed[name];
+        let mut bytes = Vec::with_capacity(values.len() * float.size());
+        values.iter().for_each(|&v| float.write(v, &mut bytes));
+        self.sink.write(to, 0, &bytes)
+    }
+}
+
+/// Where the calibration stands.
+struct State<'m> {
+    calibrator: Calibrator<'m>,
+    /// The layer that the hidden states are in front of.
+    at: Option<usize>,
+    reports: BTreeMap<usize, LayerReport>,
+}
+
+struct Calibrated<'p, 'm> {
+    plan: &'p Plan<'p>,
+    taker: &'p Taker<'p>,
+    saved: &'p Saved,
+    state: Mutex<State<'m>>,
+}
+
+impl<'p> Pipeline for Calibrated<'p, '_> {
+    type Work = Work<'p>;
+    type Scratch = Scratch;
+    type Found = <Plan<'p> as Pipeline>::Found;
+
+    fn shard_of(&self, work: &Work) -> Option<usize> {
+        self.plan.shard_of(work)
+    }
+
+    fn work(&self, work: &Work<'p>, scratch: &mut Scratch, sink: &Sink) -> Result<Self::Found> {
+        self.plan.work(work, scratch, sink)
+    }
+
+    fn in_order(&self) -> bool {
+        true
+    }
+
+    fn before(&self, group: usize) -> Result<()> {
+        let layers = self.plan.config.layers;
+        let mut state = self.state.lock().expect("groups come one after the other");
+        let Some(layer) = group.checked_sub(1) else { return Ok(()) };
+        let head = layer == layers;
+        if head && self.plan.treated.keys().all(|l| l.proj != Proj::LmHead) {
+            return Ok(());
+        }
+        match state.at {
+            Some(at) => assert_eq!(at, layer, "layers come one after the other"),
+            None if layer == 0 => state.calibrator.embed()?,
+            None => state.calibrator.restore(|states| self.saved.load(layer, states))?,
+        }
+        let report =
+            if head { state.calibrator.head(self.taker)? } else { state.calibrator.layer(layer, self.taker)? };
+        if !head {
+            self.saved.save(layer + 1, state.calibrator.states())?;
+        }
+        state.at = Some(layer + 1);
+        state.reports.insert(group, report);
+        Ok(())
+    }
+
+    fn close(&self, group: usize, found: Vec<Self::Found>) -> GroupResult {
+        let report = self.state.lock().expect("groups come one after the other").reports.remove(&group);
+        let report = report.unwrap_or_default();
+        let measured = report.errors.iter().map(|(linear, sums)| (self.taker.jobs[linear], *sums));
+        let mut result = self.plan.result(group, found.into_iter().flatten().chain(measured));
+        result.coverage = report.coverage.into_iter().collect();
+        result.notes = report.notes;
+        result
+    }
+}
+
+impl Plan<'_> {
+    /// True where calibration brings the weight of `linear`.
+    pub(super) fn calibrates(&self, linear: &Linear) -> bool {
+        self.calibrated && linear.proj != Proj::Embed && self.treated.contains_key(linear)
+    }
+
+    /// True where a tensor that stays for all others is changed by a transform.
+    pub(super) fn is_changed(&self, name: &str, role: &Role) -> bool {
+        let layer =
+            || name.strip_prefix("model.layers.").and_then(|r| r.split('.').next()).and_then(|l| l.parse().ok());
+        match (role, layer()) {
+            (Role::Plain, Some(l)) if name.ends_with(".input_layernorm.weight") => self.smooths(l, Class::Main),
+            (Role::Plain, Some(l)) if name.ends_with(".post_attention_layernorm.weight") => {
+                self.smooths(l, Class::Experts)
+            }
+            (Role::Weight(linear), _) if linear.proj == Proj::Router => self.smooths(linear.layer, Class::Experts),
+            _ => false,
+        }
+    }
+
+    /// True where scales go into the norm in front of a layer's attention ([`Class::Main`]) or experts: all that read it are
+    /// rounded, and either by AWQ or under SmoothQuant.
+    pub(super) fn smooths(&self, layer: usize, class: Class) -> bool {
+        let readers: Vec<Linear> = match class {
+            Class::Main => {
+                [Proj::Q, Proj::K, Proj::V].into_iter().map(|proj| Linear { proj, layer, expert: 0 }).collect()
+            }
+            Class::Experts => (0..self.config.experts)
+                .flat_map(|expert| [Proj::Gate, Proj::Up].map(|proj| Linear { proj, layer, expert }))
+                .collect(),
+        };
+        let rounded = |l: &Linear| self.treated.get(l).filter(|t| t.scheme.is_some());
+        let awq = |l: &Linear| rounded(l).is_some_and(|t| t.layer.algorithm == Algorithm::Awq);
+        readers.iter().all(awq) || (self.recipe.smoothquant.is_some() && readers.iter().all(|l| rounded(l).is_some()))
+    }
+}
