@@ -48,6 +48,20 @@ fn transformers_dequantizes_to_the_same_tensors_and_computes_the_golden_logits()
 }
 
 #[test]
+fn transformers_reads_experts_that_we_made_mxfp4_and_they_are_the_source_s() {
+    let dir = tempfile::tempdir().unwrap();
+    let (bf16, mxfp4, back) = (dir.path().join("bf16"), dir.path().join("mxfp4"), dir.path().join("back"));
+    let golden = root().join("tests/golden/tiny-logits/tiny-logits.safetensors");
+    run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&bf16)).manifest();
+    let mut quant = command("gptoss-quant --quiet --experts mxfp4 --mw keep");
+    run(quant.arg("--model-in").arg(&bf16).arg("--output-dir").arg(&mxfp4)).manifest();
+    run(command("gptoss-dequant --quiet").arg("--src").arg(&mxfp4).arg("--dst").arg(&back)).manifest();
+    let said = judge("transformers_equal.py", &[&mxfp4, &back, &golden]);
+    println!("{said}");
+    assert!(said.contains("71 tensors equal") && said.contains("logits within"), "{said}");
+}
+
+#[test]
 fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
     for flags in [
         "",
@@ -55,6 +69,10 @@ fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
         "--experts w8a16 --mw w8a8 --group-size channel",
         "--experts w8a8 --mw w4a16 --mw-symmetry asymmetric --extra-ignore layers.0.self_attn,layers.1.mlp.experts.3",
         "--experts keep --mw w8a8 --asymmetric",
+        "--experts fp8 --mw mxfp4",
+        "--experts w4a8 --mw w3a16",
+        "--experts mxfp4 --mw w5a16 --extra-ignore layers.1.mlp.experts.3 --asymmetric",
+        "--experts mxfp4 --mw fp8",
     ] {
         let dir = tempfile::tempdir().unwrap();
         let (quantized, back) = (dir.path().join("q"), dir.path().join("back"));

@@ -240,3 +240,49 @@ fn the_three_tools_are_one_pipeline() {
         }
     }
 }
+
+#[test]
+fn mxfp4_experts_of_either_source_are_the_published_layout_and_lose_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let bf16 = dir.path().join("bf16");
+    run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&bf16)).manifest();
+    for (i, src) in [tiny(), bf16].iter().enumerate() {
+        let out = dir.path().join(format!("q{i}"));
+        let mut quant = command("gptoss-quant --quiet --experts mxfp4 --mw keep");
+        let manifest = run(quant.arg("--model-in").arg(src).arg("--output-dir").arg(&out)).manifest();
+        let loads = |r: &&Value| r["status"] == "loads";
+        assert_eq!(manifest["runtimes"].as_array().unwrap().iter().filter(loads).count(), 2);
+        assert_eq!(manifest["output"]["layout"], "mxfp4");
+        assert_eq!(json(&out.join("config.json"))["quantization_config"]["quant_method"], "mxfp4");
+        run(command("gptoss-verify check --quiet").arg(&out)).manifest();
+        // E2M1 under a power of two stays what it is, whatever power its block is given.
+        let same = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&out)).manifest();
+        assert_eq!(same["verdict"]["total_error"]["max"], 0.0);
+    }
+}
+
+#[test]
+fn every_scheme_checks_and_its_error_is_what_the_comparison_finds() {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, flags) in [
+        "--experts mxfp4 --mw mxfp4",
+        "--experts fp8 --mw w4a8",
+        "--experts w2a16 --mw w7a16",
+        "--experts mxfp4 --mw w3a16 --extra-ignore layers.1.mlp.experts.3",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = dir.path().join(format!("q{i}"));
+        let mut quant = command("gptoss-quant --quiet");
+        quant.args(flags.split(' ')).arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out);
+        let manifest = run(&mut quant).manifest();
+        run(command("gptoss-verify check --quiet").arg(&out)).manifest();
+        let again = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&out)).manifest();
+        for t in manifest["tensors"].as_array().unwrap().iter().filter(|t| !t["error"].is_null()) {
+            let found = again["tensors"].as_array().unwrap().iter().find(|v| v["name"] == t["name"]).unwrap();
+            let (a, b) = (t["error"]["rms"].as_f64().unwrap(), found["error"]["rms"].as_f64().unwrap());
+            assert!((a - b).abs() <= 1e-12 * a, "{flags} {}: {a} and {b}", t["name"]);
+        }
+    }
+}

@@ -166,3 +166,125 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Recipe;
+    use crate::runtimes::{ExpertLayout, MainLayout};
+    use serde_json::{Map, Value, json};
+    use std::path::Path;
+
+    fn layer(scheme: &str) -> Value {
+        json!({"algorithm": "rtn", "scheme": scheme, "symmetric": true, "group_size": "auto"})
+    }
+
+    /// A recipe without exceptions from the defaults, changed by `change`, over the 20b cut to three layers of four experts.
+    fn plan(experts: &str, mw: &str, mxfp4: bool, change: impl FnOnce(&mut Value)) -> Plan<'static> {
+        let text = include_str!("../../../../tests/fixtures/configs/gpt-oss-20b.json");
+        let mut config: Map<String, Value> = serde_json::from_str(text).unwrap();
+        config.insert("num_hidden_layers".into(), 3.into());
+        config.insert("num_local_experts".into(), 4.into());
+        if !mxfp4 {
+            config.remove("quantization_config");
+        }
+        let mut recipe = json!({
+            "experts": layer(experts),
+            "mw": layer(mw),
+            "ignore": ["embed_tokens", "mlp.router", "lm_head"],
+            "shard_size": 5_000_000_000u64,
+        });
+        change(&mut recipe);
+        let recipe: Recipe = serde_json::from_value(recipe).unwrap();
+        Plan::new(Path::new("m"), &config, recipe, None).unwrap()
+    }
+
+    fn sparse(recipe: &mut Value) {
+        recipe["sparsity"] = json!({
+            "algorithm": "wanda", "mask": "2:4", "sparsity": 0.5, "block_size": 128, "dampening_frac": 0.01,
+            "targets": ["mlp.experts"],
+        });
+    }
+
+    fn has(plan: &Plan, name: &str) -> bool {
+        plan.tensors.iter().any(|t| t.spec.name == name)
+    }
+
+    fn loaders(plan: &Plan) -> usize {
+        plan.preview().runtimes.iter().filter(|r| r.status == crate::manifest::Loads::Loads).count()
+    }
+
+    const BASE: &str = "model.layers.1.mlp.experts";
+
+    #[test]
+    fn experts_of_mxfp4_alone_are_a_checkpoint_as_openai_publishes_it() {
+        for source in [true, false] {
+            let plan = plan("mxfp4", "keep", source, |_| {});
+            for name in ["gate_up_proj_blocks", "gate_up_proj_scales", "gate_up_proj_bias", "down_proj_scales"] {
+                assert!(has(&plan, &format!("{BASE}.{name}")), "{name}");
+            }
+            assert!(!plan.tensors.iter().any(|t| t.spec.name.contains("experts.0")));
+            let config = plan.output_config();
+            assert_eq!(config["quantization_config"]["quant_method"], "mxfp4");
+            let not = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"];
+            assert_eq!(config["quantization_config"]["modules_to_not_convert"], json!(not));
+            assert!(!config.contains_key(super::super::KEPT));
+            assert_eq!((plan.layouts(), loaders(&plan)), ((ExpertLayout::Mxfp4, MainLayout::Dense), 2));
+            assert_eq!(plan.layout_word(), "mxfp4");
+        }
+    }
+
+    #[test]
+    fn mxfp4_beside_modules_is_said_in_a_key_of_its_own_and_by_layer() {
+        let plan = plan("mxfp4", "fp8", false, |recipe| {
+            recipe["overrides"] = json!([{"targets": ["layers.1.mlp.experts.2"], "layer": layer("w4a16")}]);
+        });
+        assert!(
+            has(&plan, "model.layers.0.mlp.experts.gate_up_proj_blocks")
+                && !has(&plan, &format!("{BASE}.gate_up_proj_blocks"))
+        );
+        for name in
+            ["0.gate_proj.weight_packed", "2.up_proj.weight_shape", "3.down_proj.weight_scale", "1.gate_proj.bias"]
+        {
+            assert!(has(&plan, &format!("{BASE}.{name}")), "{name}");
+        }
+        let config = plan.output_config();
+        assert_eq!(config["quantization_config"]["format"], "mixed-precision");
+        let said = [0, 1, 2].map(|l| super::super::says_blocks(&config, l));
+        assert_eq!(said, [true, false, true]);
+        let Value::Object(quantization) = &config["quantization_config"] else { panic!("an object") };
+        let of = |module: &str| crate::containers::compressed_tensors::config::lookup(quantization, module).unwrap();
+        assert_eq!(of("model.layers.0.mlp.experts.2.gate_proj"), None);
+        assert_eq!(of("model.layers.1.mlp.experts.1.gate_proj").unwrap().weights, NumberFormat::Mxfp4);
+        assert_eq!(of("model.layers.1.mlp.experts.2.gate_proj").unwrap().weights.name(), "int4");
+        assert_eq!(of("model.layers.2.self_attn.v_proj").unwrap().weights, NumberFormat::Fp8);
+        assert_eq!(plan.layouts(), (ExpertLayout::PerExpert, MainLayout::CompressedTensors));
+        assert_eq!(plan.layout_word(), "compressed-tensors+mxfp4");
+    }
+
+    #[test]
+    fn experts_that_only_lose_numbers_are_the_fused_floats_that_transformers_loads() {
+        for source in [true, false] {
+            let plan = plan("dense", "keep", source, sparse);
+            let fused = plan.tensors.iter().find(|t| t.spec.name == format!("{BASE}.gate_up_proj")).unwrap();
+            assert_eq!(fused.spec.shape, [4, 2880, 5760]);
+            assert!(has(&plan, &format!("{BASE}.down_proj")) && has(&plan, &format!("{BASE}.down_proj_bias")));
+            let config = plan.output_config();
+            assert!(!config.contains_key("quantization_config") && config["dtype"] == "bfloat16");
+            assert_eq!((plan.layouts(), loaders(&plan)), ((ExpertLayout::Dense, MainLayout::Dense), 2));
+            assert_eq!(plan.layout_word(), "bf16");
+        }
+    }
+
+    #[test]
+    fn floats_in_some_layers_and_blocks_in_others_are_said_by_layer() {
+        let plan = plan("dense", "keep", true, |recipe| {
+            sparse(recipe);
+            recipe["sparsity"]["ignore"] = json!(["layers.0"]);
+        });
+        let config = plan.output_config();
+        assert_eq!([0, 1, 2].map(|l| super::super::says_blocks(&config, l)), [true, false, false]);
+        assert_eq!(plan.layouts(), (ExpertLayout::Mixed, MainLayout::Dense));
+        assert_eq!(loaders(&plan), 0);
+    }
+}

@@ -52,7 +52,7 @@ impl Plan<'_> {
     }
 
     /// How the output stores experts and main weights.
-    fn layouts(&self) -> (ExpertLayout, MainLayout) {
+    pub(super) fn layouts(&self) -> (ExpertLayout, MainLayout) {
         let blocks = (0..self.config.layers).filter(|&l| self.has_blocks(l)).count();
         let experts = if self.experts.contains(&Experts::Modules) {
             ExpertLayout::PerExpert

@@ -52,8 +52,11 @@ pub(super) struct Lane {
     pub halves: Arc<Halves>,
 }
 
-/// Halves by first row, each with the bytes for each tensor.
-type Halves = Mutex<BTreeMap<usize, Vec<Vec<u8>>>>;
+/// The bytes of some rows for each tensor.
+type Parts = Vec<Vec<u8>>;
+
+/// Halves by first row.
+type Halves = Mutex<BTreeMap<usize, Parts>>;
 
 /// Rows of a layer's result. Dimension letters: R rows, K in_features.
 #[derive(Clone, Copy)]
@@ -156,15 +159,7 @@ impl Store {
 impl Lane {
     /// Writes `parts[i]`, units of `units[i]` bytes, to tensor `to + i` behind `before` units; with another half, once
     /// that is there too.
-    fn put(
-        &self,
-        to: usize,
-        row: usize,
-        before: usize,
-        units: &[usize],
-        parts: Vec<Vec<u8>>,
-        sink: &Sink,
-    ) -> Result<()> {
+    fn put(&self, to: usize, row: usize, before: usize, units: &[usize], parts: Parts, sink: &Sink) -> Result<()> {
         if self.step == 1 {
             return parts.iter().enumerate().try_for_each(|(i, part)| sink.write(to + i, before * units[i], part));
         }
@@ -183,7 +178,7 @@ impl Lane {
     }
 
     /// Leaves a half that comes first; gives both, gate in front, to the second.
-    fn meet(&self, row: usize, parts: Vec<Vec<u8>>) -> Option<(Vec<Vec<u8>>, Vec<Vec<u8>>)> {
+    fn meet(&self, row: usize, parts: Parts) -> Option<(Parts, Parts)> {
         let mut halves = self.halves.lock().expect("no thread panics while it holds this");
         let Some(other) = halves.remove(&row) else {
             halves.insert(row, parts);
