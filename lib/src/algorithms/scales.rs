@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 
 use super::rtn::Target;
-use crate::formats::{NumberFormat, Params};
+use crate::formats::float::Float;
+use crate::formats::{NumberFormat, Params, fp8};
 use crate::ops::round;
 use crate::recipe::Observer;
 
@@ -25,6 +26,9 @@ pub fn fit(w: &[f32], columns: usize, target: Target, observer: Observer, import
 
 /// Parameters for one group.
 pub fn fit_group(w: &[f32], target: Target, observer: Observer, importance: Option<&[f32]>) -> Params {
+    if let Some(exact) = exact(w, target) {
+        return exact;
+    }
     match observer {
         Observer::Minmax => {
             let (min, max) = round::extremes(w);
@@ -32,6 +36,27 @@ pub fn fit_group(w: &[f32], target: Target, observer: Observer, importance: Opti
         }
         Observer::Mse => mse(w, target, importance),
     }
+}
+
+/// The power of two under which every weight is a code's value, where there is one: what MXFP4 held often fits FP8 and the
+/// wider integers without loss. The least one that reaches the extremes is the only candidate: others cut or are coarser.
+fn exact(w: &[f32], target: Target) -> Option<Params> {
+    let most = match target.format {
+        NumberFormat::Int(int) if int.symmetric => int.qmax() as f32,
+        NumberFormat::Fp8 => fp8::MAX,
+        _ => return None,
+    };
+    let least = |x: f32| f32::from_bits((x.to_bits() + 0x7f_ffff) & 0xff80_0000);
+    let (min, max) = round::extremes(w);
+    let absmax = max.max(-min);
+    let scale = least(absmax / most);
+    // Powers of two beyond this are subnormal, infinite, or not in every type.
+    if !(1e-7..1e4).contains(&scale) {
+        return None;
+    }
+    let p = Params { scale, zero_point: 0 };
+    let fits = |&w: &f32| target.format.dequantize(target.format.quantize(w, p, Float::F32), p, Float::F32) == w;
+    w.iter().all(fits).then_some(p)
 }
 
 /// The shrunken range whose rounding costs least; the widest of equals.
