@@ -53,7 +53,7 @@ impl Calibrator<'_> {
         let float = dense::float_of(&tensor)?;
         let mut norm = dense::read(&tensor, &[self.model.config.hidden])?;
         let exact = |scales: &mut [f32]| {
-            norm.iter().zip(scales).for_each(|(n, s)| *s = taken_up(*n, *s, float));
+            norm.iter().zip(scales).for_each(|(n, s)| *s = power_of_two(*n, *s, float));
         };
         let m = &inputs.moments;
         let algorithm = |l: &Linear| output.treatment(l).map(|t| t.layer.algorithm);
@@ -109,9 +109,36 @@ impl Calibrator<'_> {
     }
 }
 
-/// The scale nearest to `s` that a norm's weight `n` of type `float` can be divided by exactly.
-fn taken_up(n: f32, s: f32, float: Float) -> f32 {
-    let divided = float.round(n / s);
-    // A weight of 0, or one that would vanish, stays as it is.
-    if divided == 0.0 || !divided.is_finite() { 1.0 } else { n / divided }
+/// The power of two nearest to `s`: with it every tensor that a transform changes, the norm's weight `n` of type `float`
+/// among them, stays exact, and so do all products of the forward. 1 where the norm's weight would leave its type's range.
+fn power_of_two(n: f32, s: f32, float: Float) -> f32 {
+    // The middle, by ratio, between 1 and 2.
+    let bits = (s / std::f32::consts::SQRT_2).to_bits();
+    let power = f32::from_bits(((bits >> 23) + 1) << 23);
+    let divided = float.round(n / power);
+    if divided.is_finite() && divided * power == n { power } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_become_the_nearest_power_of_two() {
+        for (s, want) in [
+            (1.0, 1.0),
+            (1.41, 1.0),
+            (1.42, 2.0),
+            (0.7, 0.5),
+            (0.71, 1.0),
+            (3.0, 4.0),
+            (2.8, 2.0),
+            (1e-3, 1.0 / 1024.0),
+        ] {
+            assert_eq!(power_of_two(0.75, s, Float::Bf16), want, "{s}");
+        }
+        // A norm's weight of 0 takes up any scale; one that would vanish in its type takes none.
+        assert_eq!(power_of_two(0.0, 5.0, Float::Bf16), 4.0);
+        assert_eq!(power_of_two(1e-7, 4.0, Float::F16), 1.0);
+    }
 }

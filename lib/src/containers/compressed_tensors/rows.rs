@@ -207,7 +207,7 @@ mod tests {
             let float = if scheme.weights == NumberFormat::Mxfp4 { Float::Bf16 } else { float };
             let target = Target { format: scheme.weights, group: scheme.group(inp), float };
             let mut codes = Codes::default();
-            rtn(&w, inp, target, &mut codes);
+            rtn(&w, inp, target, Default::default(), &mut codes);
             let mut parts = Vec::new();
             scheme.encode(&codes, 0, (out, inp), float, &mut parts);
             for (spec, part) in scheme.specs("m", (out, inp), float).iter().zip(&parts) {

@@ -257,7 +257,7 @@ mod tests {
             let inp = store.shape.1;
             let w = &weights(linear, store.shape, store.float)[rows.start * inp..rows.end * inp];
             let mut codes = Codes::default();
-            rtn(w, inp, target, &mut codes);
+            rtn(w, inp, target, Default::default(), &mut codes);
             let values = if native { Values::Codes(&codes) } else { Values::Numbers(w) };
             store.write(rows, values, sink).unwrap();
         }
@@ -291,7 +291,7 @@ mod tests {
                 if native {
                     let target = Target { format: NumberFormat::Mxfp4, group: BLOCK, float };
                     let mut codes = Codes::default();
-                    rtn(&want, store.shape.1, target, &mut codes);
+                    rtn(&want, store.shape.1, target, Default::default(), &mut codes);
                     let value = |(i, &c)| target.format.dequantize(c, codes.params[i / BLOCK], float);
                     want = codes.codes.iter().enumerate().map(value).collect();
                 }

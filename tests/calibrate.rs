@@ -1,0 +1,330 @@
+//! Calibrated quantization: against llm-compressor's own results, itself under other resources, its transforms, few tokens,
+//! and bad input.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use support::{Shard, assert_same, command, copy_folder, edit, files, run, synthetic, tiny, tiny_copy};
+
+/// The recorded results, with their sources.
+fn peers() -> Value {
+    let path = support::root().join("tests/golden/peer-quality.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// Calibration as the peers had it: the first 128 windows of 256 tokens of calib.jsonl.
+fn quant(out: &Path, flags: &str) -> Command {
+    let mut c = command("gptoss-quant --quiet --max-seq-length 256 --kernels present");
+    if !flags.contains("nsamples") {
+        c.args(["--nsamples", "128"]);
+    }
+    c.args(flags.split_whitespace()).arg("--calib-jsonl").arg(tiny().join("calib.jsonl"));
+    c.arg("--output-dir").arg(out);
+    if !flags.contains("--model-in") {
+        c.arg("--model-in").arg(tiny());
+    }
+    c
+}
+
+/// What the first 128 windows of test.jsonl say about `out`, beside its source.
+fn quality(out: &Path, source: &Path, samples: usize) -> Value {
+    let mut c = command("gptoss-verify quality --quiet --max-seq-length 256");
+    c.arg(out).arg("--against").arg(source).arg("--text").arg(tiny().join("test.jsonl"));
+    run(c.args(["--nsamples", &samples.to_string()])).manifest()["quality"].clone()
+}
+
+fn kl(out: &Path) -> f64 {
+    quality(out, &tiny(), 128)["reference"]["kl_mean"].as_f64().unwrap()
+}
+
+/// Our divergence over theirs, for a row of peer-quality.json.
+fn beside_the_peer(row: &str, flags: &str) -> f64 {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    run(&mut quant(&out, flags)).manifest();
+    let rows = peers();
+    let theirs = rows["results"].as_array().unwrap().iter().find(|r| r["method"] == row).expect("the row is there");
+    let (ours, theirs) = (kl(&out), theirs["kl"].as_f64().unwrap());
+    println!("{row} {flags}: KL {ours:.6}, llm-compressor {theirs:.6}, ratio {:.3}", ours / theirs);
+    ours / theirs
+}
+
+const ALL_TOKENS: &str = "--few-tokens all-experts --few-tokens-threshold 1";
+
+#[test]
+fn four_bits_lose_less_than_llm_compressors() {
+    let rows = [
+        ("gptq_w4a16", "--experts w4a16 --mw w4a16 --group-size 128"),
+        ("gptq_w4a16_g32", "--experts w4a16 --mw w4a16 --group-size 32"),
+        ("gptq_w4a8", "--experts w4a8 --mw w4a8 --group-size 128"),
+    ];
+    for (row, flags) in rows {
+        assert!(beside_the_peer(row, flags) <= 1.0, "{row}");
+    }
+    let (row, flags) = rows[0];
+    assert!(beside_the_peer(row, &format!("{flags} {ALL_TOKENS}")) <= 1.0, "{row} with every token");
+}
+
+#[test]
+fn other_widths_lose_less_than_llm_compressors() {
+    for (row, flags) in [
+        ("gptq_w8a8", "--experts w8a8 --mw w8a8"),
+        ("gptq_w3a16", "--experts w3a16 --mw w3a16 --group-size 128"),
+        ("gptq_w2a16_g32", "--experts w2a16 --mw w2a16 --group-size 32"),
+        ("gptq_mxfp4", "--experts mxfp4 --mw mxfp4"),
+    ] {
+        assert!(beside_the_peer(row, flags) <= 1.0, "{row}");
+    }
+}
+
+#[test]
+fn half_the_weights_are_zero_and_lose_less_than_llm_compressors() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = "--experts dense --mw dense --with-sparse --sparsity 0.5 --mask 2:4";
+    assert!(beside_the_peer("sparse24", flags) <= 1.0);
+    // Every four neighbours of a row have two zeros, in the codes too.
+    let out = dir.path().join("coded");
+    run(&mut quant(&out, "--nsamples 16 --experts w4a16 --mw w8a16 --with-sparse --sparsity 0.5 --mask 2:4"))
+        .manifest();
+    let plain = dir.path().join("plain");
+    run(command("gptoss-dequant --quiet").arg("--src").arg(&out).arg("--dst").arg(&plain)).manifest();
+    let names = std::fs::read_dir(&plain).unwrap().map(|e| e.unwrap().path());
+    let mut seen = 0;
+    for shard in names.filter(|p| p.extension().is_some_and(|e| e == "safetensors")) {
+        let mut shard = Shard::read(&shard);
+        let names: Vec<String> = shard.header.keys().filter(|n| n.ends_with("_proj.weight")).cloned().collect();
+        for name in names {
+            for four in shard.tensor(&name).chunks_exact(8) {
+                let zeros = four.chunks_exact(2).filter(|b| b[0] == 0 && b[1] & 0x7f == 0).count();
+                assert!(zeros >= 2, "{name}");
+            }
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 16, "q, k, v and o of four layers");
+}
+
+#[test]
+fn data_free_schemes_are_within_a_fiftieth_of_llm_compressors() {
+    for (row, flags) in [
+        ("rtn_w4a16", "--algo rtn --experts w4a16 --mw w4a16 --group-size 128"),
+        ("rtn_w3a16", "--algo rtn --experts w3a16 --mw w3a16 --group-size 128"),
+        ("rtn_w2a16_g32", "--algo rtn --experts w2a16 --mw w2a16 --group-size 32"),
+        ("fp8", "--algo rtn --experts fp8 --mw fp8"),
+    ] {
+        assert!(beside_the_peer(row, flags) <= 1.02, "{row}");
+    }
+}
+
+#[test]
+fn awq_loses_less_than_rounding_and_changes_nothing_but_the_rounding() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("awq");
+    let m = run(&mut quant(&out, "--algo awq --experts w4a16 --mw w4a16 --group-size 128")).manifest();
+    let rtn = dir.path().join("rtn");
+    run(&mut quant(&rtn, "--algo rtn --experts w4a16 --mw w4a16 --group-size 128")).manifest();
+    let (ours, floor) = (kl(&out), kl(&rtn));
+    println!("AWQ {ours:.6}, RTN {floor:.6}");
+    assert!(ours < floor, "{ours} is not below {floor}");
+    assert!(m["notes"].as_array().unwrap().iter().any(|n| n.as_str().unwrap().contains("AWQ's scales")), "{m}");
+
+    // The transform alone: the source with the scales that went into the norms.
+    let plain = dir.path().join("plain");
+    run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&plain)).manifest();
+    let mut changed = Shard::read(&plain.join("model-00001-of-00001.safetensors"));
+    let mut awq = Shard::read(&out.join("model-00001-of-00001.safetensors"));
+    let f = |b: &[u8]| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+    let mut moved = 0;
+    for layer in 0..4 {
+        let at = |name: &str| format!("model.layers.{layer}.{name}");
+        for (norm, rows, fused) in [
+            (
+                "input_layernorm.weight",
+                vec!["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+                None,
+            ),
+            ("post_attention_layernorm.weight", vec!["mlp.router.weight"], Some("mlp.experts.gate_up_proj")),
+        ] {
+            let new = awq.tensor(&at(norm)).to_vec();
+            let old = changed.tensor(&at(norm)).to_vec();
+            changed.tensor(&at(norm)).copy_from_slice(&new);
+            let ratio = |(a, b): (&[u8], &[u8])| if f(b) == 0.0 { 1.0 } else { f(a) / f(b) };
+            let scales: Vec<f32> = old.chunks_exact(2).zip(new.chunks_exact(2)).map(ratio).collect();
+            assert!(scales.iter().all(|s| s.log2().fract() == 0.0), "{scales:?}");
+            moved += scales.iter().filter(|s| **s != 1.0).count();
+            let scale = |b: &mut [u8], s: f32| {
+                let v = f(b) * s;
+                b.copy_from_slice(&((v.to_bits() >> 16) as u16).to_le_bytes());
+            };
+            for name in rows {
+                for row in changed.tensor(&at(name)).chunks_exact_mut(2 * scales.len()) {
+                    row.chunks_exact_mut(2).zip(&scales).for_each(|(b, s)| scale(b, *s));
+                }
+            }
+            if let Some(name) = fused {
+                // [E, H, 2 I]: a row is an input channel.
+                let width = changed.header[&at(name)]["shape"][2].as_u64().unwrap() as usize * 2;
+                let all = changed.tensor(&at(name));
+                for (i, row) in all.chunks_exact_mut(width).enumerate() {
+                    row.chunks_exact_mut(2).for_each(|b| scale(b, scales[i % scales.len()]));
+                }
+                let router = at("mlp.router.weight");
+                assert_eq!(
+                    awq.tensor(&router).to_vec(),
+                    changed.tensor(&router).to_vec(),
+                    "the router takes its share"
+                );
+            }
+        }
+    }
+    assert!(moved > 0, "no scale moved anything");
+    changed.write(&plain.join("model-00001-of-00001.safetensors"));
+    let q = quality(&plain, &tiny(), 16);
+    assert_eq!(q["reference"]["kl_mean"], 0.0, "{q}");
+    assert_eq!(q["nll"], q["reference"]["nll"]);
+}
+
+#[test]
+fn threads_memory_and_offloading_change_no_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = "--nsamples 12 --experts w4a16 --mw w8a8 --with-sparse --mask 2:4 --router-weighted";
+    let smooth = "--nsamples 8 --algo awq --experts w4a16 --mw w4a16 --few-tokens-threshold 0.3";
+    for (i, recipe) in [recipe, smooth].into_iter().enumerate() {
+        let first = dir.path().join(format!("{i}"));
+        let m = run(quant(&first, recipe).args(["--threads", "1"])).manifest();
+        assert!(m["calibration"]["tokens"].as_u64().unwrap() > 0);
+        for (j, other) in [
+            "--threads 2",
+            "--threads 5 --max-memory 24MiB",
+            "--threads 2 --max-memory 4GiB",
+            "--threads 2 --max-memory 40MiB --offload-hessians",
+        ]
+        .iter()
+        .enumerate()
+        {
+            let again = dir.path().join(format!("{i}-{j}"));
+            let mut c = quant(&again, recipe);
+            c.args(other.split_whitespace()).arg("--offload-folder").arg(dir.path());
+            run(&mut c).manifest();
+            assert_same(&first, &again);
+        }
+    }
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|n| !n.to_string_lossy().contains("hidden-states")), "{left:?}");
+}
+
+#[test]
+fn experts_with_few_tokens_are_named_and_never_nan() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut ways = Vec::new();
+    for way in ["rtn", "all-experts", "weighted"] {
+        let out = dir.path().join(way);
+        let flags = format!(
+            "--nsamples 1 --max-seq-length 24 --experts w4a16 --mw keep --few-tokens {way} --few-tokens-threshold 0.4"
+        );
+        let mut c = command("gptoss-quant --quiet");
+        c.args(flags.split_whitespace())
+            .arg("--model-in")
+            .arg(tiny())
+            .arg("--calib-jsonl")
+            .arg(tiny().join("calib.jsonl"));
+        let m = run(c.arg("--output-dir").arg(&out)).manifest();
+        let coverage = m["coverage"].as_array().unwrap();
+        assert_eq!(coverage.len(), 4);
+        for layer in coverage {
+            let counts: Vec<u64> = layer["experts"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+            assert_eq!(counts.iter().sum::<u64>(), 4 * 24, "every token goes to four experts");
+            let few: Vec<u64> = layer["few"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+            let below = |(_, n): &(usize, &u64)| (**n as f64) < 0.4 * 24.0;
+            let want: Vec<u64> = counts.iter().enumerate().filter(below).map(|(i, _)| i as u64).collect();
+            assert_eq!(few, want);
+        }
+        let notes = m["notes"].to_string();
+        assert!(notes.contains("of 24 tokens"), "{notes}");
+        assert!(run(command("gptoss-verify check").arg(&out)).code == 0);
+        ways.push(files(&out)["model-00001-of-00001.safetensors"].clone());
+    }
+    assert!(ways[0] != ways[1] && ways[1] != ways[2] && ways[0] != ways[2], "the three ways differ");
+}
+
+#[test]
+fn without_the_update_a_layer_sees_the_sources_inputs() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = |name: &str, flags: &str| -> PathBuf {
+        let out = dir.path().join(name);
+        run(&mut quant(&out, &format!("--nsamples 8 --experts w2a16 --mw w2a16 --group-size 32 {flags}"))).manifest();
+        out
+    };
+    let (with, without) = (out("with", ""), out("without", "--no-sequential-update"));
+    assert!(files(&with)["model-00001-of-00001.safetensors"] != files(&without)["model-00001-of-00001.safetensors"]);
+    // The first layer's attention reads the same inputs in both.
+    let mut shards = [&with, &without].map(|d| Shard::read(&d.join("model-00001-of-00001.safetensors")));
+    let [a, b] = &mut shards;
+    let q = |l: usize| format!("model.layers.{l}.self_attn.q_proj.weight_packed");
+    assert_eq!(a.tensor(&q(0)), b.tensor(&q(0)));
+    assert_ne!(a.tensor(&q(3)), b.tensor(&q(3)));
+    assert!(kl(&with) < kl(&without), "the update is worth its time");
+}
+
+#[test]
+fn what_overflows_is_an_error_that_names_the_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_copy(dir.path());
+    let path = model.join("model-00000-of-00001.safetensors");
+    let name = "model.layers.0.input_layernorm.weight";
+    let path = if Shard::read(&path).header.contains_key(name) {
+        path
+    } else {
+        model.join("model-00001-of-00001.safetensors")
+    };
+    let mut shard = Shard::read(&path);
+    // Greatest finite BF16, times a few: infinite in f32.
+    shard.tensor(name).chunks_exact_mut(2).for_each(|b| b.copy_from_slice(&[0x7f, 0x7f]));
+    shard.write(&path);
+    let out = dir.path().join("out");
+    let ran = run(&mut quant(&out, &format!("--nsamples 2 --model-in {}", model.display())));
+    assert_eq!(ran.code, 2);
+    assert!(ran.err.contains("the inputs of model.layers.0.self_attn.q_proj are NaN or infinite"), "{}", ran.err);
+    assert!(!out.exists() && std::fs::read_dir(dir.path()).unwrap().count() == 1, "nothing is left");
+}
+
+#[test]
+fn a_model_without_layers_that_read_the_text_still_works() {
+    // Zero weights everywhere: every Hessian behind the first layer is singular or empty.
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("zeros");
+    synthetic::write(
+        &model,
+        &synthetic::config(&[
+            ("num_hidden_layers", 1),
+            ("num_local_experts", 4),
+            ("vocab_size", 2048),
+            ("hidden_size", 128),
+            ("intermediate_size", 64),
+            ("num_attention_heads", 2),
+            ("num_key_value_heads", 1),
+        ]),
+    );
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tiny().join(name), model.join(name)).unwrap();
+    }
+    let zeros = copy_folder(&model, &dir.path().join("model"));
+    for entry in std::fs::read_dir(&zeros).unwrap().map(|e| e.unwrap().path()) {
+        if entry.extension().is_some_and(|e| e == "safetensors") {
+            let mut shard = Shard::read(&entry);
+            if shard.header.contains_key("model.embed_tokens.weight") {
+                shard.tensor("model.embed_tokens.weight").fill(0);
+            }
+            shard.write(&entry);
+        }
+    }
+    edit(&zeros.join("config.json"), |c| c["rms_norm_eps"] = 1e-5.into());
+    let out = dir.path().join("out");
+    let m = run(&mut quant(&out, &format!("--nsamples 2 --model-in {}", zeros.display()))).manifest();
+    let notes = m["notes"].to_string();
+    assert!(notes.contains("self_attn.q_proj: its inputs are all zero on this text"), "{notes}");
+    assert_eq!(run(command("gptoss-verify check").arg(&out)).code, 0);
+}
