@@ -139,6 +139,11 @@ impl FromStr for GroupSize {
 }
 
 impl LayerRecipe {
+    /// True where numbers become codes.
+    pub fn is_rounded(&self) -> bool {
+        !matches!(self.scheme, SchemeName::Keep | SchemeName::Dense)
+    }
+
     /// The scheme of `linear`; `None` for [`SchemeName::Keep`] and [`SchemeName::Dense`].
     ///
     /// # Errors
