@@ -61,9 +61,9 @@ fn parse(file: &Path, value: &Value, config: &ModelConfig) -> Result<Recipe> {
     let mut patterns = Vec::new();
     let mut each = Vec::new();
     for o in &overrides {
+        each.push(fields(o, true)?);
         let pattern = o.text("pattern")?.ok_or_else(|| o.refuse("has no pattern"))?;
         patterns.push(format!("glob:{pattern}"));
-        each.push(fields(o, true)?);
     }
     let start = base.layer(default.as_ref().unwrap_or(&root))?;
     let mut recipe = Recipe::new(start.clone(), start);

@@ -228,3 +228,6 @@ impl<'r> Rules<'r> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
