@@ -247,7 +247,7 @@ fn group_sizes_of_a_file_give_way_to_the_flag() {
     let yaml = "GPTQModifier: {scheme: {W4A16: ['re:.*experts.*'], W8A8: ['re:.*self_attn.*']}}";
     let (r, _) = written("r.yaml", yaml, "--group-size auto --extra-ignore layers.0 --no-sequential-update");
     assert_eq!((&r["experts"]["group_size"], &r["mw"]["group_size"]), (&"auto".into(), &"channel".into()));
-    assert_eq!((&r["ignore"][1], &r["calibration"]["sequential_update"]), (&"layers.0".into(), &false.into()));
+    assert_eq!((&r["ignore"][3], &r["calibration"]["sequential_update"]), (&"layers.0".into(), &false.into()));
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("r.yaml");
     std::fs::write(&file, yaml).unwrap();

@@ -1,4 +1,6 @@
 //! The flags themselves, by what they speak of. What they mean together is in [`super`].
+//!
+//! A flag without a value may stand twice: command lines are put together from the parts of recipes.
 
 use std::path::PathBuf;
 
@@ -46,7 +48,7 @@ pub struct LayerArgs {
     #[arg(long, value_name = "TYPE", value_parser = WeightType::parse, help_heading = "Recipe")]
     pub mw_type: Option<WeightType>,
     /// Find the experts by their names, as always
-    #[arg(long, help_heading = "Recipe")]
+    #[arg(long, overrides_with = "auto_detect_experts", help_heading = "Recipe")]
     pub auto_detect_experts: bool,
     /// Other experts: what matches this (re: and a regular expression) is quantized as the experts are, and experts that do
     /// not match as the other weights
@@ -69,7 +71,7 @@ pub struct LayerArgs {
     #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = "Recipe")]
     pub mw_group_size: Option<GroupSize>,
     /// Zero points of 0 (the default)
-    #[arg(long, conflicts_with = "asymmetric", help_heading = "Recipe")]
+    #[arg(long, overrides_with = "symmetric", conflicts_with = "asymmetric", help_heading = "Recipe")]
     pub symmetric: bool,
     /// A zero point for each group
     #[arg(long, help_heading = "Recipe")]
@@ -119,7 +121,7 @@ pub struct AlgorithmArgs {
     #[arg(long, alias = "smoothing_strength", value_name = "F", help_heading = "Algorithms")]
     pub smoothquant_strength: Option<f64>,
     /// Make zeros before rounding and keep them through it
-    #[arg(long, help_heading = "Algorithms")]
+    #[arg(long, overrides_with = "with_sparse", help_heading = "Algorithms")]
     pub with_sparse: bool,
     /// Share of zeros [default: what the mask makes, or 0.5]
     #[arg(long, value_name = "F", requires = "with_sparse", help_heading = "Algorithms")]
@@ -160,10 +162,10 @@ pub struct StatisticsArgs {
     #[arg(long, value_name = "F", help_heading = "Calibration")]
     pub few_tokens_threshold: Option<f64>,
     /// A token counts for an expert by the router's weight
-    #[arg(long, help_heading = "Calibration")]
+    #[arg(long, overrides_with = "router_weighted", help_heading = "Calibration")]
     pub router_weighted: bool,
     /// Keep Hessians in the offload folder; changes the speed, never the output
-    #[arg(long, alias = "offload_hessians", help_heading = "Calibration")]
+    #[arg(long, overrides_with = "offload_hessians", alias = "offload_hessians", help_heading = "Calibration")]
     pub offload_hessians: bool,
     /// Where hidden states and Hessians go that do not fit in --max-memory [default: TMPDIR, or /var/tmp]
     #[arg(long, value_name = "DIR", help_heading = "Calibration")]
@@ -177,13 +179,13 @@ pub struct KernelArgs {
     #[arg(long, value_enum, value_name = "STATE", default_value = "detect", help_heading = "Kernels")]
     pub kernels: Installed,
     /// Take w4a16 in place of w4a8 where its kernels are missing
-    #[arg(long, help_heading = "Kernels")]
+    #[arg(long, overrides_with = "allow_fallback", help_heading = "Kernels")]
     pub allow_fallback: bool,
     /// Install them with gptoss-kernel-install where they are missing; asks first
-    #[arg(long, help_heading = "Kernels")]
+    #[arg(long, overrides_with = "try_install_qqq", help_heading = "Kernels")]
     pub try_install_qqq: bool,
     /// Do not ask
-    #[arg(long, short, help_heading = "Kernels")]
+    #[arg(long, overrides_with = "yes", short, help_heading = "Kernels")]
     pub yes: bool,
 }
 

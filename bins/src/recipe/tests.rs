@@ -61,6 +61,7 @@ fn other_tools_spellings_mean_the_same() {
         ("--experts w4a16", "--experts-scheme w4a16"),
         ("--mw w8a8", "--mw-type int8 --mw-scheme w8a8"),
         ("--sequential-update", ""),
+        ("--allow-fallback --yes --allow-fallback --with-sparse --with-sparse --yes", "--with-sparse"),
         ("--experts-regex re:.*mlp.experts.*", ""),
     ] {
         assert_eq!(resolved(theirs), resolved(ours), "{theirs}");

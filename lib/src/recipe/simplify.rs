@@ -6,7 +6,7 @@ use std::path::Path;
 use super::pattern::Patterns;
 use super::{LayerRecipe, Override, Recipe, Rules, SchemeName};
 use crate::error::{Error, Result};
-use crate::model::{Class, Linear, ModelConfig, linears};
+use crate::model::{Class, Linear, ModelConfig, Proj, linears};
 
 /// Which override matches which module.
 struct Table {
@@ -76,48 +76,95 @@ fn names(o: &Override) -> String {
 ///
 /// # Errors
 /// [`Error::BadFile`] for an override that others hide; [`Error::Refused`] for a pattern that matches nothing.
-pub fn simplify(mut recipe: Recipe, config: &ModelConfig, file: &Path) -> Result<Recipe> {
-    let mut table = Table::new(&recipe, config)?;
+pub fn simplify(recipe: Recipe, config: &ModelConfig, file: &Path) -> Result<Recipe> {
+    let table = Table::new(&recipe, config)?;
     table.nothing_hidden(&recipe, file)?;
-    let mut active: Vec<usize> = (0..recipe.overrides.len()).collect();
-    let truth: Vec<Option<LayerRecipe>> = table.outcomes(&recipe, &active).into_iter().map(|o| o.cloned()).collect();
-    let same = |table: &Table, recipe: &Recipe, active: &[usize]| {
-        table.outcomes(recipe, active).into_iter().eq(truth.iter().map(Option::as_ref))
-    };
-    // An override that only leaves modules alone is a pattern to ignore.
-    for o in active.clone() {
-        let kept = &recipe.overrides[o];
-        let hit: Vec<usize> = (0..truth.len()).filter(|&m| table.hits[m][o]).collect();
-        if kept.layer.scheme == SchemeName::Keep && kept.ignore.is_empty() && hit.iter().all(|&m| truth[m].is_none()) {
-            recipe.ignore.extend(kept.targets.iter().cloned());
-            hit.into_iter().for_each(|m| table.ignored[m] = true);
-            active.retain(|&a| a != o);
+    let active: Vec<usize> = (0..recipe.overrides.len()).collect();
+    let truth = table.outcomes(&recipe, &active).into_iter().map(|o| o.cloned()).collect();
+    let mut draft = Draft { recipe, table, active, truth };
+    draft.ignore_what_is_kept();
+    draft.raise_to_class(Class::Experts);
+    draft.raise_to_class(Class::Main);
+    Ok(draft.finish())
+}
+
+/// A recipe on its way to fewer words.
+struct Draft {
+    recipe: Recipe,
+    table: Table,
+    /// Overrides that are still needed.
+    active: Vec<usize>,
+    /// What must come out for each module.
+    truth: Vec<Option<LayerRecipe>>,
+}
+
+impl Draft {
+    fn is_true(&self, active: &[usize]) -> bool {
+        self.table.outcomes(&self.recipe, active).into_iter().eq(self.truth.iter().map(Option::as_ref))
+    }
+
+    fn hit(&self, o: usize) -> Vec<usize> {
+        (0..self.truth.len()).filter(|&m| self.table.hits[m][o]).collect()
+    }
+
+    /// An override that only leaves modules alone is a pattern to ignore.
+    fn ignore_what_is_kept(&mut self) {
+        for o in self.active.clone() {
+            let (kept, hit) = (&self.recipe.overrides[o], self.hit(o));
+            let keeps = kept.layer.scheme == SchemeName::Keep && kept.ignore.is_empty();
+            if keeps && hit.iter().all(|&m| self.truth[m].is_none()) {
+                let targets = kept.targets.clone();
+                self.recipe.ignore.extend(targets);
+                hit.into_iter().for_each(|m| self.table.ignored[m] = true);
+                self.active.retain(|&a| a != o);
+            }
         }
     }
-    for class in [Class::Experts, Class::Main] {
-        let of_class = |(l, t): (&Linear, &Option<LayerRecipe>)| t.clone().filter(|_| l.proj.class() == class);
-        let mut found: Vec<LayerRecipe> = table.linears.iter().zip(&truth).filter_map(of_class).collect();
+
+    /// Where all layers of a class that are rounded at all are rounded alike, the class says how, and projections that
+    /// nothing is said of are ignored.
+    fn raise_to_class(&mut self, class: Class) {
+        let members: Vec<usize> =
+            (0..self.truth.len()).filter(|&m| self.table.linears[m].proj.class() == class).collect();
+        let mut found: Vec<&LayerRecipe> = members.iter().filter_map(|&m| self.truth[m].as_ref()).collect();
         found.dedup();
-        let [only] = &found[..] else { continue };
-        let slot = |r: &mut Recipe, layer| match class {
-            Class::Experts => std::mem::replace(&mut r.experts, layer),
-            Class::Main => std::mem::replace(&mut r.mw, layer),
-        };
-        let was = slot(&mut recipe, only.clone());
-        if !same(&table, &recipe, &active) {
-            slot(&mut recipe, was);
+        let [only] = found[..] else { return };
+        let only = only.clone();
+        let was = (self.recipe.clone(), self.table.ignored.clone());
+        match class {
+            Class::Experts => self.recipe.experts = only,
+            Class::Main => self.recipe.mw = only,
+        }
+        let untouched = |proj| members.iter().all(|&m| self.table.linears[m].proj != proj || self.truth[m].is_none());
+        let spoken = |m: usize| self.table.ignored[m] || self.active.iter().any(|&o| self.table.hits[m][o]);
+        let unspoken: Vec<usize> = members.iter().copied().filter(|&m| !spoken(m)).collect();
+        let mut ignored: Vec<usize> = unspoken.into_iter().filter(|&m| untouched(self.table.linears[m].proj)).collect();
+        ignored.sort_by_key(|&m| self.table.linears[m].proj);
+        for m in ignored {
+            self.recipe.ignore.push(match self.table.linears[m].proj {
+                Proj::Router => "mlp.router".into(),
+                proj => proj.name().to_owned(),
+            });
+            self.table.ignored[m] = true;
+        }
+        if !self.is_true(&self.active) {
+            (self.recipe, self.table.ignored) = was;
         }
     }
-    for o in active.clone() {
-        let without: Vec<usize> = active.iter().copied().filter(|&a| a != o).collect();
-        if same(&table, &recipe, &without) {
-            active = without;
+
+    /// Leaves out the overrides that change nothing.
+    fn finish(mut self) -> Recipe {
+        for o in self.active.clone() {
+            let without: Vec<usize> = self.active.iter().copied().filter(|&a| a != o).collect();
+            if self.is_true(&without) {
+                self.active = without;
+            }
         }
+        let mut number = 0..;
+        self.recipe.overrides.retain(|_| number.next().is_some_and(|n| self.active.contains(&n)));
+        self.recipe.ignore = distinct(self.recipe.ignore);
+        self.recipe
     }
-    let mut number = 0..;
-    recipe.overrides.retain(|_| number.next().is_some_and(|n| active.contains(&n)));
-    recipe.ignore = distinct(recipe.ignore);
-    Ok(recipe)
 }
 
 /// Each once, in the order of the first.
