@@ -36,10 +36,10 @@ pub fn settle(recipe: &mut Recipe, args: &KernelArgs, dry_run: bool, progress: &
         progress.note(&format!("note: --try-install-qqq: {why}"));
     }
     let settled = recipe.settle(kernels, args.allow_fallback);
-    Ok(match why {
-        Some(why) => settled.with_context(|| format!("--try-install-qqq: {why}"))?,
-        None => settled?,
-    })
+    match why {
+        Some(why) => settled.with_context(|| format!("--try-install-qqq: {why}")),
+        None => Ok(settled?),
+    }
 }
 
 /// Runs the installer; the reason where that was not possible.

@@ -53,7 +53,7 @@ impl RecipeArgs {
         }
         if self.files.config.is_none() && self.files.recipe.is_none() {
             // Only the patterns need a model: whatever else is wrong shows here.
-            let mut recipe = self.from_flags()?;
+            let mut recipe = self.flags_alone()?;
             self.lay_over(&mut recipe);
             recipe.settle(gptoss::recipe::Kernels::Present, false)?;
         }
@@ -109,7 +109,7 @@ impl RecipeArgs {
         let mut recipe = match (&self.files.config, &self.files.recipe) {
             (Some(file), _) => alphaquant::read(file, config)?,
             (None, Some(file)) => llm_compressor::read(file, config)?,
-            (None, None) => self.from_flags()?,
+            (None, None) => self.flags_alone()?,
         };
         if self.files.config.is_some() || self.files.recipe.is_some() {
             self.replace_layers(&mut recipe);
@@ -127,7 +127,7 @@ impl RecipeArgs {
         &self.statistics
     }
 
-    fn from_flags(&self) -> Result<Recipe> {
+    fn flags_alone(&self) -> Result<Recipe> {
         let l = &self.layers;
         let symmetry = |own: Option<Symmetry>| own.map_or(!l.asymmetric, |s| s == Symmetry::Symmetric);
         let algorithm = l.algo.unwrap_or(gptoss::algorithms::Algorithm::Gptq);

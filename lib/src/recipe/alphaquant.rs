@@ -127,15 +127,13 @@ fn fields(o: &Object, is_override: bool) -> Result<Fields> {
         ..Fields::default()
     };
     let Some(extra) = o.object("extra")? else { return Ok(fields) };
-    for key in extra.keys().filter(|k| TEXT.contains(k)) {
+    if let Some(key) = extra.keys().find(|k| TEXT.contains(k)) {
         return Err(
             extra.error(key, "the calibration text is the command line's: --nsamples, --dataset, --max-seq-length")
         );
     }
-    if is_override {
-        for key in extra.keys().filter(|k| RUN_EXTRA.contains(k)) {
-            return Err(extra.error(key, "is one for all layers; it belongs into default.extra"));
-        }
+    if let Some(key) = extra.keys().find(|k| is_override && RUN_EXTRA.contains(k)) {
+        return Err(extra.error(key, "is one for all layers; it belongs into default.extra"));
     }
     let known: Vec<&str> = LAYER_EXTRA.into_iter().chain(RUN_EXTRA).collect();
     extra.only(&known)?;
