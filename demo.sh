@@ -16,7 +16,7 @@ rm -rf target/demo
 mkdir target/demo
 
 gptoss-dequant --src tests/fixtures/tiny-gpt-oss --dst target/demo/bf16 --format json |
-  gptoss-quant --experts w4a16 --mw w8a16 --output-dir target/demo/w4a16 --format json |
+  gptoss-quant --algo rtn --experts w4a16 --mw w8a16 --output-dir target/demo/w4a16 --format json |
   gptoss-verify --format table
 gptoss-verify quality target/demo/w4a16 --against tests/fixtures/tiny-gpt-oss --text tests/fixtures/tiny-gpt-oss/test.jsonl \
   --max-seq-length 256 --num-calibration-samples 32 --format table

@@ -218,7 +218,8 @@ fn what_is_no_part_of_the_model_is_named_when_it_is_left_out() {
     });
     std::fs::remove_file(src.join("tokenizer.json")).unwrap();
     std::fs::remove_file(src.join("tokenizer_config.json")).unwrap();
-    let both = [("gptoss-dequant --quiet --src", "--dst"), ("gptoss-quant --quiet --model-in", "--output-dir")];
+    let both =
+        [("gptoss-dequant --quiet --src", "--dst"), ("gptoss-quant --quiet --algo rtn --model-in", "--output-dir")];
     for (i, (tool, to)) in both.into_iter().enumerate() {
         let manifest = run(command(tool).arg(&src).arg(to).arg(dir.path().join(i.to_string()))).manifest();
         let notes = manifest["notes"].to_string();
@@ -249,7 +250,11 @@ fn what_is_plain_already_is_refused_and_other_floats_convert() {
 fn a_manifest_on_standard_input_names_the_source() {
     let dir = tempfile::tempdir().unwrap();
     let (quantized, back) = (dir.path().join("q"), dir.path().join("back"));
-    let made = run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&quantized));
+    let made = run(command("gptoss-quant --quiet --algo rtn")
+        .arg("--model-in")
+        .arg(tiny())
+        .arg("--output-dir")
+        .arg(&quantized));
     made.manifest();
     let ran = run_with(command("gptoss-dequant --quiet").arg("--dst").arg(&back), &made.out);
     assert_eq!(ran.manifest()["source"]["layout"], "compressed-tensors");

@@ -287,7 +287,7 @@ fn each_is_a_clear_error_and_nothing_is_written() {
     let cases = cases();
     assert!(cases.len() >= 40);
     for (name, change, want) in &cases {
-        for tool in ["gptoss-dequant --quiet --src", "gptoss-quant --quiet --model-in"] {
+        for tool in ["gptoss-dequant --quiet --src", "gptoss-quant --quiet --algo rtn --model-in"] {
             let dir = tempfile::tempdir().unwrap();
             let (model, place) = (tiny_copy(dir.path()), dir.path().join("place"));
             change(&model);
@@ -315,7 +315,8 @@ fn each_is_a_clear_error_and_nothing_is_written() {
         assert!([1, 2].contains(&check.code) && !check.err.contains("panicked"), "{name}: {check:?}");
         let against = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&model));
         assert!([0, 1, 2].contains(&against.code) && !against.err.contains("panicked"), "{name}: {against:?}");
-        let dry = run(command("gptoss-quant --dry-run --quiet --model-in").arg(&model).current_dir(dir.path()));
+        let dry =
+            run(command("gptoss-quant --dry-run --quiet --algo rtn --model-in").arg(&model).current_dir(dir.path()));
         assert!([0, 2].contains(&dry.code) && !dry.err.contains("panicked"), "{name}: {dry:?}");
         speaks_or_says_why_not(name, &model);
     }
@@ -402,7 +403,7 @@ fn hostile_quantized_checkpoints_are_clear_errors_too() {
     ];
     let home = tempfile::tempdir().unwrap();
     let sound = home.path().join("q");
-    run(command("gptoss-quant --quiet --model-in").arg(tiny()).arg("--output-dir").arg(&sound)).manifest();
+    run(command("gptoss-quant --quiet --algo rtn --model-in").arg(tiny()).arg("--output-dir").arg(&sound)).manifest();
     for (name, change, want) in &cases {
         let dir = tempfile::tempdir().unwrap();
         let model = support::copy_folder(&sound, &dir.path().join("model"));
@@ -434,7 +435,7 @@ fn sizes_beyond_reason_are_refused_by_a_dry_run() {
         let path = dir.path().join("config.json");
         std::fs::write(&path, Value::Object(config).to_string()).unwrap();
         edit(&path, |c| changes.iter().for_each(|&(k, v)| c[k] = v.into()));
-        let ran = run(command("gptoss-quant --dry-run --quiet --model-in").arg(&path));
+        let ran = run(command("gptoss-quant --dry-run --quiet --algo rtn --model-in").arg(&path));
         assert!(ran.code == 2 && ran.err.contains(want), "{changes:?}: {ran:?}");
     }
 }
@@ -450,9 +451,9 @@ fn the_exact_place_of_a_nan_is_named() {
     let scale = || shard(|s| s.tensor(SCALES)[1024 * 2 + 4 * 3 + 1] = 255);
     let err = find(scale(), "gptoss-dequant --quiet --src", "--dst");
     assert!(err.contains("expert 2, row 3, block 1"), "{err}");
-    let err = find(scale(), "gptoss-quant --quiet --experts keep --model-in", "--output-dir");
+    let err = find(scale(), "gptoss-quant --quiet --algo rtn --experts keep --model-in", "--output-dir");
     assert!(err.contains("expert 2, row 3, block 1"), "{err}");
-    let err = find(scale(), "gptoss-quant --quiet --model-in", "--output-dir");
+    let err = find(scale(), "gptoss-quant --quiet --algo rtn --model-in", "--output-dir");
     assert!(err.contains("experts.2.down_proj holds NaN or infinity at row 3, column 32"), "{err}");
 }
 

@@ -189,7 +189,7 @@ fn a_hub_that_lies_about_names_gets_nowhere() {
 fn a_dry_run_asks_for_the_config_alone() {
     let place = Place::new();
     let hub = Hub::serve(&tiny(), Faults::default());
-    let mut quant = command("gptoss-quant --dry-run --quiet --model-in org/model");
+    let mut quant = command("gptoss-quant --dry-run --quiet --algo rtn --model-in org/model");
     let plan = run(quant.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", place.path("home"))).manifest();
     assert_eq!(plan["plan"]["weights_read"], false);
     assert!(hub.log().iter().all(|(p, _)| p.starts_with("/api/") || p.ends_with("/config.json")), "{:?}", hub.log());

@@ -76,7 +76,7 @@ fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let (quantized, back) = (dir.path().join("q"), dir.path().join("back"));
-        run(command("gptoss-quant --quiet")
+        run(command("gptoss-quant --quiet --algo rtn")
             .args(flags.split_whitespace())
             .arg("--model-in")
             .arg(tiny())
@@ -112,7 +112,7 @@ fn compressed_tensors_rounds_activations_as_our_forward_does() {
     let dir = tempfile::tempdir().unwrap();
     let (out, back, states) = (dir.path().join("q"), dir.path().join("back"), dir.path().join("states"));
     let golden = root().join("tests/golden/tiny-logits/tiny-logits.safetensors");
-    let mut quant = command("gptoss-quant --quiet --experts keep --mw w8a8");
+    let mut quant = command("gptoss-quant --quiet --algo rtn --experts keep --mw w8a8");
     run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
     run(command("gptoss-dequant --quiet").arg("--src").arg(&out).arg("--dst").arg(&back)).manifest();
     for kind in ["int", "float"] {
@@ -138,7 +138,7 @@ fn transformers_loads_quantized_attention_beside_plain_experts() {
     // Half again what was measured: 5.4e-3 and 5.4e-4.
     for (scheme, bound) in [("w4a16", "8e-3"), ("w8a8", "8e-4")] {
         let out = dir.path().join(scheme);
-        let mut quant = command("gptoss-quant --quiet --experts keep --mw");
+        let mut quant = command("gptoss-quant --quiet --algo rtn --experts keep --mw");
         let manifest = run(quant.arg(scheme).arg("--model-in").arg(&bf16).arg("--output-dir").arg(&out)).manifest();
         assert_eq!(
             (&manifest["runtimes"][1]["runtime"], &manifest["runtimes"][1]["status"]),

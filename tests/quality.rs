@@ -16,7 +16,7 @@ fn quality(dir: &Path, more: &str) -> std::process::Command {
 
 fn quantized(dir: &Path, flags: &str) -> PathBuf {
     let out = dir.join(flags.replace(' ', "_"));
-    let mut quant = command("gptoss-quant --quiet");
+    let mut quant = command("gptoss-quant --quiet --algo rtn");
     run(quant.args(flags.split_whitespace()).arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
     out
 }
@@ -110,7 +110,7 @@ fn threads_memory_and_spilling_change_nothing() {
 #[test]
 fn a_manifest_brings_model_and_source() {
     let dir = tempfile::tempdir().unwrap();
-    let mut quant = command("gptoss-quant --quiet");
+    let mut quant = command("gptoss-quant --quiet --algo rtn");
     let made = run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("q")));
     let mut verify = command("gptoss-verify quality --quiet --nsamples 2 --max-seq-length 64 --text");
     let m = run_with(verify.arg(tiny().join("calib.jsonl")), &made.out).manifest();

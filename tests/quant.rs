@@ -25,7 +25,7 @@ fn mxfp4_and_bf16_sources_give_the_same_codes() {
     {
         let (a, b) = (dir.path().join(format!("a{i}")), dir.path().join(format!("b{i}")));
         let go = |src: &std::path::Path, out: &std::path::Path| {
-            run(command("gptoss-quant --quiet").args(recipe.split_whitespace()).arg("--model-in").arg(src).arg("--output-dir").arg(out)).manifest()
+            run(command("gptoss-quant --quiet --algo rtn").args(recipe.split_whitespace()).arg("--model-in").arg(src).arg("--output-dir").arg(out)).manifest()
         };
         let (x, y) = (go(&tiny(), &a), go(&bf16, &b));
         assert_eq!(x["tensors"], y["tensors"], "{recipe}: the errors are the same");
@@ -50,7 +50,7 @@ fn threads_memory_and_folder_do_not_change_a_byte() {
         .enumerate()
     {
         let out = dir.path().join(format!("q{i}"));
-        run(command("gptoss-quant --quiet")
+        run(command("gptoss-quant --quiet --algo rtn")
             .args(flags.split(' '))
             .arg("--model-in")
             .arg(tiny())
@@ -65,7 +65,8 @@ fn threads_memory_and_folder_do_not_change_a_byte() {
 fn experts_have_llm_compressors_names_and_gate_and_up_are_apart() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("q");
-    run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    run(command("gptoss-quant --quiet --algo rtn").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out))
+        .manifest();
     let mut shard = Shard::read(&out.join("model-00001-of-00001.safetensors"));
     let base = "model.layers.2.mlp.experts.7";
     for (name, dtype, shape) in [
@@ -97,7 +98,7 @@ fn experts_have_llm_compressors_names_and_gate_and_up_are_apart() {
 fn kept_experts_are_the_source_s_bytes_and_config_and_manifest_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("q");
-    let manifest = run(command("gptoss-quant --quiet --experts keep --mw w8a8")
+    let manifest = run(command("gptoss-quant --quiet --algo rtn --experts keep --mw w8a8")
         .arg("--model-in")
         .arg(tiny())
         .arg("--output-dir")
@@ -134,9 +135,10 @@ fn a_group_that_does_not_divide_2880_is_refused_before_any_data() {
         let ran = run(command("gptoss-quant --dry-run --group-size 128").arg("--model-in").arg(&config));
         assert_eq!(ran.code, 2);
         insta::assert_snapshot!("group-128-on-2880", ran.err);
-        let plan =
-            run(command("gptoss-quant --dry-run --quiet --experts w4a16 --mw w4a16").arg("--model-in").arg(&config))
-                .manifest();
+        let plan = run(command("gptoss-quant --dry-run --quiet --algo rtn --experts w4a16 --mw w4a16")
+            .arg("--model-in")
+            .arg(&config))
+        .manifest();
         let stored = |name: &str| {
             let tensors = plan["tensors"].as_array().unwrap();
             tensors.iter().find(|t| t["name"] == name).unwrap_or_else(|| panic!("{name}"))["stored"].clone()
@@ -155,14 +157,16 @@ fn a_group_that_does_not_divide_2880_is_refused_before_any_data() {
 fn a_dry_run_reads_headers_where_weights_are_and_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let plan =
-        run(command("gptoss-quant --dry-run --quiet").arg("--model-in").arg(tiny()).current_dir(dir.path())).manifest();
+        run(command("gptoss-quant --dry-run --quiet --algo rtn").arg("--model-in").arg(tiny()).current_dir(dir.path()))
+            .manifest();
     assert_eq!(plan["plan"]["weights_read"], true);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    let table = run(command("gptoss-quant --dry-run --quiet --format table").arg("--model-in").arg(tiny()));
+    let table = run(command("gptoss-quant --dry-run --quiet --algo rtn --format table").arg("--model-in").arg(tiny()));
     insta::assert_snapshot!("dry-run-table", table.out);
     // The plan is what the run then writes.
     let out = dir.path().join("q");
-    run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    run(command("gptoss-quant --quiet --algo rtn").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out))
+        .manifest();
     let size = std::fs::metadata(out.join("model-00001-of-00001.safetensors")).unwrap().len();
     assert_eq!(plan["plan"]["bytes"], size);
 }
@@ -170,8 +174,11 @@ fn a_dry_run_reads_headers_where_weights_are_and_writes_nothing() {
 #[test]
 fn the_default_name_says_model_algorithms_and_schemes() {
     let dir = tempfile::tempdir().unwrap();
-    run(command("gptoss-quant --quiet --experts keep").arg("--model-in").arg(tiny()).current_dir(dir.path()))
-        .manifest();
+    run(command("gptoss-quant --quiet --algo rtn --experts keep")
+        .arg("--model-in")
+        .arg(tiny())
+        .current_dir(dir.path()))
+    .manifest();
     let name = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().file_name();
     assert_eq!(name, "tiny-gpt-oss-KEEP-RTN-experts-keep-mw-w8a16");
 }
@@ -180,15 +187,17 @@ fn the_default_name_says_model_algorithms_and_schemes() {
 fn what_cannot_be_done_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let quantized = dir.path().join("q");
-    run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&quantized)).manifest();
+    run(command("gptoss-quant --quiet --algo rtn").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&quantized))
+        .manifest();
     for (flags, want) in [
-        ("--algo gptq", "the algorithm gptq is not in this version; it has rtn"),
-        ("--experts-algo awq", "the algorithm awq is not in this version"),
-        ("--algo magic", "there is no algorithm \"magic\""),
-        ("--experts w4a8", "the scheme w4a8 is not in this version"),
+        ("--experts-algo awq --experts w8a16", "the experts: AWQ is for w4a16, not for w8a16"),
+        ("--mw-algo qqq", "the algorithm qqq is not in this version; it has rtn, which needs no data, gptq and awq"),
+        ("--mw-algo magic", "there is no algorithm \"magic\""),
+        ("--experts nvfp4", "the scheme nvfp4 is not in this version"),
+        ("--experts w4a8 --kernels absent", "the experts is w4a8, and no kernels for that are installed"),
         ("--experts w5a5", "there is no scheme \"w5a5\""),
         ("--experts w4a16 --experts-type int8", "--experts-scheme w4a16 does not have weights of --experts-type int8"),
-        ("--experts keep --mw keep", "the output would be a copy"),
+        ("--experts keep --mw keep", "nothing is left to quantize"),
         ("--extra-ignore q_prj", "the ignore pattern \"q_prj\" matches no module"),
         ("--extra-ignore re:(", "is no regular expression"),
         ("--extra-ignore re:.*", "nothing is left to quantize"),
@@ -200,7 +209,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         ("--symmetric --asymmetric", "cannot be used with"),
     ] {
         let out = dir.path().join("x");
-        let ran = run(command("gptoss-quant --quiet")
+        let ran = run(command("gptoss-quant --quiet --algo rtn")
             .args(flags.split(' '))
             .arg("--model-in")
             .arg(tiny())
@@ -210,7 +219,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         assert!(ran.err.contains(want), "{flags}: {}", ran.err);
         assert!(!out.exists() && !dir.path().join("x.partial").exists(), "{flags}");
     }
-    let twice = run(command("gptoss-quant --quiet")
+    let twice = run(command("gptoss-quant --quiet --algo rtn")
         .arg("--model-in")
         .arg(&quantized)
         .arg("--output-dir")
@@ -223,7 +232,8 @@ fn the_three_tools_are_one_pipeline() {
     let dir = tempfile::tempdir().unwrap();
     let dequantized =
         run(command("gptoss-dequant --quiet --dst bf16").arg("--src").arg(tiny()).current_dir(dir.path()));
-    let quantized = run_with(command("gptoss-quant --quiet --output-dir q").current_dir(dir.path()), &dequantized.out);
+    let quantized =
+        run_with(command("gptoss-quant --quiet --algo rtn --output-dir q").current_dir(dir.path()), &dequantized.out);
     let verified = run_with(command("gptoss-verify --quiet").current_dir(dir.path()), &quantized.out).manifest();
     let verdict = &verified["verdict"];
     assert_eq!((&verdict["passed"], &verdict["hashes_checked"]), (&true.into(), &true.into()));

@@ -77,7 +77,7 @@ fn a_chat_goes_through_the_checkpoints_template() {
 #[test]
 fn a_manifest_brings_the_model() {
     let dir = tempfile::tempdir().unwrap();
-    let mut quant = command("gptoss-quant --quiet");
+    let mut quant = command("gptoss-quant --quiet --algo rtn");
     let made = run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("q")));
     let r = run_with(&mut command("gptoss-run --prompt fn --max-tokens 3"), &made.out);
     assert!(r.code == 0 && r.err.contains("3 new tokens"), "{}", r.err);

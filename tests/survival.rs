@@ -101,7 +101,7 @@ fn a_killed_dequantization_resumes_and_ends_with_the_same_bytes() {
 
 #[test]
 fn a_killed_quantization_resumes_and_ends_with_the_same_bytes() {
-    killed_runs_end_with_the_same_bytes("gptoss-quant --quiet --model-in", "--output-dir");
+    killed_runs_end_with_the_same_bytes("gptoss-quant --quiet --algo rtn --model-in", "--output-dir");
 }
 
 /// Kills a run over four layers once two of them are finished; gives the folder with `src` and `out.partial`.
@@ -267,8 +267,14 @@ fn another_processor_gives_the_committed_hashes() {
     let jobs = [
         ("bf16", "gptoss-dequant", "--src", "--dst", ""),
         ("fp16", "gptoss-dequant", "--src", "--dst", "--dtype fp16"),
-        ("w4a16", "gptoss-quant", "--model-in", "--output-dir", "--experts w4a16 --mw w8a16"),
-        ("asymmetric", "gptoss-quant", "--model-in", "--output-dir", "--experts w4a16 --mw w8a8 --asymmetric"),
+        ("w4a16", "gptoss-quant", "--model-in", "--output-dir", "--algo rtn --experts w4a16 --mw w8a16"),
+        (
+            "asymmetric",
+            "gptoss-quant",
+            "--model-in",
+            "--output-dir",
+            "--algo rtn --experts w4a16 --mw w8a8 --asymmetric",
+        ),
     ];
     for (name, tool, from, to, flags) in jobs {
         let (native, emulated) = (dir.path().join(name), dir.path().join(format!("{name}-qemu")));

@@ -11,7 +11,8 @@ const SHARD: &str = "model-00001-of-00001.safetensors";
 
 fn quantized(dir: &Path) -> PathBuf {
     let out = dir.join("q");
-    run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    run(command("gptoss-quant --quiet --algo rtn").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out))
+        .manifest();
     out
 }
 
@@ -202,7 +203,8 @@ fn what_is_no_number_is_counted_and_left_out_of_the_figures() {
 fn a_source_that_has_changed_is_not_compared_with() {
     let dir = tempfile::tempdir().unwrap();
     let (src, out) = (tiny_copy(dir.path()), dir.path().join("q"));
-    let made = run(command("gptoss-quant --quiet").arg("--model-in").arg(&src).arg("--output-dir").arg(&out));
+    let made =
+        run(command("gptoss-quant --quiet --algo rtn").arg("--model-in").arg(&src).arg("--output-dir").arg(&out));
     flip(&src.join(SHARD));
     let manifest = run_with(&mut command("gptoss-verify --quiet"), &made.out).manifest();
     assert!(manifest["verdict"]["total_error"].is_null());
@@ -211,7 +213,7 @@ fn a_source_that_has_changed_is_not_compared_with() {
 
 #[test]
 fn a_plan_is_no_output() {
-    let plan = run(command("gptoss-quant --dry-run --quiet --model-in").arg(tiny()));
+    let plan = run(command("gptoss-quant --dry-run --quiet --algo rtn --model-in").arg(tiny()));
     let ran = run_with(&mut command("gptoss-verify --quiet"), &plan.out);
     assert!(ran.code == 2 && ran.err.contains("is a plan (--dry-run)"), "{}", ran.err);
 }
@@ -236,7 +238,8 @@ fn models_of_different_shapes_are_not_compared() {
 fn a_piped_manifest_is_held_against_the_folder() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("q");
-    let made = run(command("gptoss-quant --quiet").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out));
+    let made =
+        run(command("gptoss-quant --quiet --algo rtn").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out));
     let go = |text: &str| run_with(&mut command("gptoss-verify --quiet"), text);
     assert_eq!(go(&made.out).code, 0);
     flip(&out.join(SHARD));

@@ -1,11 +1,12 @@
 //! What the command lines share: exit codes, sizes, where manifests come from and go to.
 
 pub mod quality;
+pub mod recipe;
 pub mod report;
 pub mod text;
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -137,6 +138,15 @@ pub fn source(flag: Option<&str>, name: &str, wanted: Wanted, progress: &Progres
             let manifest = Manifest::from_stdin().with_context(|| format!("no {name} was given"))?;
             Ok(Located { dir: manifest.output_path()?.to_path_buf(), hub: None })
         }
+    }
+}
+
+/// Where hidden states go that memory does not hold: a folder on a disk, for /tmp is memory on many systems.
+pub fn default_offload() -> PathBuf {
+    match std::env::var_os("TMPDIR") {
+        Some(dir) if !dir.is_empty() => dir.into(),
+        _ if Path::new("/var/tmp").is_dir() => "/var/tmp".into(),
+        _ => std::env::temp_dir(),
     }
 }
 

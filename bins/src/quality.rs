@@ -1,7 +1,7 @@
 //! `gptoss-verify quality`.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -17,7 +17,7 @@ use gptoss::text::tokenizer::Tokenizer;
 use gptoss::verify::quality::quality;
 
 use crate::text::TextArgs;
-use crate::{Common, volatile};
+use crate::{Common, default_offload, volatile};
 
 /// Flags of `gptoss-verify quality`.
 #[derive(Debug, clap::Args)]
@@ -81,14 +81,5 @@ impl QualityArgs {
         let source = manifest.volatile.as_ref().and_then(|v| v.source_path.clone()).map(PathBuf::from);
         let source = named.or_else(|| source.filter(|s| s.is_dir()).map(here));
         Ok((here(manifest.output_path()?.to_path_buf()), source))
-    }
-}
-
-/// A folder on a disk: /tmp is memory on many systems.
-fn default_offload() -> PathBuf {
-    match std::env::var_os("TMPDIR") {
-        Some(dir) if !dir.is_empty() => dir.into(),
-        _ if Path::new("/var/tmp").is_dir() => "/var/tmp".into(),
-        _ => std::env::temp_dir(),
     }
 }

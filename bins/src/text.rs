@@ -85,14 +85,20 @@ impl TextArgs {
     /// What the flags ask for. `samples` is how many sequences the tool takes where the flags do not say; `split` is the
     /// part of a dataset that it wants.
     pub fn request(&self, samples: Option<usize>, split: Split) -> Result<TextRequest> {
-        let source = match (&self.text, &self.dataset) {
-            (Some(file), _) => Source::File(file.clone()),
-            (None, Some(name)) => {
-                Source::Dataset { name: name.clone(), config: self.dataset_config_name.clone(), split }
-            }
-            (None, None) => bail!("text is needed: give --text FILE or --dataset NAME"),
+        if !self.is_given() {
+            bail!("text is needed: give --text FILE or --dataset NAME");
+        }
+        Ok(self.request_or("", samples, split))
+    }
+
+    /// The same, from the dataset `default` where no flag names a source.
+    pub fn request_or(&self, default: &str, samples: Option<usize>, split: Split) -> TextRequest {
+        let dataset = || self.dataset.clone().unwrap_or_else(|| default.to_owned());
+        let source = match &self.text {
+            Some(file) => Source::File(file.clone()),
+            None => Source::Dataset { name: dataset(), config: self.dataset_config_name.clone(), split },
         };
-        Ok(TextRequest {
+        TextRequest {
             source,
             samples: self.num_calibration_samples.or(samples),
             max_seq_length: self.max_seq_length,
@@ -102,7 +108,7 @@ impl TextArgs {
             },
             pad: self.pad_to_max_length,
             seed: self.shuffle_seed,
-        })
+        }
     }
 }
 
@@ -114,7 +120,7 @@ fn parse_count(text: &str) -> Result<usize, String> {
 }
 
 /// `true` and `false`, as Python writes them too.
-fn parse_bool(text: &str) -> Result<bool, String> {
+pub fn parse_bool(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
         "true" => Ok(true),
         "false" => Ok(false),

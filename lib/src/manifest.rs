@@ -87,6 +87,7 @@ pub struct Tool {
 /// What was asked for, resolved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+#[allow(clippy::large_enum_variant, reason = "a manifest has one job")]
 pub enum Job {
     /// Any container to plain floats.
     Dequantize {

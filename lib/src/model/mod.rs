@@ -125,6 +125,19 @@ impl Linear {
     }
 }
 
+/// Every linear layer of a model, and the embedding.
+pub fn linears(c: &ModelConfig) -> impl Iterator<Item = Linear> + use<> {
+    let experts = c.experts;
+    let one = |proj| Linear { proj, layer: 0, expert: 0 };
+    let per_layer = move |layer| {
+        let main = [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Router];
+        let main = main.into_iter().map(move |proj| Linear { proj, layer, expert: 0 });
+        let each = move |expert| [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer, expert });
+        main.chain((0..experts).flat_map(each))
+    };
+    [one(Proj::Embed), one(Proj::LmHead)].into_iter().chain((0..c.layers).flat_map(per_layer))
+}
+
 /// The two tensors that hold all experts of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fused {

@@ -1,8 +1,13 @@
 //! What the user asks for, and its resolution against a model's shapes.
 
+pub mod alphaquant;
+mod keys;
+pub mod llm_compressor;
 pub mod pattern;
+pub mod rules;
 mod scheme;
 pub mod settings;
+mod simplify;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,13 +17,17 @@ use crate::containers::compressed_tensors::Scheme;
 use crate::error::{Error, Result};
 use crate::model::{Class, Linear};
 use pattern::Patterns;
-pub use scheme::{GroupSize, SchemeName};
+pub use scheme::{GroupSize, SCHEMES, SchemeName};
 pub use settings::{
     ActOrder, Awq, Calibration, FewTokens, Gptq, Kernels, Mask, Observer, Pruner, SmoothQuant, Sparsity,
 };
+pub use simplify::simplify;
 
 /// Modules that stay as they are unless a recipe says otherwise.
 pub const DEFAULT_IGNORE: [&str; 3] = ["embed_tokens", "mlp.router", "lm_head"];
+
+/// Most bytes of data in a shard, unless a recipe says otherwise.
+pub const SHARD_SIZE: u64 = 5_000_000_000;
 
 /// How a linear layer is quantized.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -54,6 +63,9 @@ pub struct Treatment {
 pub struct Override {
     /// Patterns of modules; see [`pattern`].
     pub targets: Vec<String>,
+    /// Patterns of modules that it leaves alone all the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignore: Vec<String>,
     /// How.
     pub layer: LayerRecipe,
 }
@@ -91,9 +103,52 @@ pub struct Recipe {
     pub kernels: Kernels,
     /// Most bytes of data in a shard.
     pub shard_size: u64,
+    /// What was decided on the way to this recipe, such as a fallback; stands among the manifest's notes as well.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+impl LayerRecipe {
+    /// Round to nearest in `scheme`, symmetric, with groups that fit.
+    pub fn new(scheme: SchemeName) -> Self {
+        let (group_size, observer) = (GroupSize::Auto, Observer::default());
+        Self { algorithm: Algorithm::Rtn, scheme, symmetric: true, group_size, observer }
+    }
 }
 
 impl Recipe {
+    /// A recipe for the two classes, with every setting at its default and nothing ignored.
+    pub fn new(experts: LayerRecipe, mw: LayerRecipe) -> Self {
+        Self {
+            experts,
+            mw,
+            overrides: Vec::new(),
+            ignore: Vec::new(),
+            sparsity: None,
+            smoothquant: None,
+            gptq: Gptq::default(),
+            awq: Awq::default(),
+            calibration: Calibration::default(),
+            kernels: Kernels::default(),
+            shard_size: SHARD_SIZE,
+            notes: Vec::new(),
+        }
+    }
+
+    /// How each kind of layer is quantized, with a name for messages.
+    pub fn layers(&self) -> impl Iterator<Item = (String, &LayerRecipe)> {
+        let named = |o: &Override| format!("the override of {}", o.targets.join(", "));
+        let overrides = self.overrides.iter().map(move |o| (named(o), &o.layer));
+        [("the experts".to_owned(), &self.experts), ("the other weights".to_owned(), &self.mw)]
+            .into_iter()
+            .chain(overrides)
+    }
+
+    /// The same, to change them.
+    pub fn layers_mut(&mut self) -> impl Iterator<Item = &mut LayerRecipe> {
+        [&mut self.experts, &mut self.mw].into_iter().chain(self.overrides.iter_mut().map(|o| &mut o.layer))
+    }
+
     /// The settings for a class.
     pub fn class(&self, class: Class) -> &LayerRecipe {
         match class {
@@ -104,9 +159,7 @@ impl Recipe {
 
     /// Whether a text must go through the model.
     pub fn needs_text(&self) -> bool {
-        let layers = [&self.experts, &self.mw].into_iter().chain(self.overrides.iter().map(|o| &o.layer));
-        let quantized = |l: &&LayerRecipe| l.scheme != SchemeName::Keep;
-        layers.filter(quantized).any(|l| l.algorithm.needs_text())
+        self.layers().any(|(_, l)| l.is_rounded() && l.algorithm.needs_text())
             || self.smoothquant.is_some()
             || self.sparsity.as_ref().is_some_and(|s| s.algorithm.needs_text())
     }
@@ -123,7 +176,8 @@ impl Recipe {
 /// A recipe with its patterns compiled: answers for each module.
 pub struct Rules<'r> {
     recipe: &'r Recipe,
-    overrides: Vec<Patterns>,
+    /// Targets and ignored modules of each override.
+    overrides: Vec<(Patterns, Patterns)>,
     ignore: Patterns,
     sparse: Option<(Patterns, Patterns)>,
 }
@@ -134,8 +188,9 @@ impl<'r> Rules<'r> {
     /// # Errors
     /// [`Error::Refused`] for a regular expression that is none.
     pub fn new(recipe: &'r Recipe) -> Result<Self> {
-        let overrides = recipe.overrides.iter().map(|o| Patterns::new(&o.targets)).collect::<Result<_>>()?;
-        let sparse = |s: &Sparsity| Ok((Patterns::new(&s.targets)?, Patterns::new(&s.ignore)?));
+        let both = |targets: &[String], ignore: &[String]| Ok((Patterns::new(targets)?, Patterns::new(ignore)?));
+        let overrides = recipe.overrides.iter().map(|o| both(&o.targets, &o.ignore)).collect::<Result<_>>()?;
+        let sparse = |s: &Sparsity| both(&s.targets, &s.ignore);
         let sparse = recipe.sparsity.as_ref().map(sparse).transpose()?;
         Ok(Self { recipe, overrides, ignore: Patterns::new(&recipe.ignore)?, sparse })
     }
@@ -146,7 +201,8 @@ impl<'r> Rules<'r> {
         if self.ignore.any(&module) {
             return None;
         }
-        let found = self.overrides.iter().rposition(|p| p.any(&module)).map(|i| &self.recipe.overrides[i].layer);
+        let hit = |(targets, ignore): &(Patterns, Patterns)| targets.any(&module) && !ignore.any(&module);
+        let found = self.overrides.iter().rposition(hit).map(|i| &self.recipe.overrides[i].layer);
         let layer = found.unwrap_or_else(|| self.recipe.class(linear.proj.class()));
         (layer.scheme != SchemeName::Keep).then_some(layer)
     }
@@ -168,7 +224,7 @@ impl<'r> Rules<'r> {
         let sparse = r.sparsity.iter().flat_map(|s| [("sparsity target", &s.targets), ("sparsity ignore", &s.ignore)]);
         let lists: Vec<(&str, &Vec<String>)> = [("ignore", &r.ignore)]
             .into_iter()
-            .chain(r.overrides.iter().map(|o| ("override", &o.targets)))
+            .chain(r.overrides.iter().flat_map(|o| [("override", &o.targets), ("override's ignore", &o.ignore)]))
             .chain(sparse)
             .collect();
         let patterns: Vec<&String> = lists.iter().flat_map(|l| l.1).collect();
@@ -184,3 +240,6 @@ impl<'r> Rules<'r> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,9 @@
-//! Names of modules: `re:` and a regular expression that must match from the start, as compressed-tensors has it, or
-//! whole name components anywhere in the name (`mlp.router`, `layers.0`, `q_proj`).
+//! Names of modules: `re:` and a regular expression that must match from the start, as compressed-tensors has it; `glob:`
+//! and a shell pattern for the whole name, as Python's fnmatch has it; or whole name components anywhere in the name
+//! (`mlp.router`, `layers.0`, `q_proj`).
+//!
+//! A glob may also speak of the experts as transformers stores them, all of a layer in one: `*.mlp.experts.gate_up_proj` is
+//! gate and up of every expert, `*.mlp.experts.down_proj` every down, `*.mlp.experts` all three. A `*` goes across dots.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -28,25 +32,40 @@ pub fn matches(pattern: &str, module: &str) -> Result<bool> {
 
 /// Many patterns, compiled once.
 pub struct Patterns {
-    list: Vec<(String, Option<Regex>)>,
+    list: Vec<Pattern>,
+}
+
+enum Pattern {
+    /// `re:`
+    Regex(Regex),
+    /// `glob:`
+    Glob(Vec<Piece>),
+    /// Name components.
+    Name(String),
+}
+
+/// A part of a glob.
+enum Piece {
+    /// `*`
+    Any,
+    /// `?`
+    One,
+    /// `[a-c]`, or with `!` in front none of them.
+    Set { not: bool, ranges: Vec<(char, char)> },
+    /// Itself.
+    Char(char),
 }
 
 impl Patterns {
     /// Compiles `patterns`.
     pub fn new(patterns: &[String]) -> Result<Self> {
-        let list = patterns
-            .iter()
-            .map(|p| {
-                let re = p.strip_prefix("re:").map(|re| Regex::new(&format!("^(?:{re})"))).transpose();
-                re.map(|re| (p.clone(), re)).map_err(|e| Error::Refused(format!("{p:?} is no regular expression: {e}")))
-            })
-            .collect::<Result<_>>()?;
+        let list = patterns.iter().map(|p| Pattern::new(p)).collect::<Result<_>>()?;
         Ok(Self { list })
     }
 
     /// Numbers of the patterns that match `module`.
     pub fn hits<'a>(&'a self, module: &'a str) -> impl Iterator<Item = usize> + 'a {
-        self.list.iter().enumerate().filter(move |(_, (p, re))| one(p, re.as_ref(), module)).map(|(i, _)| i)
+        self.list.iter().enumerate().filter(move |(_, p)| p.matches(module)).map(|(i, _)| i)
     }
 
     /// True where any matches.
@@ -55,14 +74,106 @@ impl Patterns {
     }
 }
 
-fn one(pattern: &str, re: Option<&Regex>, module: &str) -> bool {
-    match re {
-        Some(re) => re.is_match(module),
-        None => {
-            let n = pattern.split('.').count();
-            let parts: Vec<&str> = module.split('.').collect();
-            parts.windows(n).any(|w| pattern.split('.').eq(w.iter().copied()))
+impl Pattern {
+    fn new(text: &str) -> Result<Self> {
+        if let Some(re) = text.strip_prefix("re:") {
+            let error = |e| Error::Refused(format!("{text:?} is no regular expression: {e}"));
+            return Regex::new(&format!("^(?:{re})")).map(Self::Regex).map_err(error);
         }
+        Ok(match text.strip_prefix("glob:") {
+            Some(glob) => Self::Glob(pieces(glob)),
+            None => Self::Name(text.to_owned()),
+        })
+    }
+
+    fn matches(&self, module: &str) -> bool {
+        match self {
+            Self::Regex(re) => re.is_match(module),
+            Self::Glob(pieces) => {
+                let chars = |s: &str| s.chars().collect::<Vec<_>>();
+                glob(pieces, &chars(module)) || fused(module).iter().flatten().any(|name| glob(pieces, &chars(name)))
+            }
+            Self::Name(name) => {
+                let n = name.split('.').count();
+                let parts: Vec<&str> = module.split('.').collect();
+                parts.windows(n).any(|w| name.split('.').eq(w.iter().copied()))
+            }
+        }
+    }
+}
+
+/// What transformers calls the tensor and the module that hold an expert's layer.
+fn fused(module: &str) -> Option<[String; 2]> {
+    let (rest, proj) = module.rsplit_once('.')?;
+    let (experts, _) = rest.rsplit_once('.').filter(|(experts, _)| experts.ends_with(".mlp.experts"))?;
+    let proj = if proj == "down_proj" { proj } else { "gate_up_proj" };
+    Some([format!("{experts}.{proj}"), experts.to_owned()])
+}
+
+/// A bracket that is not closed stands for itself.
+fn pieces(glob: &str) -> Vec<Piece> {
+    let chars: Vec<char> = glob.chars().collect();
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    while let Some(&c) = chars.get(at) {
+        at += 1;
+        pieces.push(match c {
+            '*' => Piece::Any,
+            '?' => Piece::One,
+            '[' => match set(&chars[at..]) {
+                Some((piece, length)) => {
+                    at += length;
+                    piece
+                }
+                None => Piece::Char(c),
+            },
+            c => Piece::Char(c),
+        });
+    }
+    pieces
+}
+
+/// What stands between brackets, and its length with the closing one. A `]` in the first place is one of the set.
+fn set(rest: &[char]) -> Option<(Piece, usize)> {
+    let not = rest.first() == Some(&'!');
+    let start = usize::from(not);
+    let end = start + 1 + rest.get(start + 1..)?.iter().position(|&c| c == ']')?;
+    let mut inner = &rest[start..end];
+    let mut ranges = Vec::new();
+    while let [first, tail @ ..] = inner {
+        (ranges, inner) = match tail {
+            ['-', last, tail @ ..] => ([ranges, vec![(*first, *last)]].concat(), tail),
+            _ => ([ranges, vec![(*first, *first)]].concat(), tail),
+        };
+    }
+    Some((Piece::Set { not, ranges }, end + 1))
+}
+
+/// Whether the whole of `text` matches: each `*` takes as little as it can, and one more each time the rest fails.
+fn glob(pieces: &[Piece], text: &[char]) -> bool {
+    let (mut p, mut t) = (0, 0);
+    let mut star: Option<(usize, usize)> = None;
+    loop {
+        let fits = match (pieces.get(p), text.get(t)) {
+            (None, None) => return true,
+            (Some(Piece::Any), _) => {
+                star = Some((p + 1, t));
+                p += 1;
+                continue;
+            }
+            (Some(Piece::One), Some(_)) => true,
+            (Some(Piece::Char(a)), Some(b)) => a == b,
+            (Some(Piece::Set { not, ranges }), Some(c)) => ranges.iter().any(|(a, b)| (a..=b).contains(&c)) != *not,
+            _ => false,
+        };
+        (p, t) = match (fits, star) {
+            (true, _) => (p + 1, t + 1),
+            (false, Some((after, from))) if from < text.len() => {
+                star = Some((after, from + 1));
+                (after, from + 1)
+            }
+            _ => return false,
+        };
     }
 }
 
@@ -86,5 +197,28 @@ mod tests {
             assert_eq!(Patterns::new(&[p.to_owned()]).unwrap().any(m), want, "{p}");
         }
         assert!(Patterns::new(&["re:(".into()]).is_err());
+    }
+
+    #[test]
+    fn globs_match_whole_names_as_fnmatch_does() {
+        let (gate, down) = ("model.layers.1.mlp.experts.12.gate_proj", "model.layers.1.mlp.experts.12.down_proj");
+        for (p, of_gate, of_down) in [
+            ("*", true, true),
+            ("model.layers.*", true, true),
+            ("layers.*", false, false),
+            ("*experts.*.gate_proj", true, false),
+            ("*.1?.[a-g]*_proj", true, true),
+            ("*.1?.[!d]*_proj", true, false),
+            ("*.mlp.experts.gate_up_proj", true, false),
+            ("*.mlp.experts.down_proj", false, true),
+            ("model.layers.1.mlp.experts", true, true),
+            ("model.layers.0.mlp.experts", false, false),
+            ("*[", false, false),
+            (gate, true, false),
+        ] {
+            let patterns = Patterns::new(&[format!("glob:{p}")]).unwrap();
+            assert_eq!((patterns.any(gate), patterns.any(down)), (of_gate, of_down), "{p}");
+        }
+        assert!(matches("glob:a[]b]c", "a]c").unwrap() && !matches("glob:**x*y", "axbz").unwrap());
     }
 }

@@ -139,6 +139,11 @@ impl FromStr for GroupSize {
 }
 
 impl LayerRecipe {
+    /// True where numbers become codes.
+    pub fn is_rounded(&self) -> bool {
+        !matches!(self.scheme, SchemeName::Keep | SchemeName::Dense)
+    }
+
     /// The scheme of `linear`; `None` for [`SchemeName::Keep`] and [`SchemeName::Dense`].
     ///
     /// # Errors
@@ -167,10 +172,10 @@ impl LayerRecipe {
     }
 
     fn strategy(&self, linear: &Linear, inp: usize) -> Result<Strategy> {
-        let fitting = || AUTO_GROUPS.into_iter().filter(|n| inp % n == 0);
+        let fitting = || AUTO_GROUPS.into_iter().filter(|&n| inp.is_multiple_of(n));
         match self.group_size {
             GroupSize::Channel => Ok(Strategy::Channel),
-            GroupSize::Size(n) if inp % n == 0 => Ok(Strategy::Group(n)),
+            GroupSize::Size(n) if inp.is_multiple_of(n) => Ok(Strategy::Group(n)),
             GroupSize::Auto => fitting().next().map(Strategy::Group).ok_or_else(|| {
                 Error::Refused(format!(
                     "none of the group sizes 128, 64, 32 divides in_features {inp} of {}; use --group-size channel",

@@ -19,6 +19,23 @@ pub enum Observer {
     Mse,
 }
 
+impl FromStr for Observer {
+    type Err = Error;
+
+    /// llm-compressor's names, with and without its words for how long statistics last: a weight is looked at once.
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "minmax" | "memoryless_minmax" | "static_minmax" => Ok(Self::Minmax),
+            "mse" | "memoryless_mse" => Ok(Self::Mse),
+            other => Err(Error::Refused(format!("there is no observer {other:?}; this version has minmax and mse"))),
+        }
+    }
+}
+
+/// Why `static_groups` cannot be turned off.
+pub const STATIC_GROUPS: &str =
+    "static groups cannot be turned off: scales are always fitted once, before the columns are gone through";
+
 /// In which order GPTQ takes columns.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -28,6 +45,23 @@ pub enum ActOrder {
     Static,
     /// As they stand.
     Off,
+}
+
+impl FromStr for ActOrder {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s.to_ascii_lowercase().as_str() {
+            "static" | "weight" | "true" => Ok(Self::Static),
+            "off" | "none" | "false" => Ok(Self::Off),
+            "group" | "dynamic" => Err(Error::Refused(format!(
+                "the activation order {s} regroups columns and stores where each went (weight_g_idx), which no runtime                  of gpt-oss reads; static is as good and leaves the groups where they are"
+            ))),
+            other => {
+                Err(Error::Refused(format!("there is no activation order {other:?}; wanted static, weight or off")))
+            }
+        }
+    }
 }
 
 /// GPTQ (Frantar et al. 2022, arXiv 2210.17323).

@@ -143,6 +143,12 @@ pub fn kernel_dir() -> Option<PathBuf> {
     data.map(|d| d.join("gptoss/kernels"))
 }
 
+/// Whether a complete set of kernels is installed: its manifest is written last.
+pub fn kernels_installed() -> bool {
+    let entries = kernel_dir().and_then(|d| std::fs::read_dir(d).ok()).into_iter().flatten().flatten();
+    entries.into_iter().any(|e| e.path().join("manifest.json").is_file())
+}
+
 fn kernels() -> Vec<String> {
     let Some(entries) = kernel_dir().and_then(|d| std::fs::read_dir(d).ok()) else { return Vec::new() };
     let mut names: Vec<String> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();

@@ -136,24 +136,10 @@ impl<'a> Plan<'a> {
         self.calibrated
     }
 
-    /// Every linear layer of the model.
-    fn linears(config: &ModelConfig) -> impl Iterator<Item = Linear> + use<> {
-        let c = config.clone();
-        let (layers, experts) = (c.layers, c.experts);
-        let one = |proj| Linear { proj, layer: 0, expert: 0 };
-        let per_layer = move |layer| {
-            let main = [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Router];
-            let main = main.into_iter().map(move |proj| Linear { proj, layer, expert: 0 });
-            let each = move |expert| [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer, expert });
-            main.chain((0..experts).flat_map(each))
-        };
-        [one(Proj::Embed), one(Proj::LmHead)].into_iter().chain((0..layers).flat_map(per_layer))
-    }
-
     /// Asks the recipe about every linear layer.
     fn treat(&mut self) -> Result<()> {
         let rules = Rules::new(&self.recipe)?;
-        let modules: Vec<(Linear, String)> = Self::linears(&self.config).map(|l| (l, l.module())).collect();
+        let modules: Vec<(Linear, String)> = model::linears(&self.config).map(|l| (l, l.module())).collect();
         rules.every_pattern_hits(modules.iter().map(|m| &m.1[..]))?;
         for (linear, _) in modules {
             if let Some(layer) = rules.layer(&linear) {

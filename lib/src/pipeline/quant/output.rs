@@ -199,6 +199,7 @@ impl Plan<'_> {
     }
 
     pub(super) fn say_what_matters(&self, manifest: &mut Manifest) {
+        manifest.notes.extend(self.recipe.notes.iter().cloned());
         let (experts, main) = self.layouts();
         manifest.runtimes = runtimes::report(experts, main);
         if self.layout_word() == "compressed-tensors+mxfp4" {

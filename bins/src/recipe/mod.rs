@@ -1,0 +1,242 @@
+//! From the command line to a recipe: flags, or the file of another tool with flags beside it.
+
+mod flags;
+mod kernels;
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use gptoss::model::ModelConfig;
+use gptoss::pipeline::progress::Progress;
+use gptoss::recipe::{
+    DEFAULT_IGNORE, GroupSize, LayerRecipe, Mask, Override, Recipe, SchemeName, SmoothQuant, Sparsity, alphaquant,
+    llm_compressor, settings, simplify,
+};
+
+pub use self::flags::{
+    AlgorithmArgs, FileArgs, Installed, KernelArgs, LayerArgs, StatisticsArgs, Symmetry, WeightType,
+};
+use crate::parse_size;
+
+/// Every flag that the output depends on, but for those that say which text is used.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RecipeArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    #[command(flatten)]
+    layers: LayerArgs,
+    #[command(flatten)]
+    algorithms: AlgorithmArgs,
+    #[command(flatten)]
+    statistics: StatisticsArgs,
+    #[command(flatten)]
+    kernels: KernelArgs,
+    /// Most data in one shard
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
+    shard_size: u64,
+}
+
+impl RecipeArgs {
+    /// Finds what contradicts itself, before anything is looked at.
+    pub fn check(&self) -> Result<()> {
+        if self.algorithms.static_groups == Some(false) {
+            bail!("--static-groups false: {}", settings::STATIC_GROUPS);
+        }
+        if let Some(pattern) = self.layers.experts_regex.as_ref().filter(|p| !p.starts_with("re:")) {
+            bail!("--experts-regex {pattern}: wanted re: and a regular expression, such as 're:.*experts.*'");
+        }
+        if let Some(file) = &self.files.recipe {
+            self.alone("--recipe", file, self.of_classes().chain(self.of_modifiers()))?;
+        }
+        if let Some(file) = &self.files.config {
+            self.alone("--config", file, self.of_classes())?;
+        }
+        if self.files.config.is_none() && self.files.recipe.is_none() {
+            // Only the patterns need a model: whatever else is wrong shows here.
+            let mut recipe = self.flags_alone()?;
+            self.lay_over(&mut recipe);
+            recipe.settle(gptoss::recipe::Kernels::Present, false)?;
+        }
+        Ok(())
+    }
+
+    fn alone(&self, flag: &str, file: &Path, mut others: impl Iterator<Item = (&'static str, bool)>) -> Result<()> {
+        match others.find(|o| o.1) {
+            Some((other, _)) => bail!("{flag} {} says that already: leave out {other}", file.display()),
+            None => Ok(()),
+        }
+    }
+
+    /// Flags that speak of one class, and of symmetry.
+    fn of_classes(&self) -> impl Iterator<Item = (&'static str, bool)> + use<> {
+        let l = &self.layers;
+        [
+            ("--experts-algo", l.experts_algo.is_some()),
+            ("--mw-algo", l.mw_algo.is_some()),
+            ("--experts-scheme", l.experts.is_some()),
+            ("--mw-scheme", l.mw.is_some()),
+            ("--experts-type", l.experts_type.is_some()),
+            ("--mw-type", l.mw_type.is_some()),
+            ("--experts-group-size", l.experts_group_size.is_some()),
+            ("--mw-group-size", l.mw_group_size.is_some()),
+            ("--experts-regex", l.experts_regex.is_some()),
+            ("--symmetric", l.symmetric),
+            ("--asymmetric", l.asymmetric),
+            ("--experts-symmetry", l.experts_symmetry.is_some()),
+            ("--mw-symmetry", l.mw_symmetry.is_some()),
+        ]
+        .into_iter()
+    }
+
+    /// Flags whose settings stand in modifiers.
+    fn of_modifiers(&self) -> impl Iterator<Item = (&'static str, bool)> + use<> {
+        let a = &self.algorithms;
+        [
+            ("--algo", self.layers.algo.is_some()),
+            ("--observer", self.layers.observer.is_some()),
+            ("--block-size", a.block_size.is_some()),
+            ("--dampening-frac", a.dampening_frac.is_some()),
+            ("--actorder", a.actorder.is_some()),
+            ("--awq-grid", a.awq_grid.is_some()),
+            ("--smoothquant-strength", a.smoothquant_strength.is_some()),
+            ("--with-sparse", a.with_sparse),
+        ]
+        .into_iter()
+    }
+
+    /// The recipe for a model of these shapes. What depends on the machine, the kernels, is settled here.
+    pub fn resolve(&self, config: &ModelConfig, dry_run: bool, progress: &Progress) -> Result<Recipe> {
+        let mut recipe = match (&self.files.config, &self.files.recipe) {
+            (Some(file), _) => alphaquant::read(file, config)?,
+            (None, Some(file)) => llm_compressor::read(file, config)?,
+            (None, None) => self.flags_alone()?,
+        };
+        if self.files.config.is_some() || self.files.recipe.is_some() {
+            self.replace_layers(&mut recipe);
+        }
+        if self.layers.experts_regex.is_some() {
+            recipe = simplify(recipe, config, Path::new("--experts-regex"))?;
+        }
+        self.lay_over(&mut recipe);
+        kernels::settle(&mut recipe, &self.kernels, dry_run, progress)?;
+        Ok(recipe)
+    }
+
+    /// Where Hessians and hidden states go; none of it changes the output.
+    pub fn statistics(&self) -> &StatisticsArgs {
+        &self.statistics
+    }
+
+    fn flags_alone(&self) -> Result<Recipe> {
+        let l = &self.layers;
+        let symmetry = |own: Option<Symmetry>| own.map_or(!l.asymmetric, |s| s == Symmetry::Symmetric);
+        let algorithm = l.algo.unwrap_or(gptoss::algorithms::Algorithm::Gptq);
+        let group_size = l.group_size.unwrap_or(GroupSize::Auto);
+        let observer = l.observer.unwrap_or_default();
+        let experts = LayerRecipe {
+            algorithm: l.experts_algo.unwrap_or(algorithm),
+            scheme: scheme("experts", l.experts, l.experts_type, SchemeName::weight_only(4))?,
+            symmetric: symmetry(l.experts_symmetry),
+            group_size: l.experts_group_size.unwrap_or(group_size),
+            observer,
+        };
+        let mw = LayerRecipe {
+            algorithm: l.mw_algo.unwrap_or(algorithm),
+            scheme: scheme("mw", l.mw, l.mw_type, SchemeName::weight_only(8))?,
+            symmetric: symmetry(l.mw_symmetry),
+            group_size: l.mw_group_size.unwrap_or(group_size),
+            observer,
+        };
+        let mut recipe = Recipe::new(experts, mw);
+        recipe.ignore = DEFAULT_IGNORE.map(str::to_owned).to_vec();
+        if let Some(pattern) = &l.experts_regex {
+            let over = |targets: &str, ignore: &str, layer: &LayerRecipe| Override {
+                targets: vec![targets.to_owned()],
+                ignore: vec![ignore.to_owned()],
+                layer: layer.clone(),
+            };
+            recipe.overrides =
+                vec![over("mlp.experts", pattern, &recipe.mw), over(pattern, "mlp.experts", &recipe.experts)];
+        }
+        Ok(recipe)
+    }
+
+    /// The flags that count for every layer of a file.
+    fn replace_layers(&self, recipe: &mut Recipe) {
+        let l = &self.layers;
+        for layer in recipe.layers_mut().filter(|layer| layer.is_rounded()) {
+            layer.algorithm = l.algo.unwrap_or(layer.algorithm);
+            layer.observer = l.observer.unwrap_or(layer.observer);
+            if layer.group_size != GroupSize::Channel {
+                layer.group_size = l.group_size.unwrap_or(layer.group_size);
+            }
+        }
+    }
+
+    /// The settings that are one for all layers, and patterns to ignore.
+    fn lay_over(&self, recipe: &mut Recipe) {
+        // A regular expression or a glob may have commas of its own.
+        let extra =
+            self.layers.extra_ignore.iter().flat_map(|p| match p.starts_with("re:") || p.starts_with("glob:") {
+                true => vec![p.clone()],
+                false => p.split(',').map(str::to_owned).collect(),
+            });
+        recipe.ignore.extend(extra);
+        let (a, s) = (&self.algorithms, &self.statistics);
+        let put = |flag: Option<usize>, to: &mut usize| *to = flag.unwrap_or(*to);
+        put(a.block_size, &mut recipe.gptq.block_size);
+        put(a.awq_grid, &mut recipe.awq.n_grid);
+        recipe.gptq.dampening_frac = a.dampening_frac.unwrap_or(recipe.gptq.dampening_frac);
+        recipe.gptq.actorder = a.actorder.unwrap_or(recipe.gptq.actorder);
+        if let Some(strength) = a.smoothquant_strength {
+            recipe.smoothquant = Some(SmoothQuant { strength });
+        }
+        if a.with_sparse {
+            recipe.sparsity = Some(self.sparsity(recipe));
+        }
+        let c = &mut recipe.calibration;
+        c.sequential_update = s.sequential_update || (c.sequential_update && !s.no_sequential_update);
+        c.few_tokens = s.few_tokens.unwrap_or(c.few_tokens);
+        c.few_tokens_threshold = s.few_tokens_threshold.unwrap_or(c.few_tokens_threshold);
+        c.router_weighted |= s.router_weighted;
+        recipe.shard_size = self.shard_size;
+    }
+
+    fn sparsity(&self, recipe: &Recipe) -> Sparsity {
+        let a = &self.algorithms;
+        let mask = a.mask.unwrap_or(Mask::Structured { zeros: 2, of: 4 });
+        let share = match mask {
+            Mask::Structured { zeros, of } => zeros as f64 / of as f64,
+            Mask::Unstructured => 0.5,
+        };
+        Sparsity {
+            algorithm: a.sparse_algo.unwrap_or_default(),
+            mask,
+            sparsity: a.sparsity.unwrap_or(share),
+            block_size: recipe.gptq.block_size,
+            dampening_frac: recipe.gptq.dampening_frac,
+            targets: Vec::new(),
+            ignore: Vec::new(),
+        }
+    }
+}
+
+/// A scheme and a weight type must agree; either alone is enough.
+fn scheme(
+    class: &str,
+    scheme: Option<SchemeName>,
+    weight: Option<WeightType>,
+    default: SchemeName,
+) -> Result<SchemeName> {
+    match (scheme, weight) {
+        (Some(s), Some(t)) if !t.fits(s) => {
+            bail!("--{class}-scheme {s} does not have weights of --{class}-type {}", t.name())
+        }
+        (Some(s), _) => Ok(s),
+        (None, Some(t)) => Ok(t.alone()),
+        (None, None) => Ok(default),
+    }
+}
+
+#[cfg(test)]
+mod tests;

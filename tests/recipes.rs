@@ -1,0 +1,308 @@
+//! Recipes as users write them: README's table, the files of other tools, what is refused.
+
+mod support;
+
+use std::path::Path;
+
+use serde_json::Value;
+use support::{command, root, run, run_with, tiny};
+
+const TEXT: &str = "--dataset open_platypus --num-calibration-samples 256 --max-seq-length 2048";
+const GROUPS: &str = "--group-size 128 --block-size 128 --dampening-frac 0.01 --offload-hessians";
+
+/// README's recipes by name.
+fn recipes() -> Vec<(&'static str, String)> {
+    let mixed = "--experts-algo gptq --experts-type int4 --experts-scheme w4a8 --mw-algo gptq --mw-type int4";
+    let install = "--auto-detect-experts --try-install-qqq --yes --allow-fallback";
+    vec![
+        (
+            "w4a16-awq-all",
+            format!(
+                "--experts-algo awq --experts-type int4 --experts-scheme w4a16 --mw-algo awq --mw-type int4 \
+                 --mw-scheme w4a16 {TEXT} --group-size 128 --symmetric"
+            ),
+        ),
+        (
+            "w8a8-gptq-all",
+            format!(
+                "--mw-algo gptq --mw-type int8 --mw-scheme w8a8 --experts-algo gptq --experts-type int8 \
+                 --experts-scheme w8a8 {TEXT}"
+            ),
+        ),
+        ("w4a8exp-w4a16mw", format!("{mixed} --mw-scheme w4a16 {install} {TEXT} {GROUPS}")),
+        ("w4a8-all", format!("{mixed} --mw-scheme w4a8 {install} {TEXT} {GROUPS}")),
+        (
+            "sparse-w4a8exp-w4a16mw",
+            format!("--with-sparse --sparsity 0.5 --mask 2:4 {mixed} --mw-scheme w4a16 {install} {TEXT} {GROUPS}"),
+        ),
+        (
+            "mixed-awqexp-gptq-w8a8mw",
+            format!(
+                "--experts-algo awq --experts-type int4 --experts-scheme w4a16 --mw-algo gptq --mw-type int8 \
+                 --mw-scheme w8a8 --auto-detect-experts {TEXT} {GROUPS}"
+            ),
+        ),
+    ]
+}
+
+/// A dry run's manifest; nothing is installed on this machine.
+fn plan(flags: &str, model: &Path) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    let mut quant = command(&format!("gptoss-quant --dry-run --quiet --format json {flags}"));
+    run(quant.arg("--model-in").arg(model).env("GPTOSS_KERNELS", dir.path()).current_dir(dir.path())).manifest()
+}
+
+fn recipe(flags: &str, model: &Path) -> Value {
+    plan(flags, model)["job"]["recipe"].clone()
+}
+
+fn config(model: &str) -> std::path::PathBuf {
+    root().join(format!("tests/fixtures/configs/gpt-oss-{model}.json"))
+}
+
+#[test]
+fn readme_s_recipes_plan_on_every_model() {
+    for (name, flags) in recipes() {
+        let tiny_plan = plan(&flags, &tiny());
+        assert!(tiny_plan["plan"]["weights_read"] == true, "{name}");
+        let auto = flags.replace("--group-size 128", "--group-size auto");
+        for model in ["20b", "120b"] {
+            let planned = plan(&auto, &config(model));
+            let recipe = &planned["job"]["recipe"];
+            let scheme = |class: &str| recipe[class]["scheme"].as_str().unwrap().to_owned();
+            let expected = match name {
+                "w8a8-gptq-all" => ("w8a8", "w8a8"),
+                "mixed-awqexp-gptq-w8a8mw" => ("w4a16", "w8a8"),
+                _ => ("w4a16", "w4a16"),
+            };
+            assert_eq!((scheme("experts").as_str(), scheme("mw").as_str()), expected, "{name}");
+            let fell_back = flags.contains("w4a8");
+            let note = planned["notes"].as_array().is_some_and(|n| n[0].as_str().unwrap().contains("in place of w4a8"));
+            assert_eq!(note, fell_back, "{name}: {}", planned["notes"]);
+            assert_eq!(recipe["sparsity"]["mask"], if name.starts_with("sparse") { "2:4".into() } else { Value::Null });
+        }
+    }
+}
+
+#[test]
+fn present_kernels_keep_w4a8_on_every_machine() {
+    for (name, flags) in recipes().into_iter().filter(|r| r.1.contains("w4a8")) {
+        let r = recipe(&format!("{flags} --kernels present"), &tiny());
+        assert_eq!((&r["experts"]["scheme"], &r["kernels"]), (&"w4a8".into(), &"present".into()), "{name}");
+        assert_eq!(r["notes"], Value::Null, "{name}");
+    }
+    // Found where the installer puts them.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("sm_90")).unwrap();
+    let quant = || {
+        let mut c = command("gptoss-quant --dry-run --quiet --experts w4a8 --model-in");
+        c.arg(tiny()).env("GPTOSS_KERNELS", dir.path());
+        run(&mut c)
+    };
+    let err = quant().err;
+    assert!(err.contains("the experts is w4a8, and no kernels for that are installed"), "{err}");
+    std::fs::write(dir.path().join("sm_90/manifest.json"), "{}").unwrap();
+    assert_eq!(quant().manifest()["job"]["recipe"]["kernels"], "present");
+}
+
+#[test]
+fn kernels_that_cannot_be_installed_are_an_error_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let go = |flags: &str, path: &Path| {
+        let mut c = command(&format!("gptoss-quant --quiet --algo rtn --experts w4a8 --try-install-qqq {flags}"));
+        c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("out"));
+        run(c.env("GPTOSS_KERNELS", dir.path()).env("PATH", path))
+    };
+    let nothing = go("--yes", dir.path());
+    assert_eq!(nothing.code, 2);
+    for part in ["there is no gptoss-kernel-install beside this program or in PATH", "--allow-fallback"] {
+        assert!(nothing.err.contains(part), "{}", nothing.err);
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let bin = dir.path().join("bin");
+        std::fs::create_dir(&bin).unwrap();
+        let installer = bin.join("gptoss-kernel-install");
+        std::fs::write(&installer, "#!/bin/sh\necho \"asked with $*\"\nexit 3\n").unwrap();
+        std::fs::set_permissions(&installer, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let unasked = go("", &bin);
+        assert!(unasked.code == 2 && unasked.err.contains("give --yes"), "{}", unasked.err);
+        let failed = go("--yes", &bin);
+        assert!(failed.code == 2 && failed.out.is_empty(), "{}", failed.out);
+        for part in ["asked with --yes", "gptoss-kernel-install failed"] {
+            assert!(failed.err.contains(part), "{}", failed.err);
+        }
+    }
+}
+
+#[test]
+fn without_a_model_the_plan_is_for_the_120b() {
+    let flags =
+        "--experts-algo awq --experts-type int4 --experts-scheme w4a16 --mw-algo gptq --mw-type int8 --mw-scheme w8a8";
+    let mut quant = command(&format!("gptoss-quant --dry-run --quiet {flags}"));
+    let planned = run(&mut quant).manifest();
+    let named = plan(flags, &config("120b"));
+    assert_eq!((&planned["plan"], &planned["tensors"]), (&named["plan"], &named["tensors"]));
+    assert!(planned["notes"][0].as_str().unwrap().contains("no model was given"));
+    // A manifest on standard input still names one.
+    let err = run_with(&mut command("gptoss-quant --dry-run --quiet"), "{}").err;
+    assert!(err.contains("is not a manifest"), "{err}");
+}
+
+#[test]
+fn an_algorithm_that_needs_text_says_what_would_do_without() {
+    let dir = tempfile::tempdir().unwrap();
+    let go = |flags: &str| {
+        let mut c = command(&format!("gptoss-quant --quiet {flags}"));
+        c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("out"));
+        run(c.env("HF_HOME", dir.path()).env("HF_HUB_OFFLINE", "1"))
+    };
+    let none = go("");
+    assert_eq!(none.code, 2);
+    for part in ["open_platypus", "--calib-jsonl FILE", "--algo rtn", "garage-bAInd/Open-Platypus"] {
+        assert!(none.err.contains(part), "{part}: {}", none.err);
+    }
+    let named = go("--dataset gsm8k");
+    assert!(named.code == 2 && !named.err.contains("--algo rtn"), "{}", named.err);
+    assert!(go("--nsamples 0").err.contains("wanted a number from 1"));
+    assert!(!dir.path().join("out").exists() && !dir.path().join("out.partial").exists());
+    let unused = command("gptoss-quant --algo rtn --calib-jsonl /nowhere --format json")
+        .arg("--model-in")
+        .arg(tiny())
+        .arg("--output-dir")
+        .arg(dir.path().join("out"))
+        .output()
+        .unwrap();
+    assert!(unused.status.success());
+    assert!(String::from_utf8_lossy(&unused.stderr).contains("needs no text, so the one that was given is not used"));
+}
+
+/// A recipe with `ignore` as the modules that it leaves alone are named differently in each form.
+fn without_ignore(mut recipe: Value) -> Value {
+    recipe.as_object_mut().unwrap().remove("ignore");
+    recipe
+}
+
+fn written(name: &str, text: &str, flags: &str) -> (Value, Value) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join(name);
+    std::fs::write(&file, text).unwrap();
+    let flag = if name.ends_with("json") { "--config" } else { "--recipe" };
+    let planned = plan(&format!("{flag} {} {flags}", file.display()), &tiny());
+    (planned["job"]["recipe"].clone(), planned["tensors"].clone())
+}
+
+#[test]
+fn the_three_forms_of_a_recipe_are_one_recipe() {
+    let cases = [
+        (
+            "--algo rtn --experts w4a16 --mw w8a8 --experts-group-size 64 --mw-group-size channel",
+            r#"{"default": {"wq": "int8", "aq": "int8", "group_size": -1, "extra": {"method": "rtn"}},
+                "overrides": [{"pattern": "*.mlp.experts.*", "wq": "int4", "aq": "bf16", "group_size": 64},
+                              {"pattern": "*.mlp.router", "skip": true}, {"pattern": "lm_head", "skip": true}]}"#,
+            "quant_stage:
+  quant_modifiers:
+    QuantizationModifier:
+      ignore: [mlp.router, lm_head]
+      config_groups:
+        group_0:
+          targets: [Linear]
+          weights: {num_bits: 8, strategy: channel}
+          input_activations: {num_bits: 8, dynamic: true, strategy: token}
+        group_1:
+          targets: ['re:.*mlp.experts.*']
+          weights: {num_bits: 4, group_size: 64}
+",
+        ),
+        (
+            "--experts w4a16 --mw w4a16 --group-size 128 --dampening-frac 0.05 --actorder off --observer mse",
+            r#"{"default": {"wq": "int4", "group_size": 128,
+                            "extra": {"method": "gptq", "percdamp": 0.05, "actorder": false, "observer": "mse"}},
+                "overrides": [{"pattern": "*router", "skip": true}, {"pattern": "lm_head", "wq": "bf16"}]}"#,
+            "GPTQModifier: {scheme: W4A16, ignore: [mlp.router, lm_head], dampening_frac: 0.05, actorder: off, weight_observer: mse}",
+        ),
+        (
+            "--experts mxfp4 --mw fp8 --algo rtn --mw-group-size channel --experts-group-size 32",
+            r#"{"default": {"wq": "fp8", "aq": "fp8", "group_size": -1},
+                "overrides": [{"pattern": "model.layers.*.mlp.experts", "wq": "mxfp4", "aq": "bf16", "group_size": 32},
+                              {"pattern": "*router", "skip": true}, {"pattern": "lm_head", "wq": "bf16", "aq": "bf16"}]}"#,
+            "QuantizationModifier: {scheme: {FP8_DYNAMIC: ['re:.*self_attn.*'], MXFP4A16: ['re:.*mlp.experts.*']}}",
+        ),
+    ];
+    for (i, (flags, json, yaml)) in cases.into_iter().enumerate() {
+        let flat = format!("--algo {}", if i == 1 { "gptq" } else { "rtn" });
+        let planned = plan(flags, &tiny());
+        let want = (without_ignore(planned["job"]["recipe"].clone()), planned["tensors"].clone());
+        for (name, text, beside) in [("c.json", json, flat.as_str()), ("r.yaml", yaml, "")] {
+            let (recipe, tensors) = written(name, text, beside);
+            assert_eq!(without_ignore(recipe), want.0, "{flags}: {name}");
+            assert_eq!(tensors, want.1, "{flags}: {name}");
+        }
+    }
+}
+
+#[test]
+fn group_sizes_of_a_file_give_way_to_the_flag() {
+    let yaml = "GPTQModifier: {scheme: {W4A16: ['re:.*experts.*'], W8A8: ['re:.*self_attn.*']}}";
+    let (r, _) = written("r.yaml", yaml, "--group-size auto --extra-ignore layers.0 --no-sequential-update");
+    assert_eq!((&r["experts"]["group_size"], &r["mw"]["group_size"]), (&"auto".into(), &"channel".into()));
+    assert_eq!((&r["ignore"][3], &r["calibration"]["sequential_update"]), (&"layers.0".into(), &false.into()));
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("r.yaml");
+    std::fs::write(&file, yaml).unwrap();
+    let mut quant = command("gptoss-quant --dry-run --quiet --recipe");
+    let ran = run(quant.arg(&file).arg("--model-in").arg(config("20b")));
+    assert!(ran.code == 2 && ran.err.contains("group_size 128 does not divide in_features 2880"), "{}", ran.err);
+}
+
+#[test]
+fn command_lines_of_other_tools_have_their_meaning() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("R.yaml"), "GPTQModifier: {scheme: W4A16, targets: Linear, ignore: [lm_head]}")
+        .unwrap();
+    std::fs::write(dir.path().join("F.json"), r#"{"default": {"wq": "int4", "group_size": 32}}"#).unwrap();
+    let go = |line: &str| {
+        let mut c = command(&format!("gptoss-quant --dry-run --quiet {line}"));
+        run(c.arg("--model").arg(tiny()).current_dir(dir.path())).manifest()["job"]["recipe"].clone()
+    };
+    let oneshot = go("--dataset gsm8k --output_dir O --recipe R.yaml --num_calibration_samples 10 \
+                      --pad_to_max_length False --dataset_config_name main");
+    assert_eq!(oneshot["mw"]["group_size"]["size"], 128);
+    let alpha =
+        go("--config F.json --dataset wikitext2 --nsamples 128 --method rtn --blocksize 128 --actorder --save O");
+    assert_eq!((&alpha["experts"]["algorithm"], &alpha["mw"]["group_size"]["size"]), (&"rtn".into(), &32.into()));
+    assert_eq!(alpha["gptq"]["actorder"], "static");
+}
+
+#[test]
+fn a_recipe_with_a_typing_error_is_refused_with_the_nearest_key() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text, want) in [
+        ("c.json", r#"{"defualt": {}}"#, "defualt: is no known key; did you mean default?"),
+        (
+            "c.json",
+            r#"{"default": {"wq": "int4"}, "overrides": [{"pattern": "*.w1", "wq": "int8"}]}"#,
+            "matches no module",
+        ),
+        (
+            "c.json",
+            r#"{"default": {"wq": "int4", "extra": {"method": "awq"}}, "overrides": [{"pattern": "lm_head", "wq": "int8"}]}"#,
+            "AWQ is for w4a16, not for w8a16",
+        ),
+        (
+            "r.yaml",
+            "GPTQModifier: {scheme: W4A16, dampening: 1}",
+            "GPTQModifier.dampening: is no known key; did you mean dampening_frac?",
+        ),
+        ("r.yaml", "GPTQModifier: {scheme: W4A8, ignore: [lm_head]}", "--kernels present"),
+        ("r.yaml", "AWQModifier: {scheme: W8A16}", "AWQ is for w4a16"),
+    ] {
+        let file = dir.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        let flag = if name.ends_with("json") { "--config" } else { "--recipe" };
+        let mut quant = command(&format!("gptoss-quant --dry-run --quiet --kernels absent {flag}"));
+        let ran = run(quant.arg(&file).arg("--model-in").arg(tiny()));
+        assert!(ran.code == 2 && ran.err.contains(want), "{text}: {}", ran.err);
+    }
+}
