@@ -59,7 +59,13 @@ impl Common {
     pub fn resources(&self) -> Resources {
         let all = || std::thread::available_parallelism().map_or(1, Into::into);
         let threads = self.threads.unwrap_or_else(all);
-        Resources { threads, max_memory: self.max_memory, offload: None, progress: Progress::new(self.quiet) }
+        Resources {
+            threads,
+            max_memory: self.max_memory,
+            offload: None,
+            offload_hessians: false,
+            progress: Progress::new(self.quiet),
+        }
     }
 
     /// Writes the manifest, or a table of it, to standard output. A reader that has gone away is no error.

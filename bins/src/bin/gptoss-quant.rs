@@ -76,7 +76,10 @@ fn main() -> ExitCode {
 
 fn quantize(args: &Args) -> Result<ExitCode> {
     args.recipe.check()?;
-    let resources = args.common.resources();
+    let mut resources = args.common.resources();
+    let statistics = args.recipe.statistics();
+    resources.offload = statistics.offload_folder.clone();
+    resources.offload_hessians = statistics.offload_hessians;
     let progress = &resources.progress;
     let meter = Meter::start();
     if args.dry_run {

@@ -254,7 +254,7 @@ impl Calibrator<'_> {
         by_weight: bool,
         mut make: impl FnMut(usize, &[(u32, f32)]) -> Vec<f32>,
     ) -> Result<Moments> {
-        let mut sums = self.device.sums(columns)?;
+        let mut sums = self.device.sums(columns, self.room.hessians())?;
         for (i, chunk) in tokens.chunks(CHUNK).enumerate() {
             let mut rows = make(i * CHUNK, chunk);
             if by_weight {

@@ -55,8 +55,16 @@ pub struct Room<'a> {
     pub memory: u64,
     /// Where hidden states go that do not fit.
     pub offload: &'a Path,
+    /// Whether Hessians go there too, whatever the memory.
+    pub offload_hessians: bool,
     /// Whom to tell.
     pub progress: &'a Progress,
+}
+
+impl Room<'_> {
+    fn hessians(&self) -> Option<&Path> {
+        self.offload_hessians.then_some(self.offload)
+    }
 }
 
 /// What is known of a layer when it is done.
@@ -240,7 +248,8 @@ impl<'a> Calibrator<'a> {
         let last = linear(Proj::O);
         let width = c.heads * c.head_dim;
         let mut attended = States::new(self.tokens(), width, self.room.memory / 8, self.room.offload)?;
-        let mut sums = self.needs_inputs(output, &[last]).then(|| self.device.sums(width)).transpose()?;
+        let mut sums =
+            self.needs_inputs(output, &[last]).then(|| self.device.sums(width, self.room.hessians())).transpose()?;
         let mut past = None;
         for (batch, places) in self.batches.iter().zip(&self.places) {
             let mut caches = caches(self.device, &weights.attention, batch, past.take());
@@ -252,7 +261,7 @@ impl<'a> Calibrator<'a> {
             }
             attended.put(batch.rows(), &self.device.download(out)?);
         }
-        let inputs = sums.map(|s| self.device.moments(&s).map(Inputs::new)).transpose()?;
+        let inputs = sums.map(|s| self.device.moments(s).map(Inputs::new)).transpose()?;
         let held = self.round(&last, inputs.as_ref(), None, output, report)?;
         if let Some(matrix) = self.next_matrix(l, &last, held, false)? {
             weights.o = matrix;
@@ -290,11 +299,11 @@ impl<'a> Calibrator<'a> {
         if !wanted {
             return Ok(None);
         }
-        let mut sums: Moments = self.device.sums(columns)?;
+        let mut sums: Moments = self.device.sums(columns, self.room.hessians())?;
         for (batch, places) in self.batches.iter().zip(&self.places) {
             self.device.accumulate(&inputs(batch, places)?, &mut sums)?;
         }
-        Ok(Some(Inputs::new(self.device.moments(&sums)?)))
+        Ok(Some(Inputs::new(self.device.moments(sums)?)))
     }
 
     /// Rows of the source's weight, times the scales of a transform.

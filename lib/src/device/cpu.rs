@@ -1,11 +1,14 @@
 //! The operations on this processor: threads over outputs, each with one owner and a fixed order of its sums.
 
+use std::path::Path;
+
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{Attention, Device, Experts, Heads, Moments, Observer};
 use crate::containers::Weight;
 use crate::error::{Error, Result};
+use crate::evaluate::States;
 use crate::formats::activations::Activations;
 use crate::generate::Sampler;
 use crate::model::Proj;
@@ -284,8 +287,10 @@ impl Device for Cpu {
         Ok(self.pool.install(|| (0..targets.len()).into_par_iter().map(one).collect()))
     }
 
-    fn sums(&self, columns: usize) -> Result<Moments> {
-        Ok(Moments { count: 0, abs: vec![0.0; columns], max: vec![0.0; columns], gram: vec![0.0; columns * columns] })
+    fn sums(&self, columns: usize, offload: Option<&Path>) -> Result<Moments> {
+        let memory = if offload.is_some() { 0 } else { u64::MAX };
+        let gram = States::new(columns, columns, memory, offload.unwrap_or(Path::new(".")))?;
+        Ok(Moments { count: 0, abs: vec![0.0; columns], max: vec![0.0; columns], gram })
     }
 
     fn accumulate(&self, x: &Tensor, sums: &mut Moments) -> Result<()> {
@@ -298,9 +303,8 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn moments(&self, sums: &Moments) -> Result<Moments> {
-        let mut whole = sums.clone();
-        moments::mirror(&mut whole.gram, whole.abs.len());
-        Ok(whole)
+    fn moments(&self, mut sums: Moments) -> Result<Moments> {
+        moments::mirror(&mut sums.gram, sums.abs.len());
+        Ok(sums)
     }
 }

@@ -3,8 +3,11 @@
 
 pub mod cpu;
 
+use std::path::Path;
+
 use crate::containers::Weight;
 use crate::error::Result;
+use crate::evaluate::States;
 use crate::generate::Sampler;
 use crate::model::Proj;
 use crate::ops::compare::RowFigures;
@@ -50,7 +53,6 @@ pub struct Heads<T> {
 pub type Observer<'o, T> = dyn FnMut(Proj, usize, &T) -> Result<()> + 'o;
 
 /// Sums over the inputs of a linear layer, from the first token to the last.
-#[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
     /// Tokens.
     pub count: u64,
@@ -59,7 +61,7 @@ pub struct Moments {
     /// Greatest |x| [columns].
     pub max: Vec<f32>,
     /// Sum of x x^T [columns, columns], symmetric.
-    pub gram: Vec<f32>,
+    pub gram: States,
 }
 
 /// A device. Tensors are f32 matrices; a row is a token.
@@ -126,10 +128,10 @@ pub trait Device: Sync {
         targets: &[Option<u32>],
     ) -> Result<Vec<RowFigures>>;
 
-    /// Empty sums.
-    fn sums(&self, columns: usize) -> Result<Self::Sums>;
+    /// Empty sums; x x^T in a file in `offload` where there is one.
+    fn sums(&self, columns: usize, offload: Option<&Path>) -> Result<Self::Sums>;
     /// Adds the rows of `x`. The sums do not depend on how rows are cut into calls.
     fn accumulate(&self, x: &Self::Tensor, sums: &mut Self::Sums) -> Result<()>;
     /// The sums.
-    fn moments(&self, sums: &Self::Sums) -> Result<Moments>;
+    fn moments(&self, sums: Self::Sums) -> Result<Moments>;
 }

@@ -1,14 +1,14 @@
 //! Hidden states of a whole text: in memory while they fit, else in a file that nobody else sees and that is gone with
 //! this process.
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
 
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 
-/// f32 [rows, width].
+/// f32 [rows, width]: hidden states, or sums that are to be out of the way.
 pub struct States {
     values: Values,
     width: usize,
@@ -38,19 +38,6 @@ impl States {
         Ok(Self { values, width })
     }
 
-    /// Numbers.
-    pub fn len(&self) -> usize {
-        match &self.values {
-            Values::Memory(v) => v.len(),
-            Values::File(map) => map.len() / 4,
-        }
-    }
-
-    /// True where there is no row.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// Rows.
     pub fn rows(&self) -> usize {
         self.len() / self.width
@@ -58,26 +45,35 @@ impl States {
 
     /// Some rows.
     pub fn get(&self, rows: Range<usize>) -> &[f32] {
-        let all = match &self.values {
-            Values::Memory(v) => v,
-            Values::File(map) => bytemuck::cast_slice(map),
-        };
-        &all[rows.start * self.width..rows.end * self.width]
+        &self[rows.start * self.width..rows.end * self.width]
     }
 
     /// One row, to be changed.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         let width = self.width;
-        &mut self.all_mut()[row * width..][..width]
+        &mut self[row * width..][..width]
     }
 
     /// Replaces some rows.
     pub fn put(&mut self, rows: Range<usize>, values: &[f32]) {
         let width = self.width;
-        self.all_mut()[rows.start * width..rows.end * width].copy_from_slice(values);
+        self[rows.start * width..rows.end * width].copy_from_slice(values);
     }
+}
 
-    fn all_mut(&mut self) -> &mut [f32] {
+impl Deref for States {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &self.values {
+            Values::Memory(v) => v,
+            Values::File(map) => bytemuck::cast_slice(map),
+        }
+    }
+}
+
+impl DerefMut for States {
+    fn deref_mut(&mut self) -> &mut [f32] {
         match &mut self.values {
             Values::Memory(v) => v,
             Values::File(map) => bytemuck::cast_slice_mut(map),

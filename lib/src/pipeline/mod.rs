@@ -29,6 +29,8 @@ pub struct Resources {
     pub max_memory: u64,
     /// Where hidden states go; beside the unfinished output where it is `None`.
     pub offload: Option<PathBuf>,
+    /// Whether Hessians go there too, whatever the memory.
+    pub offload_hessians: bool,
     /// Whom to tell.
     pub progress: Progress,
 }

@@ -37,7 +37,12 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
     let opened = Opened::new(task, paths, resources)?;
     let offload = resources.offload.clone().unwrap_or_else(|| opened.sink.partial().to_path_buf());
     let saved = Saved::new(&offload, &opened.fingerprint);
-    let room = Room { memory: resources.max_memory, offload: &offload, progress: &resources.progress };
+    let room = Room {
+        memory: resources.max_memory,
+        offload: &offload,
+        offload_hessians: resources.offload_hessians,
+        progress: &resources.progress,
+    };
     let jobs = plan.jobs.iter().enumerate().map(|(i, j)| (j.linear, i)).collect();
     let taker = Taker { plan, sink: &opened.sink, jobs };
     let outcome = Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room).and_then(|calibrator| {

@@ -27,7 +27,7 @@ use crate::containers::dense::{FLOATS, float_of};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
-use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
+use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
 use crate::recipe::{Recipe, Rules, Treatment};
 use crate::text::Text;
 use crate::verify::errors::report;
