@@ -95,6 +95,8 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     let plan = Plan::new(&located.dir, &checkpoint.config, recipe.clone(), Some(&checkpoint))?;
     let dst = args.destination(&recipe, &located.dir, &config);
     let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force };
+    // Before a text is fetched for nothing; the run looks again.
+    check_destination(&located.dir, &dst, args.force)?;
     let text = args.calibration_text(&recipe, &located.dir, &config, progress)?;
     let (mut manifest, resumed) = plan.run(&paths, &resources, text.as_ref())?;
     manifest.notes.iter().for_each(|n| progress.note(&format!("note: {n}")));
