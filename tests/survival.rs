@@ -38,23 +38,12 @@ fn same_bytes(a: &Path, b: &Path) {
     }
 }
 
-/// Kills runs of `tool` at random moments and finishes each.
-fn killed_runs_end_with_the_same_bytes(tool: &str, to: &str) {
+/// Kills runs at random moments and finishes each. `go` is the run that writes a folder.
+fn killed_runs_end_with_the_same_bytes(what: &str, go: impl Fn(&Path) -> Command) {
     // One at a time: each takes its own time as the measure.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    // Layers of the 20b's shape, so that there are layers to resume behind.
     let dir = tempfile::tempdir().unwrap();
-    let src = dir.path().join("src");
-    synthetic::write(
-        &src,
-        &synthetic::config(&[("num_hidden_layers", 4), ("num_local_experts", 8), ("vocab_size", 512)]),
-    );
-    let go = |dst: &Path| {
-        let mut c = command(tool);
-        c.arg(&src).arg(to).arg(dst);
-        c
-    };
     let whole = dir.path().join("whole");
     run(&mut go(&whole)).manifest();
     // A second run knows the disk: its time is the one that moments are drawn from.
@@ -90,18 +79,46 @@ fn killed_runs_end_with_the_same_bytes(tool: &str, to: &str) {
         same_bytes(&whole, &dst);
         std::fs::remove_dir_all(&dst).unwrap();
     }
-    println!("{tool}: {hits} kills hit, {misses} came after a run of {time:?}; reruns resumed behind {resumed} groups");
+    println!("{what}: {hits} kills hit, {misses} came after a run of {time:?}; reruns resumed behind {resumed} groups");
     assert!(resumed > 0, "no rerun resumed anything");
+}
+
+/// Layers of the 20b's shape, so that there are layers to resume behind.
+fn layers(dir: &Path) {
+    let config = synthetic::config(&[("num_hidden_layers", 4), ("num_local_experts", 8), ("vocab_size", 512)]);
+    synthetic::write(dir, &config);
 }
 
 #[test]
 fn a_killed_dequantization_resumes_and_ends_with_the_same_bytes() {
-    killed_runs_end_with_the_same_bytes("gptoss-dequant --quiet --src", "--dst");
+    let src = tempfile::tempdir().unwrap();
+    layers(src.path());
+    killed_runs_end_with_the_same_bytes("dequantization", |dst| {
+        let mut c = command("gptoss-dequant --quiet");
+        c.arg("--src").arg(src.path()).arg("--dst").arg(dst);
+        c
+    });
 }
 
 #[test]
 fn a_killed_quantization_resumes_and_ends_with_the_same_bytes() {
-    killed_runs_end_with_the_same_bytes("gptoss-quant --quiet --algo rtn --model-in", "--output-dir");
+    let src = tempfile::tempdir().unwrap();
+    layers(src.path());
+    killed_runs_end_with_the_same_bytes("quantization", |dst| {
+        let mut c = command("gptoss-quant --quiet --algo rtn");
+        c.arg("--model-in").arg(src.path()).arg("--output-dir").arg(dst);
+        c
+    });
+}
+
+#[test]
+fn a_killed_calibration_resumes_and_ends_with_the_same_bytes() {
+    killed_runs_end_with_the_same_bytes("calibration", |dst| {
+        let mut c = command("gptoss-quant --quiet --nsamples 16 --max-seq-length 256 --experts w4a16 --mw w8a8");
+        c.args(["--with-sparse", "--mask", "2:4"]).arg("--calib-jsonl").arg(tiny().join("calib.jsonl"));
+        c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dst);
+        c
+    });
 }
 
 /// Kills a run over four layers once two of them are finished; gives the folder with `src` and `out.partial`.
@@ -289,6 +306,24 @@ fn another_processor_gives_the_committed_hashes() {
         assert_same(&native, &emulated);
         insta::assert_snapshot!(format!("hashes-{name}"), hashes(&native));
     }
+    // Calibration: one projection of one layer, for emulated arithmetic is slow.
+    let calibrate = |out: &Path, c: &mut Command| {
+        c.args(["--quiet", "--experts", "keep", "--mw", "w4a16", "--nsamples", "1", "--max-seq-length", "12"])
+            .args(["--extra-ignore", "q_proj,v_proj,o_proj,layers.1,layers.2,layers.3", "--calib-jsonl"])
+            .arg(tiny().join("calib.jsonl"))
+            .arg("--model-in")
+            .arg(tiny())
+            .arg("--output-dir")
+            .arg(out)
+            .stdin(Stdio::null());
+        run(c).manifest();
+    };
+    let (native, emulated) = (dir.path().join("gptq"), dir.path().join("gptq-qemu"));
+    calibrate(&native, &mut command("gptoss-quant"));
+    let mut qemu = Command::new("qemu-x86_64");
+    calibrate(&emulated, qemu.args(["-cpu", "Nehalem", support::exe("gptoss-quant")]));
+    assert_same(&native, &emulated);
+    insta::assert_snapshot!("hashes-gptq", hashes(&native));
     // The forward too: a quantized model, with rounded activations, beside its source.
     let arguments = |c: &mut Command| {
         c.args(["quality", "--quiet", "--max-seq-length", "12", "--nsamples", "2", "--text"])

@@ -103,6 +103,9 @@ pub struct AlgorithmArgs {
     /// GPTQ's order of columns: static (alias weight; groups stay where they are) or off [default: static]
     #[arg(long, value_name = "ORDER", num_args = 0..=1, default_missing_value = "static", help_heading = "Algorithms")]
     pub actorder: Option<ActOrder>,
+    /// Passes of coordinate descent behind GPTQ's sweep; 0 is GPTQ as published [default: 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=16), help_heading = "Algorithms")]
+    pub descent: Option<u8>,
     /// Fit scales once, before the columns are gone through: always so
     #[arg(
         long,

@@ -188,6 +188,7 @@ impl RecipeArgs {
         put(a.awq_grid, &mut recipe.awq.n_grid);
         recipe.gptq.dampening_frac = a.dampening_frac.unwrap_or(recipe.gptq.dampening_frac);
         recipe.gptq.actorder = a.actorder.unwrap_or(recipe.gptq.actorder);
+        recipe.gptq.descent = a.descent.map_or(recipe.gptq.descent, usize::from);
         if let Some(strength) = a.smoothquant_strength {
             recipe.smoothquant = Some(SmoothQuant { strength });
         }

@@ -1,6 +1,7 @@
 //! Weights -> codes. Each algorithm is one file that reads like its paper.
 
 pub mod awq;
+pub mod descent;
 pub mod gptq;
 pub mod rtn;
 pub mod scales;

@@ -192,7 +192,8 @@ pub fn sweep(w: &[f32], factor: &Factor, rounding: Rounding, zeros: Zeros) -> Sw
     swept
 }
 
-type Lanes = [f32; WIDTH];
+/// One number of each row of a panel.
+pub(super) type Lanes = [f32; WIDTH];
 
 /// Some panels of rows on their way through the columns; arrays are [panel][step].
 struct Strip<'a> {
@@ -370,29 +371,29 @@ impl<'a> Strip<'a> {
 }
 
 /// One column of a panel.
-pub struct Column<'a> {
-    w: &'a Lanes,
-    sum: &'a Lanes,
-    keep: &'a Lanes,
-    pivot: f32,
-    q: &'a mut Lanes,
-    d: &'a mut Lanes,
-    loss: &'a mut [f64; WIDTH],
+pub(super) struct Column<'a> {
+    pub(super) w: &'a Lanes,
+    pub(super) sum: &'a Lanes,
+    pub(super) keep: &'a Lanes,
+    pub(super) pivot: f32,
+    pub(super) q: &'a mut Lanes,
+    pub(super) d: &'a mut Lanes,
+    pub(super) loss: &'a mut [f64; WIDTH],
 }
 
 for_this_cpu! {
     /// `sum` goes on as the chain over k of d[k] times entry `r` of row k of `m` [k, height].
-    pub fn chain(d: &[Lanes], m: &[f32], height: usize, r: usize, sum: &mut Lanes) = chain_body
+    fn chain(d: &[Lanes], m: &[f32], height: usize, r: usize, sum: &mut Lanes) = chain_body
 }
 
 for_this_cpu! {
     /// Rounds a column to codes.
-    pub fn to_codes(c: &mut Column<'_>, target: Target, params: &(Lanes, Lanes), codes: &mut [i8; WIDTH]) = to_codes_body
+    pub(super) fn to_codes(c: &mut Column<'_>, target: Target, params: &(Lanes, Lanes), codes: &mut [i8; WIDTH]) = to_codes_body
 }
 
 for_this_cpu! {
     /// Rounds a column to floats.
-    pub fn to_floats(c: &mut Column<'_>, float: Float) = to_floats_body
+    fn to_floats(c: &mut Column<'_>, float: Float) = to_floats_body
 }
 
 #[inline(always)]
@@ -440,7 +441,7 @@ fn settle(c: &mut Column<'_>, now: &Lanes) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::algorithms::gptq::gptq;
     use crate::algorithms::rtn::{Codes, rtn};
@@ -451,7 +452,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// Numbers between -1 and 1 that depend on the seed alone.
-    fn noise(seed: u64, n: usize) -> Vec<f32> {
+    pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
         let mut s = seed | 1;
         let mut next = || {
             s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -461,7 +462,7 @@ mod tests {
     }
 
     /// Sums of x x^T over tokens whose columns depend on each other; `dead` columns are zero.
-    fn gram(seed: u64, tokens: usize, n: usize, dead: usize) -> Vec<f32> {
+    pub(crate) fn gram(seed: u64, tokens: usize, n: usize, dead: usize) -> Vec<f32> {
         let raw = noise(seed, tokens * n);
         let mut x = vec![0f32; tokens * n];
         for (x, raw) in x.chunks_exact_mut(n).zip(raw.chunks_exact(n)) {
@@ -477,7 +478,7 @@ mod tests {
     }
 
     /// tr(D G D^T) / count with D = q - w.
-    fn loss(q: &[f32], w: &[f32], gram: &[f32], n: usize, count: usize) -> f64 {
+    pub(crate) fn loss(q: &[f32], w: &[f32], gram: &[f32], n: usize, count: usize) -> f64 {
         let mut total = 0f64;
         for (q, w) in q.chunks_exact(n).zip(w.chunks_exact(n)) {
             let d: Vec<f64> = q.iter().zip(w).map(|(q, w)| f64::from(q - w)).collect();

@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
+use crate::algorithms::descent::{Quadratic, descend};
 use crate::algorithms::gptq::gptq;
 use crate::algorithms::rtn::{Codes, ErrorSums, Target};
 use crate::algorithms::sweep::{Factor, Rounding, Unfactorable, Zeros, sweep};
@@ -20,12 +21,13 @@ pub struct Inputs {
     pub moments: Moments,
     gptq: OnceLock<std::result::Result<Factor, Unfactorable>>,
     pruning: OnceLock<std::result::Result<Factor, Unfactorable>>,
+    quadratic: OnceLock<Quadratic>,
 }
 
 impl Inputs {
     /// Sums that are complete.
     pub fn new(moments: Moments) -> Self {
-        Self { moments, gptq: OnceLock::new(), pruning: OnceLock::new() }
+        Self { moments, gptq: OnceLock::new(), pruning: OnceLock::new(), quadratic: OnceLock::new() }
     }
 
     /// Sums of squares, by column.
@@ -43,6 +45,12 @@ impl Inputs {
     fn for_gptq(&self, recipe: &Recipe) -> std::result::Result<&Factor, Unfactorable> {
         let g = &recipe.gptq;
         self.gptq.get_or_init(|| self.factor(g.actorder, g.dampening_frac)).as_ref().map_err(|e| *e)
+    }
+
+    /// What columns are rounded again by.
+    fn quadratic(&self, dampening_frac: f64) -> &Quadratic {
+        let m = &self.moments;
+        self.quadratic.get_or_init(|| Quadratic::new(&m.gram, m.abs.len(), dampening_frac))
     }
 
     /// The factor that zeros are chosen with, in the order of the columns, which masks of neighbours need.
@@ -148,8 +156,13 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
             };
             match factor.filter(|f| usable(*f, recipe.gptq.dampening_frac).is_some()) {
                 Some(Ok(factor)) => {
-                    let zeros = zeros.map_or(Zeros::None, |z| Zeros::Fixed(z));
-                    let q = gptq(w, factor, target, observer, zeros);
+                    let swept = zeros.map_or(Zeros::None, |z| Zeros::Fixed(z));
+                    let mut q = gptq(w, factor, target, observer, swept);
+                    let quadratic =
+                        inputs.filter(|_| recipe.gptq.descent > 0).map(|i| i.quadratic(factor.dampening_frac));
+                    for _ in 0..recipe.gptq.descent {
+                        descend(w, &mut q, quadratic.expect("made for a pass"), target, zeros.map(Vec::as_slice));
+                    }
                     Rounded { codes: Some(q.codes), values: q.values, loss: q.loss, ..Rounded::default() }
                 }
                 _ => nearest(w, columns, target, observer, inputs.map(Inputs::squares).as_deref()),

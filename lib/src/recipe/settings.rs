@@ -74,11 +74,14 @@ pub struct Gptq {
     pub dampening_frac: f64,
     /// Order of columns.
     pub actorder: ActOrder,
+    /// Passes of coordinate descent behind the sweep; 0 is GPTQ as published.
+    #[serde(default)]
+    pub descent: usize,
 }
 
 impl Default for Gptq {
     fn default() -> Self {
-        Self { block_size: 128, dampening_frac: 0.01, actorder: ActOrder::Static }
+        Self { block_size: 128, dampening_frac: 0.01, actorder: ActOrder::Static, descent: 2 }
     }
 }
 

@@ -127,6 +127,7 @@ impl Reading {
             block_size: o.count("block_size")?.unwrap_or(default.block_size),
             dampening_frac: o.number("dampening_frac")?.unwrap_or(default.dampening_frac),
             actorder: layers.actorder.or(own).unwrap_or(ActOrder::Static),
+            ..Gptq::default()
         };
         if self.gptq.as_ref().is_some_and(|g| *g != gptq) {
             return Err(o.refuse(
