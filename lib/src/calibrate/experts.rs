@@ -325,7 +325,8 @@ impl Calibrator<'_> {
         let (c, settings) = (&self.model.config, &self.model.settings);
         let linear = |proj| Linear { proj, layer: mlp.layer, expert };
         let routed = &mlp.routes[expert][..];
-        let telling = self.telling(mlp, expert);
+        let all = [Proj::Gate, Proj::Up, Proj::Down].map(linear);
+        let telling = if self.needs_inputs(output, &all) { self.telling(mlp, expert) } else { Tokens::None };
         let by_weight = |t: &Tokens| match t {
             Tokens::All(_) => self.recipe.calibration.few_tokens == FewTokens::Weighted,
             _ => self.recipe.calibration.router_weighted,
@@ -337,7 +338,7 @@ impl Calibrator<'_> {
             Tokens::All(tokens) => Some(tokens),
         };
         let uses_all = matches!(telling, Tokens::All(_));
-        if self.is_few(mlp, expert) && self.needs_inputs(output, &[linear(Proj::Gate), linear(Proj::Down)]) {
+        if self.is_few(mlp, expert) && self.needs_inputs(output, &all) {
             done.1.push(self.few_note(mlp, expert));
         }
 
