@@ -17,7 +17,7 @@ use crate::ops::{elementwise, math, moments, route};
 use crate::recipe::FewTokens;
 
 /// Most tokens that an expert takes at a time.
-const CHUNK: usize = 2048;
+const CHUNK: usize = 1024;
 
 /// A weight that an expert computes with.
 struct Matrix {
@@ -28,19 +28,22 @@ struct Matrix {
 }
 
 impl Matrix {
-    /// x W^T + bias for `x` [rows, columns], rounded first where the scheme says so.
-    fn apply(&self, x: &[f32]) -> Vec<f32> {
-        let (n, k) = self.shape;
+    /// `x` [rows, columns] as this weight reads it: rounded where its scheme says so, laid out for the product.
+    fn pack(&self, x: &[f32]) -> Packed {
+        let k = self.shape.1;
         let rows = x.len() / k;
-        let packed = if self.inputs == Activations::Float {
-            Packed::new(x, rows, k)
-        } else {
-            let mut rounded = x.to_vec();
-            rounded.par_chunks_exact_mut(k).for_each(|row| self.inputs.quantize_token(row));
-            Packed::new(&rounded, rows, k)
-        };
-        let mut out = vec![0f32; rows * n];
-        matmul(&packed, &Dense { values: &self.values, shape: self.shape }, Some(&self.bias), &mut out);
+        if self.inputs == Activations::Float {
+            return Packed::new(x, rows, k);
+        }
+        let mut rounded = x.to_vec();
+        rounded.par_chunks_exact_mut(k).for_each(|row| self.inputs.quantize_token(row));
+        Packed::new(&rounded, rows, k)
+    }
+
+    /// x W^T + bias for `rows` of x.
+    fn apply(&self, x: &Packed, rows: usize) -> Vec<f32> {
+        let mut out = vec![0f32; rows * self.shape.0];
+        matmul(x, &Dense { values: &self.values, shape: self.shape }, Some(&self.bias), &mut out);
         out
     }
 }
@@ -49,6 +52,8 @@ impl Matrix {
 struct Mlp<'a> {
     layer: usize,
     norm: &'a [f32],
+    /// The normed hidden states of all tokens, where there is room for them.
+    normed: Option<States>,
     /// Tokens of each expert, ascending, with the router's weight.
     routes: Vec<Vec<(u32, f32)>>,
     /// Router logits [tokens, E], where experts with few tokens need them.
@@ -77,6 +82,26 @@ enum Tokens<'a> {
     Routed(&'a [(u32, f32)]),
     /// All, each by this weight.
     All(Vec<(u32, f32)>),
+}
+
+/// Tokens whose sums one thread adds up.
+const SPAN: usize = 256;
+
+/// Adds the experts' outputs, by the router's weights, to `out` [tokens, H]; experts ascending.
+fn add_outputs(out: &mut [f32], h: usize, routes: &[Vec<(u32, f32)>], done: &[Done]) {
+    out.par_chunks_mut(SPAN * h).enumerate().for_each(|(i, rows)| {
+        let (first, last) = (i * SPAN, i * SPAN + rows.len() / h);
+        for (routes, done) in routes.iter().zip(done) {
+            let begin = routes.partition_point(|r| (r.0 as usize) < first);
+            for (at, &(token, weight)) in routes.iter().enumerate().skip(begin) {
+                if token as usize >= last {
+                    break;
+                }
+                let row = &mut rows[(token as usize - first) * h..][..h];
+                elementwise::add_scaled(row, weight, done.outputs.get(at..at + 1));
+            }
+        }
+    });
 }
 
 impl Calibrator<'_> {
@@ -122,10 +147,16 @@ impl Calibrator<'_> {
         let mut kept = (treated && few == FewTokens::Weighted)
             .then(|| States::new(self.tokens(), c.experts, self.room.memory / 16, self.room.offload))
             .transpose()?;
+        let room = (self.tokens() * c.hidden * 4) as u64 <= self.room.memory / 8;
+        let mut all_normed =
+            (room && treated).then(|| States::new(self.tokens(), c.hidden, u64::MAX, self.room.offload)).transpose()?;
         let (mut chosen, mut shares) = (vec![0u32; settings.top_k], vec![0f32; settings.top_k]);
         for batch in &self.batches {
             let normed = self.device.norm(&self.batch(batch)?, &norm_tensor, settings.eps)?;
             let logits = self.device.download(self.device.linear(&normed, &route_by)?)?;
+            if let Some(all) = &mut all_normed {
+                all.put(batch.rows(), &self.device.download(normed)?);
+            }
             for (token, row) in batch.rows().zip(logits.chunks_exact(c.experts)) {
                 route::top_k(row, &mut chosen, &mut shares);
                 for (&expert, &share) in chosen.iter().zip(&shares) {
@@ -145,6 +176,7 @@ impl Calibrator<'_> {
         let mlp = Mlp {
             layer: l,
             norm,
+            normed: all_normed,
             routes,
             logits: kept,
             smoothing: smoothing.as_ref(),
@@ -193,20 +225,17 @@ impl Calibrator<'_> {
         let widest = c.hidden.max(c.intermediate);
         // Sums, their factor (in f64, then tiles), three weights before and after, and a chunk of tokens.
         let one = 18 * widest * widest + 28 * c.hidden * c.intermediate + 16 * CHUNK * widest;
-        let wave = (self.room.memory / 2 / one as u64).clamp(1, rayon::current_num_threads().max(2) as u64) as usize;
+        let most = 2 * self.device.enter(rayon::current_num_threads) as u64;
+        let wave = (self.room.memory / 2 / one as u64).clamp(1, most) as usize;
         let share = layer_work(self.model) * 3 / 2 * self.tokens() as u64 / c.experts as u64;
         for first in (0..c.experts).step_by(wave) {
             let experts = first..c.experts.min(first + wave);
             let done: Vec<Result<Done>> = self
                 .device
                 .enter(|| experts.clone().into_par_iter().map(|e| self.expert(mlp, e, wave, output)).collect());
+            let done: Vec<Done> = done.into_iter().collect::<Result<_>>()?;
+            self.device.enter(|| add_outputs(&mut out, c.hidden, &mlp.routes[experts.clone()], &done));
             for (expert, done) in experts.zip(done) {
-                let done = done?;
-                for (i, &(token, weight)) in mlp.routes[expert].iter().enumerate() {
-                    let token = token as usize;
-                    let row = out.row_mut(token);
-                    elementwise::add_scaled(row, weight, done.outputs.get(i..i + 1));
-                }
                 report.errors.extend(done.errors);
                 report.notes.extend(done.notes);
                 if let Some(coverage) = report.coverage.as_mut().filter(|_| self.is_few(mlp, expert)) {
@@ -276,8 +305,12 @@ impl Calibrator<'_> {
     fn gather(&self, mlp: &Mlp, tokens: &[(u32, f32)]) -> Vec<f32> {
         let h = self.model.config.hidden;
         let mut rows = vec![0f32; tokens.len() * h];
-        rows.par_chunks_exact_mut(h).with_min_len(16).zip(tokens).for_each(|(row, &(t, _))| {
-            elementwise::rms_norm(self.x.get(t as usize..t as usize + 1), mlp.norm, self.model.settings.eps, row);
+        rows.par_chunks_exact_mut(h).with_min_len(64).zip(tokens).for_each(|(row, &(t, _))| {
+            let one = t as usize..t as usize + 1;
+            match &mlp.normed {
+                Some(all) => row.copy_from_slice(all.get(one)),
+                None => elementwise::rms_norm(self.x.get(one), mlp.norm, self.model.settings.eps, row),
+            }
         });
         rows
     }
@@ -362,7 +395,13 @@ impl Calibrator<'_> {
         let up = self.projection(mlp, first[1], inputs, output, &mut done)?;
         let hidden = |chunk: &[(u32, f32)]| {
             let x = self.gather(mlp, chunk);
-            let (mut h, u) = (gate.apply(&x), up.apply(&x));
+            let packed = gate.pack(&x);
+            let mut h = gate.apply(&packed, chunk.len());
+            let u = if up.inputs == gate.inputs {
+                up.apply(&packed, chunk.len())
+            } else {
+                up.apply(&up.pack(&x), chunk.len())
+            };
             h.par_chunks_exact_mut(c.intermediate)
                 .zip(u.par_chunks_exact(c.intermediate))
                 .with_min_len(16)
@@ -394,7 +433,7 @@ impl Calibrator<'_> {
         let mut outputs = States::new(routed.len(), c.hidden, memory, self.room.offload)?;
         for first in (0..routed.len()).step_by(CHUNK) {
             let rows = first..routed.len().min(first + CHUNK);
-            let y = down.apply(kept.get(rows.clone()));
+            let y = down.apply(&down.pack(kept.get(rows.clone())), rows.len());
             outputs.put(rows, &y);
         }
         Ok(Done { outputs, errors: done.0, notes: done.1 })

@@ -34,6 +34,9 @@ use crate::text::windows::Sequence;
 pub use persist::{PREFIX as STATES_PREFIX, Saved};
 pub use solve::{Inputs, Problem, Rounded, solve};
 
+/// Bytes of intermediate results that the caches are taken to hold, and tokens of a batch whatever they hold.
+const CACHE: u64 = 8 << 20;
+const LEAST_TOKENS: u64 = 1024;
 /// Rows of a weight that are solved together: the table of a vocabulary would be large as a whole.
 const ROWS: usize = 16384;
 
@@ -143,7 +146,9 @@ impl<'a> Calibrator<'a> {
     ) -> Result<Self> {
         fits(model, model, sequences)?;
         let c = &model.config;
-        let most = (room.memory / 4 / bytes_a_token(c)).clamp(1, MOST_TOKENS as u64) as usize;
+        // What a batch computes with should stay in the caches, but weights are decoded once a batch.
+        let cached = (CACHE / bytes_a_token(c)).clamp(LEAST_TOKENS, MOST_TOKENS as u64);
+        let most = (room.memory / 4 / bytes_a_token(c)).clamp(1, cached) as usize;
         // Padding stands behind the text, where nothing that counts sees it.
         let batches = batches(sequences.iter().map(|s| s.real), most);
         let ids: Vec<u32> = sequences.iter().flat_map(|s| &s.ids[..s.real]).copied().collect();

@@ -1,15 +1,21 @@
 //! Hidden states on the disk, so that an interrupted run goes on where it was. Two files take turns: the one that the journal
-//! speaks of is never the one that is being written.
+//! speaks of is never the one that is being written. Nobody waits for the disk: what a killed process wrote is there, and
+//! what a power cut tore is known by its hash.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::evaluate::States;
 
 /// How the files' names begin.
 pub const PREFIX: &str = "hidden-states-";
+
+/// Bytes in front of the states: the layer's number and a SHA-256.
+const HEAD: usize = 8 + 32;
 
 /// The two files.
 pub struct Saved {
@@ -23,14 +29,14 @@ impl Saved {
         Self { files: [name(0), name(1)] }
     }
 
-    /// Keeps the states in front of `layer`, durably.
+    /// Keeps the states in front of `layer`.
     pub fn save(&self, layer: usize, states: &[f32]) -> Result<()> {
         let path = &self.files[layer % 2];
         let write = || {
             let mut file = File::create(path)?;
             file.write_all(&(layer as u64).to_le_bytes())?;
-            file.write_all(bytemuck::cast_slice(states))?;
-            file.sync_data()
+            file.write_all(&Sha256::digest(bytemuck::cast_slice(states)))?;
+            file.write_all(bytemuck::cast_slice(states))
         };
         write().map_err(Error::io("write hidden states to", path))
     }
@@ -48,17 +54,18 @@ impl Saved {
             )
         };
         let file = File::open(path).map_err(gone)?;
-        if file.metadata().map_err(gone)?.len() != 8 + (4 * states.len()) as u64 {
+        if file.metadata().map_err(gone)?.len() != (HEAD + 4 * states.len()) as u64 {
             return Err(gone(std::io::ErrorKind::InvalidData.into()));
         }
         let mut file = BufReader::new(file);
-        let mut number = [0u8; 8];
-        file.read_exact(&mut number).map_err(gone)?;
-        if u64::from_le_bytes(number) != layer as u64 {
-            return Err(gone(std::io::ErrorKind::InvalidData.into()));
-        }
+        let mut head = [0u8; HEAD];
+        file.read_exact(&mut head).map_err(gone)?;
         for row in 0..states.rows() {
             file.read_exact(bytemuck::cast_slice_mut(states.row_mut(row))).map_err(gone)?;
+        }
+        let hash = Sha256::digest(bytemuck::cast_slice(states));
+        if head[..8] != (layer as u64).to_le_bytes() || head[8..] != hash[..] {
+            return Err(gone(std::io::ErrorKind::InvalidData.into()));
         }
         Ok(())
     }

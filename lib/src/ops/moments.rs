@@ -30,14 +30,24 @@ pub fn add_gram(x: &[f32], n: usize, gram: &mut [f32]) {
         let mut wide = vec![0f32; n.div_ceil(WIDTH) * tokens * WIDTH];
         wide.par_chunks_mut(tokens * WIDTH).enumerate().for_each(|(p, panel)| {
             let columns = p * WIDTH..n.min((p + 1) * WIDTH);
+            // Whole chunks are copied in registers, not by calls.
             for (row, to) in x.chunks_exact(n).zip(panel.as_chunks_mut::<WIDTH>().0) {
-                to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+                match row[columns.start..].first_chunk::<WIDTH>() {
+                    Some(chunk) => *to = *chunk,
+                    None => to[..columns.len()].copy_from_slice(&row[columns.clone()]),
+                }
             }
         });
         gram.par_chunks_mut(HEIGHT * n).enumerate().for_each(|(t, rows)| {
             let (first, height) = (t * HEIGHT, rows.len() / n);
-            let mut tile = Vec::with_capacity(tokens * height);
-            x.chunks_exact(n).for_each(|row| tile.extend_from_slice(&row[first..first + height]));
+            let mut tile = vec![0f32; tokens * height];
+            if height == HEIGHT {
+                let chunks = x.chunks_exact(n).filter_map(|row| row[first..].first_chunk::<HEIGHT>());
+                tile.as_chunks_mut::<HEIGHT>().0.iter_mut().zip(chunks).for_each(|(to, chunk)| *to = *chunk);
+            } else {
+                let rows = x.chunks_exact(n).map(|row| &row[first..first + height]);
+                tile.chunks_exact_mut(height).zip(rows).for_each(|(to, row)| to.copy_from_slice(row));
+            }
             for (p, panel) in wide.chunks_exact(tokens * WIDTH).enumerate().skip(first / WIDTH) {
                 let columns = p * WIDTH..n.min((p + 1) * WIDTH);
                 let mut sums = [[0f32; WIDTH]; HEIGHT];
