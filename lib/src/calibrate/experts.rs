@@ -185,6 +185,9 @@ impl Calibrator<'_> {
             down_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::Down, l)?,
         };
         let out = self.waves(&mlp, output, report)?;
+        if !self.is_read(l, output) {
+            return Ok(());
+        }
         for batch in &self.batches {
             let mut x = self.x.get(batch.rows()).to_vec();
             self.device.enter(|| elementwise::add(&mut x, out.get(batch.rows())));
@@ -234,7 +237,9 @@ impl Calibrator<'_> {
                 .device
                 .enter(|| experts.clone().into_par_iter().map(|e| self.expert(mlp, e, wave, output)).collect());
             let done: Vec<Done> = done.into_iter().collect::<Result<_>>()?;
-            self.device.enter(|| add_outputs(&mut out, c.hidden, &mlp.routes[experts.clone()], &done));
+            if self.is_read(mlp.layer, output) {
+                self.device.enter(|| add_outputs(&mut out, c.hidden, &mlp.routes[experts.clone()], &done));
+            }
             for (expert, done) in experts.zip(done) {
                 report.errors.extend(done.errors);
                 report.notes.extend(done.notes);
@@ -430,6 +435,10 @@ impl Calibrator<'_> {
         }
         .map(Inputs::new);
         let down = self.projection(mlp, second, inputs.as_ref(), output, &mut done)?;
+        if !self.is_read(mlp.layer, output) {
+            let outputs = States::new(0, c.hidden, memory, self.room.offload)?;
+            return Ok(Done { outputs, errors: done.0, notes: done.1 });
+        }
         let mut outputs = States::new(routed.len(), c.hidden, memory, self.room.offload)?;
         for first in (0..routed.len()).step_by(CHUNK) {
             let rows = first..routed.len().min(first + CHUNK);

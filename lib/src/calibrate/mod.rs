@@ -217,6 +217,12 @@ impl<'a> Calibrator<'a> {
         Ok(report)
     }
 
+    /// Whether anything reads what comes out of layer `l`.
+    pub fn is_read(&self, l: usize, output: &dyn Output) -> bool {
+        let head = Linear { proj: Proj::LmHead, layer: 0, expert: 0 };
+        l + 1 < self.model.config.layers || output.treatment(&head).is_some()
+    }
+
     fn attention(
         &mut self,
         l: usize,

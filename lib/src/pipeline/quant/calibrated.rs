@@ -139,7 +139,7 @@ impl<'p> Pipeline for Calibrated<'p, '_> {
         }
         let report =
             if head { state.calibrator.head(self.taker)? } else { state.calibrator.layer(layer, self.taker)? };
-        if !head {
+        if !head && state.calibrator.is_read(layer, self.taker) {
             self.saved.save(layer + 1, state.calibrator.states())?;
         }
         state.at = Some(layer + 1);
