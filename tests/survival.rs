@@ -343,3 +343,47 @@ fn another_processor_gives_the_committed_hashes() {
     let env: Value = serde_json::from_slice(&env.stdout).unwrap();
     assert_eq!(env["environment"]["cpu_features"], Value::Array(Vec::new()), "the other processor is really another");
 }
+
+#[test]
+fn a_calibration_resumes_only_where_its_hidden_states_are_and_loses_nothing_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let go = |dst: &str, offload: &str| {
+        std::fs::create_dir_all(dir.path().join(offload)).unwrap();
+        let mut c = command("gptoss-quant --quiet --nsamples 24 --max-seq-length 256 --experts w4a16 --mw w4a16");
+        c.arg("--calib-jsonl").arg(tiny().join("calib.jsonl")).arg("--model-in").arg(tiny());
+        c.arg("--output-dir").arg(dir.path().join(dst)).arg("--offload-folder").arg(dir.path().join(offload));
+        c
+    };
+    run(&mut go("whole", "a")).manifest();
+    let mut child = go("killed", "a").stdout(Stdio::null()).spawn().unwrap();
+    let journal = dir.path().join("killed.partial/journal.jsonl");
+    let finished = || std::fs::read_to_string(&journal).map_or(0, |t| t.lines().count());
+    let start = Instant::now();
+    while finished() < 4 {
+        assert!(start.elapsed() < Duration::from_secs(120), "two layers are done by now");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    assert_eq!(child.wait().unwrap().signal(), Some(9));
+    let elsewhere = run(&mut go("killed", "b"));
+    assert_eq!(elsewhere.code, 2);
+    assert!(elsewhere.err.contains("give the --offload-folder that it had"), "{}", elsewhere.err);
+    // A torn file is known, too, and costs nothing either.
+    let states = || -> Vec<_> {
+        let all = std::fs::read_dir(dir.path().join("a")).unwrap().map(|e| e.unwrap().path());
+        all.filter(|p| p.file_name().unwrap().to_string_lossy().starts_with("hidden-states-")).collect()
+    };
+    let kept: Vec<_> = states().into_iter().map(|p| (p.clone(), std::fs::read(p).unwrap())).collect();
+    for (path, bytes) in &kept {
+        let mut torn = bytes.clone();
+        torn[bytes.len() / 2..bytes.len() / 2 + 4096].fill(0);
+        std::fs::write(path, torn).unwrap();
+    }
+    let torn = run(&mut go("killed", "a"));
+    assert!(torn.code == 2 && torn.err.contains("not there as it kept them"), "{}", torn.err);
+    kept.iter().for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
+    let resumed = run(&mut go("killed", "a")).manifest();
+    assert!(resumed["volatile"]["resumed_groups"].as_u64().unwrap() >= 3);
+    assert_same(&dir.path().join("whole"), &dir.path().join("killed"));
+    assert!(states().is_empty(), "a finished run leaves none");
+}

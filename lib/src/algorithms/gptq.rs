@@ -14,7 +14,7 @@ pub struct Quantized {
     pub codes: Codes,
     /// What they stand for, f32 [rows, columns].
     pub values: Vec<f32>,
-    /// Mean over tokens of the squared error of the layer's outputs, damping included.
+    /// Mean over tokens of the squared error of the layer's outputs behind the sweep, damping included.
     pub loss: f64,
 }
 

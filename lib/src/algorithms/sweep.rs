@@ -36,6 +36,8 @@ pub struct Factor {
     pub dampening_frac: f64,
     /// Columns whose inputs are always zero.
     pub dead: usize,
+    /// Which those are, by step.
+    is_dead: Vec<bool>,
 }
 
 /// Why there is no factor.
@@ -99,6 +101,7 @@ impl Factor {
         Ok(Self {
             tiles: (0..n.div_ceil(HEIGHT)).into_par_iter().map(tile).collect(),
             pivots: (0..n).map(|j| r(j, j) as f32).collect(),
+            is_dead: columns.iter().map(|&j| diagonal[j] == 0.0).collect(),
             order: columns,
             dampening_frac: fraction,
             dead: diagonal.iter().filter(|d| **d == 0.0).count(),
@@ -313,7 +316,8 @@ impl<'a> Strip<'a> {
             let sum = self.sum(panel, columns.start, j, sums);
             // Left as it is, the column makes no error of its own: d takes back what was added.
             self.d[panel][j] = sum.map(|s| -s);
-            let pivot = self.factor.pivots[j];
+            // What nobody reads costs nothing.
+            let pivot = if self.factor.is_dead[j] { 0.0 } else { self.factor.pivots[j] };
             scores.push(std::array::from_fn(|l| ((self.w[panel][j][l] + sum[l]) * pivot).powi(2)));
         }
         let zeros = match mask {

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::evaluate::{States, layer_work};
 use crate::formats::activations::Activations;
 use crate::manifest::Coverage;
-use crate::model::{Fused, Linear, Proj};
+use crate::model::{Fused, Linear, ModelConfig, Proj};
 use crate::ops::matmul::{Dense, Packed, matmul};
 use crate::ops::{elementwise, math, moments, route};
 use crate::recipe::FewTokens;
@@ -84,6 +84,13 @@ enum Tokens<'a> {
     All(Vec<(u32, f32)>),
 }
 
+/// Bytes that one expert takes: sums, their factor (in f64, then tiles), three weights before and after, and a chunk of
+/// tokens.
+pub(super) fn an_expert(c: &ModelConfig) -> u64 {
+    let widest = c.hidden.max(c.intermediate);
+    (18 * widest * widest + 28 * c.hidden * c.intermediate + 16 * CHUNK * widest) as u64
+}
+
 /// Tokens whose sums one thread adds up.
 const SPAN: usize = 256;
 
@@ -121,7 +128,6 @@ impl Calibrator<'_> {
         // The router, and what it decides.
         let smooths = output.smooths(l).1;
         let few = self.recipe.calibration.few_tokens;
-        let every = self.recipe.calibration.few_tokens_threshold >= 1.0;
         let wants_all = few == FewTokens::AllExperts && self.needs_inputs(output, &readers);
         let inputs =
             self.sums_of(smooths || wants_all || self.needs_inputs(output, &[router]), c.hidden, |batch, _| {
@@ -180,11 +186,15 @@ impl Calibrator<'_> {
             routes,
             logits: kept,
             smoothing: smoothing.as_ref(),
-            all: inputs.filter(|_| wants_all || every),
+            all: inputs.filter(|_| wants_all),
             gate_up_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::GateUp, l)?,
             down_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::Down, l)?,
         };
         let out = self.waves(&mlp, output, report)?;
+        let few = report.coverage.as_ref().map_or(0, |c| c.few.len());
+        if few > 0 && self.needs_inputs(output, &each(&[Proj::Gate, Proj::Up, Proj::Down]).collect::<Vec<_>>()) {
+            report.notes.push(self.few_note(l, few));
+        }
         if !self.is_read(l, output) {
             return Ok(());
         }
@@ -225,11 +235,9 @@ impl Calibrator<'_> {
     fn waves(&self, mlp: &Mlp, output: &dyn Output, report: &mut LayerReport) -> Result<States> {
         let c = &self.model.config;
         let mut out = States::new(self.tokens(), c.hidden, self.room.memory / 8, self.room.offload)?;
-        let widest = c.hidden.max(c.intermediate);
-        // Sums, their factor (in f64, then tiles), three weights before and after, and a chunk of tokens.
-        let one = 18 * widest * widest + 28 * c.hidden * c.intermediate + 16 * CHUNK * widest;
+        let one = an_expert(c);
         let most = 2 * self.device.enter(rayon::current_num_threads) as u64;
-        let wave = (self.room.memory / 2 / one as u64).clamp(1, most) as usize;
+        let wave = (self.room.memory / 2 / one).clamp(1, most) as usize;
         let share = layer_work(self.model) * 3 / 2 * self.tokens() as u64 / c.experts as u64;
         for first in (0..c.experts).step_by(wave) {
             let experts = first..c.experts.min(first + wave);
@@ -376,9 +384,6 @@ impl Calibrator<'_> {
             Tokens::All(tokens) => Some(tokens),
         };
         let uses_all = matches!(telling, Tokens::All(_));
-        if self.is_few(mlp, expert) && self.needs_inputs(output, &all) {
-            done.1.push(self.few_note(mlp, expert));
-        }
 
         let first = [linear(Proj::Gate), linear(Proj::Up)];
         let own;
@@ -448,13 +453,15 @@ impl Calibrator<'_> {
         Ok(Done { outputs, errors: done.0, notes: done.1 })
     }
 
-    fn few_note(&self, mlp: &Mlp, expert: usize) -> String {
-        let (count, tokens) = (mlp.routes[expert].len(), self.tokens());
+    /// One line for all experts of a layer that got few tokens; the coverage names them.
+    fn few_note(&self, layer: usize, few: usize) -> String {
+        let (experts, tokens) = (self.model.config.experts, self.tokens());
+        let share = self.recipe.calibration.few_tokens_threshold;
         let how = match self.recipe.calibration.few_tokens {
-            FewTokens::Rtn => "it was rounded to nearest",
-            FewTokens::AllExperts => "its statistics are over all tokens",
-            FewTokens::Weighted => "its statistics are over all tokens, weighted by the router",
+            FewTokens::Rtn => "they were rounded to nearest",
+            FewTokens::AllExperts => "their statistics are over all tokens",
+            FewTokens::Weighted => "their statistics are over all tokens, weighted by the router",
         };
-        format!("layer {}, expert {expert} got {count} of {tokens} tokens: {how}", mlp.layer)
+        format!("layer {layer}: {few} of {experts} experts got less than {share} of {tokens} tokens; {how}")
     }
 }

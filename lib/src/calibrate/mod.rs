@@ -11,7 +11,9 @@ mod persist;
 mod smooth;
 mod solve;
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -26,7 +28,7 @@ use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::manifest::Coverage;
 use crate::model::forward::{self, Places};
-use crate::model::{Layer, Linear, Model, Proj};
+use crate::model::{Layer, Linear, Model, ModelConfig, Proj};
 use crate::pipeline::progress::Progress;
 use crate::recipe::{Recipe, Treatment};
 use crate::text::windows::Sequence;
@@ -37,8 +39,8 @@ pub use solve::{Inputs, Problem, Rounded, solve};
 /// Bytes of intermediate results that the caches are taken to hold, and tokens of a batch whatever they hold.
 const CACHE: u64 = 8 << 20;
 const LEAST_TOKENS: u64 = 1024;
-/// Rows of a weight that are solved together: the table of a vocabulary would be large as a whole.
-const ROWS: usize = 16384;
+/// Fewest rows of a weight that are solved together; a multiple of 32, as every range of rows.
+const ROWS: usize = 1024;
 
 /// Who takes what calibration makes.
 pub trait Output: Sync {
@@ -68,6 +70,11 @@ impl Room<'_> {
     fn hessians(&self) -> Option<&Path> {
         self.offload_hessians.then_some(self.offload)
     }
+}
+
+/// The least [`Room::memory`] for a model: one expert at a time, beside the hidden states' share.
+pub fn least_memory(config: &ModelConfig) -> u64 {
+    experts::an_expert(config)
 }
 
 /// What is known of a layer when it is done.
@@ -126,7 +133,8 @@ pub struct Calibrator<'a> {
     recipe: &'a Recipe,
     room: Room<'a>,
     batches: Vec<Batch>,
-    places: Vec<Places<Cpu>>,
+    /// Tables of positions; batches of one shape share one.
+    places: Vec<Arc<Places<Cpu>>>,
     ids: Vec<u32>,
     /// Hidden states [tokens, H].
     x: States,
@@ -152,8 +160,16 @@ impl<'a> Calibrator<'a> {
         // Padding stands behind the text, where nothing that counts sees it.
         let batches = batches(sequences.iter().map(|s| s.real), most);
         let ids: Vec<u32> = sequences.iter().flat_map(|s| &s.ids[..s.real]).copied().collect();
-        let places = |b: &Batch| Places::new(device, model, &b.starts, &b.lengths);
-        let places = batches.iter().map(places).collect::<Result<_>>()?;
+        let mut known: BTreeMap<(&[usize], &[usize]), Arc<Places<Cpu>>> = BTreeMap::new();
+        let mut places = Vec::with_capacity(batches.len());
+        for b in &batches {
+            let table = match known.get(&(&b.starts[..], &b.lengths[..])) {
+                Some(table) => table.clone(),
+                None => Arc::new(Places::new(device, model, &b.starts, &b.lengths)?),
+            };
+            known.insert((&b.starts, &b.lengths), table.clone());
+            places.push(table);
+        }
         let x = States::new(ids.len(), c.hidden, room.memory / 8, room.offload)?;
         Ok(Self { device, model, recipe, room, batches, places, ids, x })
     }
@@ -209,10 +225,6 @@ impl<'a> Calibrator<'a> {
                 self.device.norm(&self.batch(batch)?, &norm, self.model.settings.eps)
             })?;
             self.round(&linear, inputs.as_ref(), None, output, &mut report)?;
-        }
-        let table = Linear { proj: Proj::Embed, ..linear };
-        if output.treatment(&table).is_some() {
-            self.round(&table, None, None, output, &mut report)?;
         }
         Ok(report)
     }
@@ -358,8 +370,11 @@ impl<'a> Calibrator<'a> {
         let keep = self.recipe.calibration.sequential_update && !matches!(linear.proj, Proj::LmHead | Proj::Embed);
         let mut values = Vec::new();
         let (mut errors, mut notes) = (ErrorSums::default(), Vec::new());
-        for first in (0..shape.0).step_by(ROWS) {
-            let w = self.source_rows(&weight, &module, first..shape.0.min(first + ROWS), scales)?;
+        // The table of a vocabulary would be large as a whole. Rows know nothing of each other.
+        let fit = self.room.memory / 8 / (13 * shape.1 as u64);
+        let step = (fit as usize).max(ROWS) / 32 * 32;
+        for first in (0..shape.0).step_by(step) {
+            let w = self.source_rows(&weight, &module, first..shape.0.min(first + step), scales)?;
             let problem = Problem { module: &module, w, columns: shape.1, float, treatment, inputs };
             let mut rounded = self.device.enter(|| solve(problem, self.recipe))?;
             output.put(linear, first, &rounded)?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::checkpoint::digest;
 use crate::error::{Error, Result};
 use crate::evaluate::States;
 
@@ -23,9 +24,11 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// In `folder`, for the job with this fingerprint.
-    pub fn new(folder: &Path, fingerprint: &str) -> Self {
-        let name = |i: usize| folder.join(format!("{PREFIX}{}.{i}", &fingerprint[..16.min(fingerprint.len())]));
+    /// In `folder`, for the run that writes `partial` and has this fingerprint.
+    pub fn new(folder: &Path, partial: &Path, fingerprint: &str) -> Self {
+        let whole = std::path::absolute(partial).unwrap_or_else(|_| partial.to_path_buf());
+        let key = digest::sha256(format!("{fingerprint} {}", whole.display()).as_bytes());
+        let name = |i: usize| folder.join(format!("{PREFIX}{}.{i}", &key[..16]));
         Self { files: [name(0), name(1)] }
     }
 
@@ -44,14 +47,14 @@ impl Saved {
     /// Reads the states in front of `layer`, a row at a time.
     ///
     /// # Errors
-    /// [`Error::BadFile`] where they are not there as they were kept.
+    /// [`Error::Io`] where they are not there as they were kept.
     pub fn load(&self, layer: usize, states: &mut States) -> Result<()> {
         let path = &self.files[layer % 2];
+        // No bad input: nothing of the unfinished output may go for it.
         let gone = |_| {
-            Error::file(
-                path,
-                "does not hold the hidden states that the interrupted run kept; give --force to start over",
-            )
+            let cause = "the interrupted run's hidden states are not there as it kept them; give the --offload-folder that \
+                         it had, or --force to start over";
+            Error::io("resume from", path)(std::io::Error::other(cause))
         };
         let file = File::open(path).map_err(gone)?;
         if file.metadata().map_err(gone)?.len() != (HEAD + 4 * states.len()) as u64 {

@@ -68,8 +68,6 @@ pub struct Rounded {
     pub values: Vec<f32>,
     /// The distance from what was rounded.
     pub errors: ErrorSums,
-    /// Mean over tokens of the squared error of the outputs, where the sweep found it.
-    pub loss: f64,
     /// What went otherwise than asked.
     pub notes: Vec<String>,
 }
@@ -114,8 +112,12 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
             }
             Some(true)
         }
-        Err(_) => {
-            notes.push(format!("{module}: its inputs are all zero on this text, so it was rounded to nearest"));
+        Err(why) => {
+            let why = match why {
+                Unfactorable::Empty => "its inputs are all zero on this text",
+                Unfactorable::NotFinite => "its Hessian has no factor, however much it is damped",
+            };
+            notes.push(format!("{module}: {why}, so it was rounded to nearest"));
             None
         }
     };
@@ -160,10 +162,17 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
                     let mut q = gptq(w, factor, target, observer, swept);
                     let quadratic =
                         inputs.filter(|_| recipe.gptq.descent > 0).map(|i| i.quadratic(factor.dampening_frac));
+                    // Toward the weight as it was: zeros are made up for here too.
                     for _ in 0..recipe.gptq.descent {
-                        descend(w, &mut q, quadratic.expect("made for a pass"), target, zeros.map(Vec::as_slice));
+                        descend(
+                            &original,
+                            &mut q,
+                            quadratic.expect("made for a pass"),
+                            target,
+                            zeros.map(Vec::as_slice),
+                        );
                     }
-                    Rounded { codes: Some(q.codes), values: q.values, loss: q.loss, ..Rounded::default() }
+                    Rounded { codes: Some(q.codes), values: q.values, ..Rounded::default() }
                 }
                 _ => nearest(w, columns, target, observer, inputs.map(Inputs::squares).as_deref()),
             }

@@ -55,7 +55,7 @@ impl FromStr for ActOrder {
             "static" | "weight" | "true" => Ok(Self::Static),
             "off" | "none" | "false" => Ok(Self::Off),
             "group" | "dynamic" => Err(Error::Refused(format!(
-                "the activation order {s} regroups columns and stores where each went (weight_g_idx), which no runtime                  of gpt-oss reads; static is as good and leaves the groups where they are"
+                "the activation order {s} regroups columns and stores where each went (weight_g_idx), which no runtime of gpt-oss reads; static is as good and leaves the groups where they are"
             ))),
             other => {
                 Err(Error::Refused(format!("there is no activation order {other:?}; wanted static, weight or off")))
@@ -75,7 +75,6 @@ pub struct Gptq {
     /// Order of columns.
     pub actorder: ActOrder,
     /// Passes of coordinate descent behind the sweep; 0 is GPTQ as published.
-    #[serde(default)]
     pub descent: usize,
 }
 

@@ -11,7 +11,8 @@ use crate::calibrate::{Calibrator, LayerReport, Output, Room, Rounded, Saved};
 use crate::checkpoint::digest;
 use crate::checkpoint::sink::Sink;
 use crate::device::cpu::Cpu;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::formats::activations::Activations;
 use crate::model::{Class, Linear, Model, Proj};
 use crate::pipeline::progress::Unit;
 use crate::pipeline::task::{Done, GroupResult, Opened, Pipeline, Task};
@@ -34,9 +35,15 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
     let model = Model::open(&paths.src)?;
     crate::evaluate::fits(&model, &model, &text.sequences)?;
     let device = Cpu::new(resources.threads)?;
+    let (have, need) = (resources.max_memory, crate::calibrate::least_memory(&model.config));
+    if have < need {
+        return Err(Error::Refused(format!(
+            "--max-memory {have} is too small: calibrating one expert needs {need} bytes"
+        )));
+    }
     let opened = Opened::new(task, paths, resources)?;
     let offload = resources.offload.clone().unwrap_or_else(|| opened.sink.partial().to_path_buf());
-    let saved = Saved::new(&offload, &opened.fingerprint);
+    let saved = Saved::new(&offload, opened.sink.partial(), &opened.fingerprint);
     let room = Room {
         memory: resources.max_memory,
         offload: &offload,
@@ -191,6 +198,11 @@ impl Plan<'_> {
         };
         let rounded = |l: &Linear| self.treated.get(l).filter(|t| t.scheme.is_some());
         let awq = |l: &Linear| rounded(l).is_some_and(|t| t.layer.algorithm == Algorithm::Awq);
-        readers.iter().all(awq) || (self.recipe.smoothquant.is_some() && readers.iter().all(|l| rounded(l).is_some()))
+        // Where no reader rounds its inputs, their range is nobody's trouble.
+        let rounds_inputs =
+            |l: &Linear| rounded(l).and_then(|t| t.scheme).is_some_and(|s| s.activations != Activations::Float);
+        let all_rounded = readers.iter().all(|l| rounded(l).is_some());
+        readers.iter().all(awq)
+            || (self.recipe.smoothquant.is_some() && all_rounded && readers.iter().any(rounds_inputs))
     }
 }
