@@ -148,6 +148,9 @@ pub struct Swept {
     pub loss: f64,
 }
 
+/// Where a strip's codes, values and zeros go.
+type Outputs<'o> = ((&'o mut [i8], &'o mut [f32]), &'o mut [bool]);
+
 /// Sweeps `w` [rows, columns].
 pub fn sweep(w: &[f32], factor: &Factor, rounding: Rounding, zeros: Zeros) -> Swept {
     let n = factor.columns();
@@ -173,7 +176,7 @@ pub fn sweep(w: &[f32], factor: &Factor, rounding: Rounding, zeros: Zeros) -> Sw
         .zip(parts(&mut swept.values, height * n, count))
         .zip(parts(&mut swept.zeros, height * n, count))
         .collect();
-    let one = |(i, ((codes, values), made)): (usize, ((&mut [i8], &mut [f32]), &mut [bool]))| {
+    let one = |(i, ((codes, values), made)): (usize, Outputs)| {
         let rows = i * height..rows.min((i + 1) * height);
         let part = match rounding {
             Rounding::Codes(target, params) => {
@@ -325,6 +328,7 @@ impl<'a> Strip<'a> {
             Mask::Unstructured => (share * columns.len() as f64).round() as usize,
         };
         let mut ranked: Vec<usize> = Vec::with_capacity(columns.len());
+        #[allow(clippy::needless_range_loop, reason = "a lane is a column of `scores`")]
         for lane in 0..WIDTH {
             ranked.clear();
             ranked.extend(0..columns.len());
@@ -410,6 +414,7 @@ fn chain_body(d: &[Lanes], m: &[f32], height: usize, r: usize, sum: &mut Lanes) 
 }
 
 #[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "lanes of several arrays at once")]
 fn to_codes_body(c: &mut Column<'_>, target: Target, (scale, zero): &(Lanes, Lanes), codes: &mut [i8; WIDTH]) {
     let mut now = [0f32; WIDTH];
     for l in 0..WIDTH {
@@ -424,6 +429,7 @@ fn to_codes_body(c: &mut Column<'_>, target: Target, (scale, zero): &(Lanes, Lan
 }
 
 #[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "lanes of several arrays at once")]
 fn to_floats_body(c: &mut Column<'_>, float: Float) {
     let mut now = [0f32; WIDTH];
     for l in 0..WIDTH {
@@ -435,6 +441,7 @@ fn to_floats_body(c: &mut Column<'_>, float: Float) {
 
 /// Makes the zeros; notes the error and what it costs.
 #[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "lanes of several arrays at once")]
 fn settle(c: &mut Column<'_>, now: &Lanes) {
     for l in 0..WIDTH {
         c.q[l] = if c.keep[l] == 0.0 { 0.0 } else { c.q[l] };

@@ -126,6 +126,9 @@ impl Rows for Held {
     }
 }
 
+/// Positions and lengths of a batch's pieces.
+type Shape<'b> = (&'b [usize], &'b [usize]);
+
 /// A text on its way through a model.
 pub struct Calibrator<'a> {
     device: &'a Cpu,
@@ -160,7 +163,7 @@ impl<'a> Calibrator<'a> {
         // Padding stands behind the text, where nothing that counts sees it.
         let batches = batches(sequences.iter().map(|s| s.real), most);
         let ids: Vec<u32> = sequences.iter().flat_map(|s| &s.ids[..s.real]).copied().collect();
-        let mut known: BTreeMap<(&[usize], &[usize]), Arc<Places<Cpu>>> = BTreeMap::new();
+        let mut known: BTreeMap<Shape, Arc<Places<Cpu>>> = BTreeMap::new();
         let mut places = Vec::with_capacity(batches.len());
         for b in &batches {
             let table = match known.get(&(&b.starts[..], &b.lengths[..])) {

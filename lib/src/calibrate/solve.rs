@@ -11,6 +11,7 @@ use crate::algorithms::sweep::{Factor, Rounding, Unfactorable, Zeros, sweep};
 use crate::algorithms::{Algorithm, scales, wanda};
 use crate::device::Moments;
 use crate::error::{Error, Result};
+use crate::formats::Params;
 use crate::formats::float::Float;
 use crate::ops::round;
 use crate::recipe::{ActOrder, Observer, Pruner, Recipe, Sparsity, Treatment};
@@ -194,11 +195,14 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
     Ok(rounded)
 }
 
+/// The weights and the codes of a group.
+type Group<'g> = (&'g [f32], &'g mut [i8]);
+
 /// Every weight to its nearest code.
 fn nearest(w: &[f32], columns: usize, target: Target, observer: Observer, importance: Option<&[f32]>) -> Rounded {
     let params = scales::fit(w, columns, target, observer, importance);
     let (mut codes, mut values) = (vec![0i8; w.len()], vec![0f32; w.len()]);
-    let group = |((w, q), (values, p)): ((&[f32], &mut [i8]), (&mut [f32], &crate::formats::Params))| {
+    let group = |((w, q), (values, p)): (Group, (&mut [f32], &Params))| {
         let mut unused = ErrorSums::default();
         round::group(w, target.format, *p, target.float, q, &mut unused);
         q.iter().zip(values).for_each(|(q, v)| *v = target.format.dequantize(*q, *p, target.float));
