@@ -53,7 +53,7 @@ fn transformers_reads_experts_that_we_made_mxfp4_and_they_are_the_source_s() {
     let (bf16, mxfp4, back) = (dir.path().join("bf16"), dir.path().join("mxfp4"), dir.path().join("back"));
     let golden = root().join("tests/golden/tiny-logits/tiny-logits.safetensors");
     run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&bf16)).manifest();
-    let mut quant = command("gptoss-quant --quiet --experts mxfp4 --mw keep");
+    let mut quant = command("gptoss-quant --quiet --algo rtn --experts mxfp4 --mw keep");
     run(quant.arg("--model-in").arg(&bf16).arg("--output-dir").arg(&mxfp4)).manifest();
     run(command("gptoss-dequant --quiet").arg("--src").arg(&mxfp4).arg("--dst").arg(&back)).manifest();
     let said = judge("transformers_equal.py", &[&mxfp4, &back, &golden]);
@@ -76,7 +76,7 @@ fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let (quantized, back) = (dir.path().join("q"), dir.path().join("back"));
-        run(command("gptoss-quant --quiet --algo rtn")
+        run(command("gptoss-quant --quiet --algo rtn --kernels present")
             .args(flags.split_whitespace())
             .arg("--model-in")
             .arg(tiny())

@@ -258,7 +258,7 @@ fn mxfp4_experts_of_either_source_are_the_published_layout_and_lose_nothing() {
     run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&bf16)).manifest();
     for (i, src) in [tiny(), bf16].iter().enumerate() {
         let out = dir.path().join(format!("q{i}"));
-        let mut quant = command("gptoss-quant --quiet --experts mxfp4 --mw keep");
+        let mut quant = command("gptoss-quant --quiet --algo rtn --experts mxfp4 --mw keep");
         let manifest = run(quant.arg("--model-in").arg(src).arg("--output-dir").arg(&out)).manifest();
         let loads = |r: &&Value| r["status"] == "loads";
         assert_eq!(manifest["runtimes"].as_array().unwrap().iter().filter(loads).count(), 2);
@@ -284,7 +284,7 @@ fn every_scheme_checks_and_its_error_is_what_the_comparison_finds() {
     .enumerate()
     {
         let out = dir.path().join(format!("q{i}"));
-        let mut quant = command("gptoss-quant --quiet");
+        let mut quant = command("gptoss-quant --quiet --algo rtn --kernels present");
         quant.args(flags.split(' ')).arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out);
         let manifest = run(&mut quant).manifest();
         run(command("gptoss-verify check --quiet").arg(&out)).manifest();
