@@ -71,7 +71,7 @@ fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
         "--experts keep --mw w8a8 --asymmetric",
         "--experts fp8 --mw mxfp4",
         "--experts w4a8 --mw w3a16",
-        "--experts mxfp4 --mw w5a16 --extra-ignore layers.1.mlp.experts.3 --asymmetric",
+        "--experts mxfp4 --mw w5a16 --extra-ignore layers.1.mlp.experts.3 --mw-symmetry asymmetric",
         "--experts mxfp4 --mw fp8",
     ] {
         let dir = tempfile::tempdir().unwrap();
