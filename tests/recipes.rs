@@ -61,6 +61,22 @@ fn config(model: &str) -> std::path::PathBuf {
 }
 
 #[test]
+fn readme_s_recipes_run_on_the_tiny_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, flags) in recipes() {
+        // Little of another text; nothing else differs from what README says.
+        let text = format!("--calib-jsonl {} --nsamples 2 --max-seq-length 32", tiny().join("calib.jsonl").display());
+        let (flags, out) = (flags.replace(TEXT, &text), dir.path().join(name));
+        let mut quant = command(&format!("gptoss-quant --quiet {flags}"));
+        quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out);
+        let made = run(quant.env("GPTOSS_KERNELS", dir.path())).manifest();
+        assert_eq!(made["calibration"]["tokens"], 64, "{name}");
+        let checked = run(command("gptoss-verify check").arg(&out)).manifest();
+        assert_eq!(checked["verdict"]["passed"], true, "{name}: {checked}");
+    }
+}
+
+#[test]
 fn readme_s_recipes_plan_on_every_model() {
     for (name, flags) in recipes() {
         let tiny_plan = plan(&flags, &tiny());

@@ -94,16 +94,41 @@ pub struct Problem<'a> {
 /// # Errors
 /// [`Error::Refused`] where inputs are NaN or infinite, or a weight spans more than its type can scale.
 pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
-    let Problem { module, w, columns, float, treatment, inputs } = problem;
-    let mut notes = Vec::new();
-    if let Some(inputs) = inputs
+    let (module, columns) = (problem.module, problem.columns);
+    if let Some(inputs) = problem.inputs
         && !inputs.squares().iter().all(|s| s.is_finite())
     {
         return Err(Error::Refused(format!(
             "the inputs of {module} are NaN or infinite on this text: the checkpoint is damaged, or overflows in f32"
         )));
     }
-    let mut usable = |factor: std::result::Result<&'_ Factor, Unfactorable>, asked: f64| match factor {
+    let mut notes = Vec::new();
+    let pruned = problem.treatment.sparse.as_ref().map(|s| prune(&problem, s, &mut notes));
+    let mut rounded = round_off(&problem, pruned.as_ref(), recipe, &mut notes);
+    let part = |(values, w): (&[f32], &[f32])| {
+        let mut sums = ErrorSums::default();
+        round::measure(values, w, &mut sums);
+        sums
+    };
+    let parts: Vec<ErrorSums> =
+        rounded.values.par_chunks(columns).zip(problem.w.par_chunks(columns)).map(part).collect();
+    parts.iter().for_each(|p| rounded.errors.merge(p));
+    if !rounded.errors.squared_error.iter().sum::<f64>().is_finite() {
+        let float = problem.float.config_name();
+        return Err(Error::Refused(format!("{module} spans more than {float} can scale; is it damaged?")));
+    }
+    rounded.notes = notes;
+    Ok(rounded)
+}
+
+/// The factor, where there is one; notes what is not as it was asked for.
+fn usable<'f>(
+    factor: std::result::Result<&'f Factor, Unfactorable>,
+    asked: f64,
+    module: &str,
+    notes: &mut Vec<String>,
+) -> Option<&'f Factor> {
+    let why = match factor {
         Ok(factor) => {
             if factor.dampening_frac > asked {
                 notes.push(format!(
@@ -111,88 +136,63 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
                     factor.dampening_frac
                 ));
             }
-            Some(true)
+            return Some(factor);
         }
-        Err(why) => {
-            let why = match why {
-                Unfactorable::Empty => "its inputs are all zero on this text",
-                Unfactorable::NotFinite => "its Hessian has no factor, however much it is damped",
-            };
-            notes.push(format!("{module}: {why}, so it was rounded to nearest"));
-            None
-        }
+        Err(Unfactorable::Empty) => "its inputs are all zero on this text",
+        Err(Unfactorable::NotFinite) => "its Hessian has no factor, however much it is damped",
     };
-    let original = w;
-    let mut pruned: Option<(Vec<f32>, Vec<bool>)> = None;
-    if let Some(s) = &treatment.sparse {
-        let factor = match (inputs, s.algorithm) {
-            (Some(i), Pruner::Sparsegpt) => Some(i.for_pruning(s)).filter(|f| usable(*f, s.dampening_frac).is_some()),
-            _ => None,
-        };
-        pruned = Some(match factor {
-            Some(Ok(factor)) => {
-                // Floats that are rounded again later are not rounded now.
-                let float = if treatment.scheme.is_some() { Float::F32 } else { float };
-                let zeros = Zeros::Choose(s.mask, s.sparsity, s.block_size);
-                let swept = sweep(&original, factor, Rounding::Floats(float), zeros);
-                (swept.values, swept.zeros)
-            }
-            _ => {
-                let squares = inputs.map(Inputs::squares);
-                let zeros = wanda::zeros(&original, columns, squares.as_deref(), s.mask, s.sparsity);
-                let kept = original.iter().zip(&zeros).map(|(w, z)| if *z { 0.0 } else { *w }).collect();
-                (kept, zeros)
-            }
-        });
+    notes.push(format!("{module}: {why}, so it was rounded to nearest"));
+    None
+}
+
+/// The weight with its zeros, and where they are.
+fn prune(problem: &Problem, s: &Sparsity, notes: &mut Vec<String>) -> (Vec<f32>, Vec<bool>) {
+    let Problem { module, w, columns, inputs, .. } = problem;
+    let factor = match (inputs, s.algorithm) {
+        (Some(inputs), Pruner::Sparsegpt) => usable(inputs.for_pruning(s), s.dampening_frac, module, notes),
+        _ => None,
+    };
+    if let Some(factor) = factor {
+        // Floats that are rounded again later are not rounded now.
+        let float = if problem.treatment.scheme.is_some() { Float::F32 } else { problem.float };
+        let swept = sweep(w, factor, Rounding::Floats(float), Zeros::Choose(s.mask, s.sparsity, s.block_size));
+        return (swept.values, swept.zeros);
     }
-    let (w, zeros) = pruned.as_ref().map_or((&original, None), |(w, z)| (w, Some(z)));
-    let mut rounded = match treatment.scheme {
-        None => Rounded { values: w.iter().map(|&w| float.round(w)).collect(), ..Rounded::default() },
-        Some(scheme) => {
-            let target = Target { format: scheme.weights, group: scheme.group(columns), float };
-            // Clipping is a part of AWQ (section 3.2 of the paper leaves it to its code).
-            let awq = treatment.layer.algorithm == Algorithm::Awq;
-            let observer = if awq { Observer::Mse } else { treatment.layer.observer };
-            let factor = match (treatment.layer.algorithm, inputs) {
-                (Algorithm::Gptq, Some(inputs)) => Some(inputs.for_gptq(recipe)),
-                _ => None,
-            };
-            match factor.filter(|f| usable(*f, recipe.gptq.dampening_frac).is_some()) {
-                Some(Ok(factor)) => {
-                    let swept = zeros.map_or(Zeros::None, |z| Zeros::Fixed(z));
-                    let mut q = gptq(w, factor, target, observer, swept);
-                    let quadratic =
-                        inputs.filter(|_| recipe.gptq.descent > 0).map(|i| i.quadratic(factor.dampening_frac));
-                    // Toward the weight as it was: zeros are made up for here too.
-                    for _ in 0..recipe.gptq.descent {
-                        descend(
-                            &original,
-                            &mut q,
-                            quadratic.expect("made for a pass"),
-                            target,
-                            zeros.map(Vec::as_slice),
-                        );
-                    }
-                    Rounded { codes: Some(q.codes), values: q.values, ..Rounded::default() }
-                }
-                _ => nearest(w, columns, target, observer, inputs.map(Inputs::squares).as_deref()),
-            }
-        }
+    let squares = inputs.map(Inputs::squares);
+    let zeros = wanda::zeros(w, *columns, squares.as_deref(), s.mask, s.sparsity);
+    let kept = w.iter().zip(&zeros).map(|(w, z)| if *z { 0.0 } else { *w }).collect();
+    (kept, zeros)
+}
+
+/// The weight, pruned or whole, as its scheme stores it.
+fn round_off(
+    problem: &Problem,
+    pruned: Option<&(Vec<f32>, Vec<bool>)>,
+    recipe: &Recipe,
+    notes: &mut Vec<String>,
+) -> Rounded {
+    let Problem { module, columns, float, treatment, inputs, .. } = problem;
+    let (w, zeros) = pruned.map_or((&problem.w, None), |(w, z)| (w, Some(&z[..])));
+    let Some(scheme) = treatment.scheme else {
+        return Rounded { values: w.iter().map(|&w| float.round(w)).collect(), ..Rounded::default() };
     };
-    let part = |(values, w): (&[f32], &[f32])| {
-        let mut sums = ErrorSums::default();
-        round::measure(values, w, &mut sums);
-        sums
+    let target = Target { format: scheme.weights, group: scheme.group(*columns), float: *float };
+    let algorithm = treatment.layer.algorithm;
+    // Clipping is a part of AWQ (section 3.2 of the paper leaves it to its code).
+    let observer = if algorithm == Algorithm::Awq { Observer::Mse } else { treatment.layer.observer };
+    let asked = recipe.gptq.dampening_frac;
+    let swept = inputs
+        .filter(|_| algorithm == Algorithm::Gptq)
+        .and_then(|inputs| usable(inputs.for_gptq(recipe), asked, module, notes).map(|factor| (inputs, factor)));
+    let Some((inputs, factor)) = swept else {
+        return nearest(w, *columns, target, observer, inputs.map(Inputs::squares).as_deref());
     };
-    let parts: Vec<ErrorSums> =
-        rounded.values.par_chunks(columns).zip(original.par_chunks(columns)).map(part).collect();
-    parts.iter().for_each(|p| rounded.errors.merge(p));
-    if !rounded.errors.squared_error.iter().sum::<f64>().is_finite() {
-        let float = float.config_name();
-        return Err(Error::Refused(format!("{module} spans more than {float} can scale; is it damaged?")));
+    let mut q = gptq(w, factor, target, observer, zeros.map_or(Zeros::None, Zeros::Fixed));
+    for _ in 0..recipe.gptq.descent {
+        // Toward the weight as it was: zeros are made up for here too.
+        descend(&problem.w, &mut q, inputs.quadratic(factor.dampening_frac), target, zeros);
     }
-    rounded.notes = notes;
-    Ok(rounded)
+    Rounded { codes: Some(q.codes), values: q.values, ..Rounded::default() }
 }
 
 /// The weights and the codes of a group.
