@@ -6,15 +6,16 @@ use rayon::prelude::*;
 
 use super::rtn::Target;
 use super::scales;
+use crate::formats::Params;
 use crate::ops::matmul::{Dense, Packed, matmul};
 use crate::ops::{math, round};
 use crate::recipe::{Awq, Observer};
 
-/// A matrix (or a sample of its rows) that reads the channels.
+/// Rows that read the channels.
 pub struct Reader {
     /// f32 [rows, columns].
     pub w: Vec<f32>,
-    /// How it will be rounded.
+    /// How they will be rounded.
     pub target: Target,
 }
 
@@ -81,25 +82,26 @@ fn channel_weights(readers: &[Reader], columns: usize) -> Vec<f32> {
 fn cost(readers: &[Reader], s: &[f32], gram: &[f32]) -> f64 {
     let columns = s.len();
     let one = |reader: &Reader| {
-        let scaled: Vec<f32> =
-            reader.w.chunks_exact(columns).flat_map(|row| row.iter().zip(s).map(|(w, s)| w * s)).collect();
         let target = reader.target;
-        let params = scales::fit(&scaled, columns, target, Observer::Minmax, None);
-        let mut d = scaled;
-        for (group, p) in d.chunks_exact_mut(target.group).zip(&params) {
-            for w in group {
-                *w = target.format.dequantize(target.format.quantize(*w, *p, target.float), *p, target.float);
+        let mut d = reader.w.clone();
+        d.par_chunks_exact_mut(columns).for_each(|row| row.iter_mut().zip(s).for_each(|(w, s)| *w *= s));
+        let params = scales::fit(&d, columns, target, Observer::Minmax, None);
+        let round_off = |((d, w), params): ((&mut [f32], &[f32]), &[Params])| {
+            let (scaled, mut unused) = (d.to_vec(), vec![0i8; target.group]);
+            for ((scaled, d), p) in scaled.chunks(target.group).zip(d.chunks_mut(target.group)).zip(params) {
+                round::values(scaled, (target.format, target.float, true), *p, &mut unused, d);
             }
-        }
-        for (d, w) in d.chunks_exact_mut(columns).zip(reader.w.chunks_exact(columns)) {
             d.iter_mut().zip(w).zip(s).for_each(|((d, w), s)| *d = *d / s - w);
-        }
+        };
+        d.par_chunks_exact_mut(columns)
+            .zip(reader.w.par_chunks_exact(columns))
+            .zip(params.par_chunks_exact(columns / target.group))
+            .for_each(round_off);
         let rows = d.len() / columns;
         let mut through = vec![0f32; d.len()];
         // The sum is symmetric, so it is its own transpose.
         matmul(&Packed::new(&d, rows, columns), &Dense { values: gram, shape: (columns, columns) }, None, &mut through);
         d.iter().zip(&through).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
     };
-    let costs: Vec<f64> = readers.par_iter().map(one).collect();
-    costs.iter().sum()
+    readers.iter().map(one).sum()
 }

@@ -9,7 +9,7 @@ use crate::recipe::Observer;
 use super::scales;
 
 /// What to round to.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Target {
     /// Width and kind.
     pub format: NumberFormat,
@@ -35,7 +35,7 @@ pub fn rtn(w: &[f32], columns: usize, target: Target, observer: Observer, out: &
     let mut sums = ErrorSums::default();
     for (row, codes) in w.chunks_exact(columns).zip(out.codes.chunks_exact_mut(columns)) {
         for (w, q) in row.chunks_exact(target.group).zip(codes.chunks_exact_mut(target.group)) {
-            let params = scales::fit_group(w, target, observer, None);
+            let params = scales::fit_group(w, target, observer);
             round::group(w, target.format, params, target.float, q, &mut sums);
             out.params.push(params);
         }

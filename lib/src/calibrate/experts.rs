@@ -353,7 +353,8 @@ impl Calibrator<'_> {
         let Some(treatment) = output.treatment(&linear) else {
             return Ok(Matrix { values: w, shape, inputs: Activations::Float, bias });
         };
-        let problem = Problem { module: &module, w, columns: shape.1, float, treatment, inputs };
+        let problem =
+            Problem { module: &module, w, scaled: scales.is_some(), columns: shape.1, float, treatment, inputs };
         let rounded: Rounded = solve(problem, self.recipe)?;
         output.put(&linear, 0, &rounded)?;
         done.0.push((linear, rounded.errors));

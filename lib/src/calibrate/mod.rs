@@ -378,7 +378,8 @@ impl<'a> Calibrator<'a> {
         let step = (fit as usize).max(ROWS) / 32 * 32;
         for first in (0..shape.0).step_by(step) {
             let w = self.source_rows(&weight, &module, first..shape.0.min(first + step), scales)?;
-            let problem = Problem { module: &module, w, columns: shape.1, float, treatment, inputs };
+            let problem =
+                Problem { module: &module, w, scaled: scales.is_some(), columns: shape.1, float, treatment, inputs };
             let mut rounded = self.device.enter(|| solve(problem, self.recipe))?;
             output.put(linear, first, &rounded)?;
             errors.merge(&rounded.errors);

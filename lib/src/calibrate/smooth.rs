@@ -77,17 +77,19 @@ impl Calibrator<'_> {
     /// A sample of the rows of `readers`.
     fn sample(&self, readers: &[Linear], output: &dyn Output) -> Result<Vec<Reader>> {
         let each = (SAMPLE / readers.len().max(1)).max(LEAST);
-        let mut sample = Vec::with_capacity(readers.len());
+        let mut sample: Vec<Reader> = Vec::new();
         for linear in readers {
             let weight = containers::open(&self.model.checkpoint, &self.model.config, linear)?;
             let (rows, columns) = weight.shape();
             let scheme = output.treatment(linear).and_then(|t| t.scheme).expect("AWQ rounds to codes");
-            let mut w = Vec::with_capacity(each.min(rows) * columns);
-            for row in (0..rows).step_by(rows.div_ceil(each)) {
-                w.extend(self.source_rows(&weight, &linear.module(), row..row + 1, None)?);
-            }
             let target = Target { format: scheme.weights, group: scheme.group(columns), float: weight.float() };
-            sample.push(Reader { w, target });
+            let alike = sample.iter().position(|r| r.target == target).unwrap_or_else(|| {
+                sample.push(Reader { w: Vec::new(), target });
+                sample.len() - 1
+            });
+            for row in (0..rows).step_by(rows.div_ceil(each)) {
+                sample[alike].w.extend(self.source_rows(&weight, &linear.module(), row..row + 1, None)?);
+            }
         }
         Ok(sample)
     }

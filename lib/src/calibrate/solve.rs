@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use crate::algorithms::descent::{Quadratic, descend};
 use crate::algorithms::gptq::gptq;
 use crate::algorithms::rtn::{Codes, ErrorSums, Target};
+use crate::algorithms::scales::Blocks;
 use crate::algorithms::sweep::{Factor, Rounding, Unfactorable, Zeros, sweep};
 use crate::algorithms::{Algorithm, scales, wanda};
 use crate::device::Moments;
@@ -77,8 +78,10 @@ pub struct Rounded {
 pub struct Problem<'a> {
     /// The module's name, for messages.
     pub module: &'a str,
-    /// f32 [rows, columns], scaled already where a transform asks for it.
+    /// f32 [rows, columns].
     pub w: Vec<f32>,
+    /// Whether a transform's scales are in it, so that it is not of type `float` itself.
+    pub scaled: bool,
     /// in_features.
     pub columns: usize,
     /// The type of the weight.
@@ -185,7 +188,11 @@ fn round_off(
         .filter(|_| algorithm == Algorithm::Gptq)
         .and_then(|inputs| usable(inputs.for_gptq(recipe), asked, module, notes).map(|factor| (inputs, factor)));
     let Some((inputs, factor)) = swept else {
-        return nearest(w, *columns, target, observer, inputs.map(Inputs::squares).as_deref());
+        // Round-to-nearest gets the same codes with a text and without.
+        let blocks = inputs.filter(|_| algorithm != Algorithm::Rtn && observer == Observer::Mse);
+        let blocks = blocks.map(|i| Blocks::of(&i.moments.gram, *columns, target.group));
+        let params = scales::fit(w, *columns, target, observer, blocks.as_ref());
+        return nearest(w, target, params, problem.scaled || zeros.is_some());
     };
     let mut q = gptq(w, factor, target, observer, zeros.map_or(Zeros::None, Zeros::Fixed));
     for _ in 0..recipe.gptq.descent {
@@ -198,14 +205,11 @@ fn round_off(
 /// The weights and the codes of a group.
 type Group<'g> = (&'g [f32], &'g mut [i8]);
 
-/// Every weight to its nearest code.
-fn nearest(w: &[f32], columns: usize, target: Target, observer: Observer, importance: Option<&[f32]>) -> Rounded {
-    let params = scales::fit(w, columns, target, observer, importance);
+/// Every weight to its nearest code; `exact` where weights are not of the target's type themselves.
+fn nearest(w: &[f32], target: Target, params: Vec<Params>, exact: bool) -> Rounded {
     let (mut codes, mut values) = (vec![0i8; w.len()], vec![0f32; w.len()]);
     let group = |((w, q), (values, p)): (Group, (&mut [f32], &Params))| {
-        let mut unused = ErrorSums::default();
-        round::group(w, target.format, *p, target.float, q, &mut unused);
-        q.iter().zip(values).for_each(|(q, v)| *v = target.format.dequantize(*q, *p, target.float));
+        round::values(w, (target.format, target.float, exact), *p, q, values);
     };
     w.par_chunks_exact(target.group)
         .zip(codes.par_chunks_exact_mut(target.group))

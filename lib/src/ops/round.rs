@@ -17,35 +17,77 @@ for_this_cpu! {
 }
 
 for_this_cpu! {
+    /// Rounds one group `w` to codes `q` and their `values`, by the `rule` that [`lanes`] has.
+    pub fn values(w: &[f32], rule: (NumberFormat, Float, bool), p: Params, q: &mut [i8], values: &mut [f32]) = values_body
+}
+
+for_this_cpu! {
     /// Adds the error of `values` against `reference` to `sums`.
     pub fn measure(values: &[f32], reference: &[f32], sums: &mut ErrorSums) = measure_body
 }
 
 for_this_cpu! {
-    /// The squared error of rounding `w` with parameters `p`, each weighed by its `importance`; nothing is kept of the
-    /// codes.
-    pub fn cost(w: &[f32], importance: Option<&[f32]>, format: NumberFormat, p: Params, float: Float) -> f64 = cost_body
+    /// The squared error of rounding `w` with parameters `p`; nothing is kept of the codes.
+    pub fn cost(w: &[f32], format: NumberFormat, p: Params, float: Float) -> f64 = cost_body
+}
+
+for_this_cpu! {
+    /// The squared error of what the columns of `w` add to an output, summed over tokens: d G d^T for the error d that
+    /// rounding by `rule` makes, G = `gram` [n, n] the sum of x x^T. `d` [n] and `through` [n] are room to work in.
+    pub fn output_cost(
+        w: &[f32],
+        gram: &[f32],
+        rule: (NumberFormat, Float, bool),
+        p: Params,
+        d: &mut [f32],
+        through: &mut [f32],
+    ) -> f64 = output_cost_body
 }
 
 #[inline(always)]
-fn cost_body(w: &[f32], importance: Option<&[f32]>, format: NumberFormat, p: Params, float: Float) -> f64 {
+fn cost_body(w: &[f32], format: NumberFormat, p: Params, float: Float) -> f64 {
     const BLOCK: usize = 32;
     let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
     let (mut sums, mut codes, mut value) = ([0f32; BLOCK], [0i8; BLOCK], [0f32; BLOCK]);
-    for (i, w) in w.chunks(BLOCK).enumerate() {
-        let (mut whole, mut weight) = ([0f32; BLOCK], [0f32; BLOCK]);
+    for w in w.chunks(BLOCK) {
+        let mut whole = [0f32; BLOCK];
         whole[..w.len()].copy_from_slice(w);
-        match importance {
-            Some(all) => weight[..w.len()].copy_from_slice(&all[i * BLOCK..][..w.len()]),
-            None => weight[..w.len()].fill(1.0),
-        }
         lanes((format, float, false), &whole, &scale, &zero, &mut codes, &mut value);
-        for l in 0..BLOCK {
+        for l in 0..w.len() {
             let error = whole[l] - value[l];
-            sums[l] = (error * error).mul_add(weight[l], sums[l]);
+            sums[l] = error.mul_add(error, sums[l]);
         }
     }
     sums.iter().map(|&s| f64::from(s)).sum()
+}
+
+#[inline(always)]
+fn output_cost_body(
+    w: &[f32],
+    gram: &[f32],
+    rule: (NumberFormat, Float, bool),
+    p: Params,
+    d: &mut [f32],
+    through: &mut [f32],
+) -> f64 {
+    const BLOCK: usize = 32;
+    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
+    let (mut codes, mut value) = ([0i8; BLOCK], [0f32; BLOCK]);
+    for (w, d) in w.chunks(BLOCK).zip(d.chunks_mut(BLOCK)) {
+        let mut whole = [0f32; BLOCK];
+        whole[..w.len()].copy_from_slice(w);
+        lanes(rule, &whole, &scale, &zero, &mut codes, &mut value);
+        for (l, d) in d.iter_mut().enumerate() {
+            *d = value[l] - whole[l];
+        }
+    }
+    through.fill(0.0);
+    for (d, row) in d.iter().zip(gram.chunks_exact(w.len())) {
+        for (t, g) in through.iter_mut().zip(row) {
+            *t = d.mul_add(*g, *t);
+        }
+    }
+    d.iter().zip(through).map(|(d, t)| f64::from(*d) * f64::from(*t)).sum()
 }
 
 #[inline(always)]
@@ -77,6 +119,19 @@ fn group_body(w: &[f32], format: NumberFormat, p: Params, float: Float, q: &mut 
         lanes((format, float, false), &whole, &scale, &zero, &mut codes, &mut value);
         q.copy_from_slice(&codes[..w.len()]);
         measure_body(&value[..w.len()], w, sums);
+    }
+}
+
+#[inline(always)]
+fn values_body(w: &[f32], rule: (NumberFormat, Float, bool), p: Params, q: &mut [i8], values: &mut [f32]) {
+    const BLOCK: usize = 32;
+    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
+    for ((w, q), values) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)).zip(values.chunks_mut(BLOCK)) {
+        let (mut whole, mut codes, mut value) = ([0f32; BLOCK], [0i8; BLOCK], [0f32; BLOCK]);
+        whole[..w.len()].copy_from_slice(w);
+        lanes(rule, &whole, &scale, &zero, &mut codes, &mut value);
+        q.copy_from_slice(&codes[..w.len()]);
+        values.copy_from_slice(&value[..w.len()]);
     }
 }
 
@@ -199,6 +254,11 @@ mod tests {
             prop_assert_eq!(&q, &want);
             let worst = w.iter().zip(&want).map(|(&w, &q)| (format.dequantize(q, p, float) - w).abs()).fold(0.0, f32::max);
             prop_assert_eq!(sums.max_error, worst);
+            let mut stood_for = vec![0.0; w.len()];
+            values(&w, (format, float, false), p, &mut q, &mut stood_for);
+            prop_assert_eq!(&q, &want);
+            let means: Vec<f32> = want.iter().map(|&q| format.dequantize(q, p, float)).collect();
+            prop_assert_eq!(stood_for, means);
         }
     }
     use crate::ops::dequantize::SHAPES;
