@@ -200,6 +200,15 @@ fn awqs_scales_are_exact_and_save_channels_that_stand_out() {
     println!("channels that stand out: AWQ {ours:.6}, RTN {floor:.6}");
     assert!(ours < 0.7 * floor, "AWQ {ours}, RTN {floor}");
 
+    // A comparison takes the scales back, so the error is that of rounding alone.
+    let told = run(command("gptoss-verify against --quiet --each --format json").arg(&loud).arg(&out)).manifest();
+    assert!(told["notes"][0].as_str().unwrap().contains("model.layers.0.input_layernorm.weight"), "{told}");
+    for t in told["tensors"].as_array().unwrap() {
+        let relative = t["error"]["relative"].as_f64().unwrap_or(0.0);
+        let bound = if t["stored"] == "int4" { 0.2 } else { 0.0 };
+        assert!(relative <= bound, "{t}");
+    }
+
     // The transform alone: the source with the scales that went into the norms. It changes no figure at all.
     let mut awq = Shard::read(&out.join(SHARD));
     let mut moved = 0;

@@ -457,16 +457,15 @@ fn the_exact_place_of_a_nan_is_named() {
     assert!(err.contains("experts.2.down_proj holds NaN or infinity at row 3, column 32"), "{err}");
 }
 
-/// Runs a tool with its output on a file system of `kib` KiB, in a mount name space of its own.
-fn on_a_small_disk(kib: u64, tool: &str, script_after: &str) -> support::Ran {
+/// Runs a tool in a file system of `kib` KiB, in a mount name space of its own.
+fn on_a_small_disk(kib: u64, tool: &str, flags: &str, script_after: &str) -> support::Ran {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     std::fs::create_dir(&disk).unwrap();
     let script = format!(
-        "mount -t tmpfs -o size={kib}k none '{disk}' && cd '{disk}' && '{exe}' --quiet --src '{src}' --dst out >/dev/null; code=$?; {script_after}; exit $code",
+        "mount -t tmpfs -o size={kib}k none '{disk}' && cd '{disk}' && '{exe}' --quiet {flags} >/dev/null; code=$?; {script_after}; exit $code",
         disk = disk.display(),
         exe = support::exe(tool),
-        src = tiny().display(),
     );
     // As root a mount name space is enough; otherwise one inside a user name space.
     let root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
@@ -476,8 +475,9 @@ fn on_a_small_disk(kib: u64, tool: &str, script_after: &str) -> support::Ran {
 
 #[test]
 fn a_full_disk_is_an_error_before_or_after_the_weights_and_leaves_no_output() {
+    let dequant = &format!("--src '{}' --dst out", tiny().display());
     // Too small for the weights: said before anything is written.
-    let ran = on_a_small_disk(4096, "gptoss-dequant", "ls -A 1>&2");
+    let ran = on_a_small_disk(4096, "gptoss-dequant", dequant, "ls -A 1>&2");
     assert_eq!(ran.code, 2, "{}", ran.err);
     assert!(
         ran.err.contains("not enough room: 17420376 bytes are needed") && ran.err.lines().count() == 1,
@@ -485,8 +485,25 @@ fn a_full_disk_is_an_error_before_or_after_the_weights_and_leaves_no_output() {
         ran.err
     );
     // Room for the weights, none for the tokenizer behind them: the work is kept, the output does not appear.
-    let ran = on_a_small_disk(17_420_376 / 1024 + 60, "gptoss-dequant", "ls -A 1>&2");
+    let ran = on_a_small_disk(17_420_376 / 1024 + 60, "gptoss-dequant", dequant, "ls -A 1>&2");
     assert_eq!(ran.code, 2, "{}", ran.err);
     assert!(ran.err.contains("No space left on device") && ran.err.contains("out.partial"), "{}", ran.err);
     assert_eq!(ran.err.lines().nth(1), Some("out.partial"), "{}", ran.err);
+}
+
+#[test]
+fn a_small_offload_folder_is_an_error_before_the_calibration() {
+    let out = tempfile::tempdir().unwrap();
+    let (model, out) = (tiny(), out.path().join("out"));
+    let flags = format!(
+        "--model-in '{model}' --output-dir '{}' --calib-jsonl '{model}/calib.jsonl' --nsamples 4 --max-seq-length 256 --offload-folder .",
+        out.display(),
+        model = model.display()
+    );
+    // Two copies of 1024 hidden states of 256 numbers.
+    let ran = on_a_small_disk(2048 - 64, "gptoss-quant", &flags, "ls -A 1>&2");
+    assert_eq!(ran.code, 2, "{}", ran.err);
+    assert!(ran.err.contains(".: not enough room: 2097152 bytes are needed"), "{}", ran.err);
+    let ran = on_a_small_disk(2048 + 256, "gptoss-quant", &flags, "ls -A 1>&2");
+    assert_eq!((ran.code, &ran.err[..]), (0, ""), "{}", ran.err);
 }

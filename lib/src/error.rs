@@ -97,6 +97,6 @@ impl Error {
     /// True where running the same command again could succeed and would resume: a full disk, a device error.
     /// Bad input stays bad.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Io { .. })
+        matches!(self, Self::Io { .. } | Self::NoSpace { .. })
     }
 }

@@ -21,8 +21,7 @@ use gptoss_tools::{Common, parse_size, run, source, volatile};
   gptoss-dequant --src openai/gpt-oss-20b --dst gpt-oss-20b-bf16
   gptoss-dequant --src ./gpt-oss-20b --dst bf16 | gptoss-quant --experts w4a16 --mw w8a16 | gptoss-verify
 
-The manifest of what was done goes to standard output (a table on a terminal) and lies in DST as gptoss-manifest.json.
-DST appears when it is complete; a killed run leaves DST.partial, and the same command resumes it.
+The manifest of what was done goes to standard output (a table on a terminal) and lies in DST as gptoss-manifest.json. DST appears when it is complete; a killed run leaves DST.partial, and the same command resumes it.
 Exit codes: 0 done, 2 an error."
 )]
 struct Args {

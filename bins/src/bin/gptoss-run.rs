@@ -30,8 +30,8 @@ use serde_json::{Value, json};
   cat question.txt | gptoss-run --model ./out --temperature 0
   gptoss-quant --model-in ./gpt-oss-20b | gptoss-run --prompt 'Once upon a time'
 
-The text goes to standard output, times go to standard error. The same command prints the same text: the seed is 0 unless
---seed says otherwise. Exit codes: 0 done, 2 an error, 130 ended by Ctrl-C."
+The text goes to standard output, times go to standard error. The same command prints the same text: the seed is 0 unless --seed says otherwise.
+Exit codes: 0 done, 2 an error, 130 ended by Ctrl-C."
 )]
 struct Args {
     /// A checkpoint's folder or a hub id; without it, the output of the manifest on standard input

@@ -29,10 +29,8 @@ use gptoss_tools::{Common, DIFFERENT, file_set, run, volatile, write_out};
   gptoss-verify quality ./out --against ./gpt-oss-20b --text test.jsonl
   gptoss-verify env
 
-Without a subcommand it reads a manifest from standard input, checks the checkpoint that the manifest names and, where
-its source is at hand, compares the two.
-Exit codes: 0 done (a lossy comparison is no failure), 1 the checkpoint contradicts its manifest, its config or its
-headers, 2 it cannot be read at all."
+Without a subcommand it reads a manifest from standard input, checks the checkpoint that the manifest names and, where its source is at hand, compares the two.
+Exit codes: 0 done (a lossy comparison is no failure), 1 the checkpoint contradicts its manifest, its config or its headers, 2 it cannot be read at all."
 )]
 struct Args {
     #[command(subcommand)]
@@ -96,7 +94,7 @@ fn compare(src: &Path, dir: &Path, each: bool, common: &Common) -> Result<ExitCo
     let mut manifest = Manifest::new("gptoss-verify", Job::Against);
     (manifest.source, manifest.output) =
         (Some(file_set(src, resources.threads)?), Some(file_set(dir, resources.threads)?));
-    manifest.tensors = comparison.tensors;
+    (manifest.tensors, manifest.notes) = (comparison.tensors, comparison.notes);
     let tensors = Checkpoint::open(dir)?.names().count() as u64;
     // A difference is no failure. What is no number cannot be compared, unless its maker said that it would be there.
     let stated = Manifest::in_folder(dir)?.and_then(|m| m.conversion).map_or(0, |c| c.overflows);
@@ -135,6 +133,7 @@ fn from_manifest(common: &Common) -> Result<ExitCode> {
     } else if let Some(src) = &source {
         let comparison = against(src, &dir, Detail::Families, resources.threads, &resources.progress)?;
         manifest.tensors = comparison.tensors;
+        manifest.notes.extend(comparison.notes);
         verdict.total_error = Some(comparison.total);
     } else if verdict.passed {
         manifest.notes.push("the source is not at hand, so nothing was compared with it".into());

@@ -6,8 +6,9 @@ mod kernels;
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use gptoss::model::ModelConfig;
+use gptoss::model::{ModelConfig, linears};
 use gptoss::pipeline::progress::Progress;
+use gptoss::recipe::pattern::Patterns;
 use gptoss::recipe::{
     DEFAULT_IGNORE, GroupSize, LayerRecipe, Mask, Override, Recipe, SchemeName, SmoothQuant, Sparsity, alphaquant,
     llm_compressor, settings, simplify,
@@ -114,7 +115,13 @@ impl RecipeArgs {
         if self.files.config.is_some() || self.files.recipe.is_some() {
             self.replace_layers(&mut recipe);
         }
-        if self.layers.experts_regex.is_some() {
+        if let Some(pattern) = &self.layers.experts_regex {
+            let compiled = Patterns::new(std::slice::from_ref(pattern))?;
+            if !linears(config).any(|l| compiled.any(&l.module())) {
+                bail!(
+                    "--experts-regex {pattern}: matches no module of this model; the experts are model.layers.N.mlp.experts.N.*"
+                );
+            }
             recipe = simplify(recipe, config, Path::new("--experts-regex"))?;
         }
         self.lay_over(&mut recipe);

@@ -78,7 +78,7 @@ fn a_regular_expression_says_what_the_experts_are() {
     let also = resolved("--experts-regex re:.*(mlp.experts.*|o_proj)").unwrap();
     assert_eq!(also.overrides.len(), 1);
     assert_eq!(also.overrides[0].layer, also.experts);
-    assert!(resolved("--experts-regex re:.*w1").unwrap_err().contains("matches no module"));
+    assert!(resolved("--experts-regex re:.*w1").unwrap_err().contains("--experts-regex re:.*w1: matches no module"));
     assert!(resolved("--experts-regex experts").unwrap_err().contains("wanted re: and a regular expression"));
 }
 

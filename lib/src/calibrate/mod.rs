@@ -70,6 +70,19 @@ impl Room<'_> {
     fn hessians(&self) -> Option<&Path> {
         self.offload_hessians.then_some(self.offload)
     }
+
+    /// Bytes that [`Self::offload`] has to take for a text of so many tokens, roughly: a full disk should show now and not
+    /// after hours.
+    pub fn offloaded(&self, model: &Model, tokens: u64) -> u64 {
+        let c = &model.config;
+        let [hidden, width, intermediate] = [c.hidden, c.heads * c.head_dim, c.intermediate].map(|n| n as u64);
+        let states = |width: u64| Some(4 * tokens * width).filter(|b| *b > self.memory / 8).unwrap_or(0);
+        let hessian = |columns: u64| if self.offload_hessians { 4 * columns * columns } else { 0 };
+        let attention = states(width) + hessian(hidden) + hessian(width);
+        let experts = states(hidden) + hessian(hidden) + hessian(hidden.max(intermediate));
+        // Two saved copies lie beside the states that are worked on.
+        2 * 4 * tokens * hidden + states(hidden) + attention.max(experts)
+    }
 }
 
 /// The least [`Room::memory`] for a model: one expert at a time, beside the hidden states' share.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::digest;
+use crate::checkpoint::{destination, digest};
 use crate::error::{Error, Result};
 use crate::evaluate::States;
 
@@ -21,15 +21,22 @@ const HEAD: usize = 8 + 32;
 /// The two files.
 pub struct Saved {
     files: [PathBuf; 2],
+    fingerprint: String,
 }
 
 impl Saved {
-    /// In `folder`, for the run that writes `partial` and has this fingerprint.
+    /// In `folder`, for the run that writes `partial` and has this fingerprint. The names depend on `partial` alone, so
+    /// that a run which starts over takes the files of the one that was given up.
     pub fn new(folder: &Path, partial: &Path, fingerprint: &str) -> Self {
         let whole = std::path::absolute(partial).unwrap_or_else(|_| partial.to_path_buf());
-        let key = digest::sha256(format!("{fingerprint} {}", whole.display()).as_bytes());
+        let key = digest::sha256(whole.as_os_str().as_encoded_bytes());
         let name = |i: usize| folder.join(format!("{PREFIX}{}.{i}", &key[..16]));
-        Self { files: [name(0), name(1)] }
+        Self { files: [name(0), name(1)], fingerprint: fingerprint.into() }
+    }
+
+    /// Of these states, kept by this run.
+    fn hash(&self, states: &[f32]) -> [u8; 32] {
+        Sha256::new().chain_update(&self.fingerprint).chain_update(bytemuck::cast_slice(states)).finalize().into()
     }
 
     /// Keeps the states in front of `layer`.
@@ -38,7 +45,7 @@ impl Saved {
         let write = || {
             let mut file = File::create(path)?;
             file.write_all(&(layer as u64).to_le_bytes())?;
-            file.write_all(&Sha256::digest(bytemuck::cast_slice(states)))?;
+            file.write_all(&self.hash(states))?;
             file.write_all(bytemuck::cast_slice(states))
         };
         write().map_err(Error::io("write hidden states to", path))
@@ -66,11 +73,15 @@ impl Saved {
         for row in 0..states.rows() {
             file.read_exact(bytemuck::cast_slice_mut(states.row_mut(row))).map_err(gone)?;
         }
-        let hash = Sha256::digest(bytemuck::cast_slice(states));
-        if head[..8] != (layer as u64).to_le_bytes() || head[8..] != hash[..] {
+        if head[..8] != (layer as u64).to_le_bytes() || head[8..] != self.hash(states) {
             return Err(gone(std::io::ErrorKind::InvalidData.into()));
         }
         Ok(())
+    }
+
+    /// Bytes that both take of their disk.
+    pub fn taken(&self) -> u64 {
+        self.files.iter().map(|f| destination::taken(f)).sum()
     }
 
     /// Removes both.

@@ -105,12 +105,20 @@ pub(super) fn is_checkpoint_file(path: &Path) -> bool {
 
 /// Refuses where the output, of `needed` bytes, does not fit.
 pub fn check_room(dst: &Path, needed: u64) -> Result<()> {
-    let dir = nearest_existing(dst);
-    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("ask for the free space of", dir)(e.into()))?;
     // What an unfinished run has taken is ours already.
     let partial = contents(&partial_path(dst)).unwrap_or_default();
-    let taken: u64 = partial.iter().filter_map(|p| std::fs::metadata(p).ok()).map(|m| m.blocks() * 512).sum();
-    let available = stat.f_bavail * stat.f_frsize + taken;
+    check_free(nearest_existing(dst), needed, partial.iter().map(|p| taken(p)).sum())
+}
+
+/// Bytes that a file takes of its disk.
+pub fn taken(file: &Path) -> u64 {
+    std::fs::metadata(file).map_or(0, |m| m.blocks() * 512)
+}
+
+/// Refuses where `needed` bytes do not fit into `dir`, `ours` of which are taken already.
+pub fn check_free(dir: &Path, needed: u64, ours: u64) -> Result<()> {
+    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("ask for the free space of", dir)(e.into()))?;
+    let available = stat.f_bavail * stat.f_frsize + ours;
     if needed > available {
         return Err(Error::NoSpace { dir: dir.to_path_buf(), needed, available });
     }

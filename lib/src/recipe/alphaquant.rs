@@ -309,6 +309,8 @@ mod tests {
             json!({"pattern": "*.self_attn.*", "wq": "int3"}),
         ));
         assert!(e.contains("\"*.q_proj\" has no effect: \"*.self_attn.*\" hides it on every module"), "{e}");
+        let e = refusal(json!({"default": {"wq": "int8"}, "overrides": [{"pattern": "*embed_tokens", "wq": "int4"}]}));
+        assert!(e.contains("\"*embed_tokens\" matches only the embedding"), "{e}");
         // The same wish twice is no contradiction.
         recipe(both(json!({"pattern": "*.q_proj", "wq": "int8"}), json!({"pattern": "*.self_attn.*", "wq": "int8"})))
             .unwrap();

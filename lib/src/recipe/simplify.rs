@@ -53,8 +53,12 @@ impl Table {
             if hit.iter().any(wins) || hit.iter().all(|&m| outcomes[m] == wanted) {
                 continue;
             }
+            if hit.iter().all(|&m| self.linears[m].proj == Proj::Embed) {
+                let why = "matches only the embedding, a table that stays as it is; only linear layers are quantized";
+                return Err(Error::file(file, format!("{} {why}", names(hidden))));
+            }
             let by = hit.iter().find_map(|&m| self.hits[m].iter().rposition(|&h| h).filter(|&last| last > o));
-            let by = by.map_or("the ignored modules".into(), |b| names(&recipe.overrides[b]));
+            let by = by.map_or("the list of ignored modules".into(), |b| names(&recipe.overrides[b]));
             return Err(Error::file(
                 file,
                 format!(

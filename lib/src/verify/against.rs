@@ -1,5 +1,6 @@
 //! How far a checkpoint's values are from those of the checkpoint that it was made from.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::algorithms::rtn::ErrorSums;
@@ -7,7 +8,7 @@ use crate::checkpoint::source::Checkpoint;
 use crate::containers::{self, dense};
 use crate::error::{Error, Result};
 use crate::manifest::{ErrorReport, TensorReport};
-use crate::model::{self, Linear, ModelConfig, Role};
+use crate::model::{self, Linear, ModelConfig, Proj, Role};
 use crate::ops::round;
 use crate::pipeline::executor;
 use crate::pipeline::progress::Progress;
@@ -30,6 +31,8 @@ pub struct Comparison {
     pub tensors: Vec<TensorReport>,
     /// Over everything.
     pub total: ErrorReport,
+    /// What was taken back before comparing.
+    pub notes: Vec<String>,
 }
 
 /// How finely a comparison reports.
@@ -41,7 +44,11 @@ pub enum Detail {
     Matrices,
 }
 
-/// Compares the checkpoint in `dir` with its source in `src`, value by value, whatever containers the two have.
+/// Scales that went from a norm into what reads it, by the norm's name [H].
+type Moved = BTreeMap<String, Vec<f32>>;
+
+/// Compares the checkpoint in `dir` with its source in `src`, value by value, whatever containers the two have. Scales that
+/// a transform moved from a norm into the weights behind it are taken back first: they change no output.
 ///
 /// # Errors
 /// Where one of them cannot be read, or where they are of different models.
@@ -53,6 +60,7 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
         let (s, d) = (src.display(), dir.display());
         return Err(Error::Refused(format!("{s} and {d} are of different shapes ({config:?} and {other:?})")));
     }
+    let moved = moved(&a, &b, &config)?;
     let mut pairs = Vec::new();
     for slot in model::slots(&config) {
         match slot.role {
@@ -70,7 +78,7 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
     // Both sides as 16-bit floats: what a reader would take the sizes for.
     progress.start("compare", pairs.iter().map(|p| 4 * p.parameters(&config)).sum());
     let sums = executor::map(&pairs, threads, |pair| {
-        let sums = pair.compare(&a, &b, &config)?;
+        let sums = pair.compare(&a, &b, &config, &moved)?;
         progress.advance(4 * pair.parameters(&config));
         Ok(sums)
     })?;
@@ -94,7 +102,42 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
         let stored = b.get(&name).map_or_else(|| "split".into(), |t| t.info.dtype.to_string().to_lowercase());
         tensors.push(TensorReport { name, tensors: 1, parameters: s.count, stored, error: Some(summary(s, None)) });
     }
-    Ok(Comparison { tensors, total: summary(&total, None) })
+    let notes = (!moved.is_empty()).then(|| {
+        let names: Vec<&str> = moved.keys().map(String::as_str).collect();
+        format!(
+            "scales went from norms into what reads them, and are taken back in this comparison: {}",
+            names.join(", ")
+        )
+    });
+    Ok(Comparison { tensors, total: summary(&total, None), notes: notes.into_iter().collect() })
+}
+
+/// Norms that differ by powers of two alone, as AWQ and SmoothQuant here make them.
+fn moved(a: &Checkpoint, b: &Checkpoint, config: &ModelConfig) -> Result<Moved> {
+    let mut moved = Moved::new();
+    for name in
+        (0..config.layers).flat_map(|l| [Proj::Q, Proj::Gate].into_iter().filter_map(move |p| norm_before(p, l)))
+    {
+        let read = |c: &Checkpoint| dense::read(&c.tensor(&name)?, &[config.hidden]);
+        let (was, is) = (read(a)?, read(b)?);
+        let ratio = |(was, is): (&f32, &f32)| if was == is { 1.0 } else { was / is };
+        let scales: Vec<f32> = was.iter().zip(&is).map(ratio).collect();
+        let power_of_two = |s: &f32| s.is_normal() && *s > 0.0 && s.to_bits() & 0x7f_ffff == 0;
+        if scales.iter().any(|s| *s != 1.0) && scales.iter().all(power_of_two) {
+            moved.insert(name, scales);
+        }
+    }
+    Ok(moved)
+}
+
+/// The norm that feeds a projection.
+fn norm_before(proj: Proj, layer: usize) -> Option<String> {
+    let norm = match proj {
+        Proj::Q | Proj::K | Proj::V => "input_layernorm",
+        Proj::Router | Proj::Gate | Proj::Up => "post_attention_layernorm",
+        _ => return None,
+    };
+    Some(format!("model.layers.{layer}.{norm}.weight"))
 }
 
 fn stored(checkpoint: &Checkpoint, linear: &Linear) -> String {
@@ -123,10 +166,11 @@ impl Pair {
         n as u64
     }
 
-    fn compare(&self, a: &Checkpoint, b: &Checkpoint, config: &ModelConfig) -> Result<ErrorSums> {
+    fn compare(&self, a: &Checkpoint, b: &Checkpoint, config: &ModelConfig, moved: &Moved) -> Result<ErrorSums> {
         let mut sums = ErrorSums::default();
         match self {
             Self::Linear(linear) => {
+                let scales = norm_before(linear.proj, linear.layer).and_then(|norm| moved.get(&norm));
                 let (a, b) = (containers::open(a, config, linear)?, containers::open(b, config, linear)?);
                 let (out, inp) = linear.shape(config);
                 let (mut x, mut y) = (vec![0f32; ROWS * inp], vec![0f32; ROWS * inp]);
@@ -135,11 +179,17 @@ impl Pair {
                     let n = rows.len() * inp;
                     a.read_rows(rows.clone(), &mut x[..n]);
                     b.read_rows(rows, &mut y[..n]);
+                    if let Some(scales) = scales {
+                        y[..n].chunks_exact_mut(inp).for_each(|y| y.iter_mut().zip(scales).for_each(|(y, s)| *y /= s));
+                    }
                     measure(&mut y[..n], &mut x[..n], &mut sums);
                 }
             }
             Self::Plain(name, shape) => {
                 let (mut x, mut y) = (dense::read(&a.tensor(name)?, shape)?, dense::read(&b.tensor(name)?, shape)?);
+                if let Some(scales) = moved.get(name) {
+                    y.iter_mut().zip(scales).for_each(|(y, s)| *y *= s);
+                }
                 measure(&mut y, &mut x, &mut sums);
             }
             Self::Biases(fused, layer) => {

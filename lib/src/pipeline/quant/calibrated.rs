@@ -8,6 +8,7 @@ use super::store::Values;
 use super::{Plan, Role, Scratch, Work};
 use crate::algorithms::Algorithm;
 use crate::calibrate::{Calibrator, LayerReport, Output, Room, Rounded, Saved};
+use crate::checkpoint::destination::check_free;
 use crate::checkpoint::digest;
 use crate::checkpoint::sink::Sink;
 use crate::device::cpu::Cpu;
@@ -50,6 +51,8 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
         offload_hessians: resources.offload_hessians,
         progress: &resources.progress,
     };
+    let tokens = text.sequences.iter().map(|s| s.real as u64).sum();
+    check_free(&offload, room.offloaded(&model, tokens), saved.taken())?;
     let jobs = plan.jobs.iter().enumerate().map(|(i, j)| (j.linear, i)).collect();
     let taker = Taker { plan, sink: &opened.sink, jobs };
     let outcome = Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room).and_then(|calibrator| {

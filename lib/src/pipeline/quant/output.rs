@@ -12,6 +12,7 @@ use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::{Class, Linear, Proj};
+use crate::recipe::Treatment;
 use crate::runtimes::{self, ExpertLayout, MainLayout};
 use crate::verify::errors::Family;
 
@@ -202,6 +203,17 @@ impl Plan<'_> {
         manifest.notes.extend(self.recipe.notes.iter().cloned());
         let (experts, main) = self.layouts();
         manifest.runtimes = runtimes::report(experts, main);
+        let same = |(l, t): (&Linear, &Treatment)| {
+            let native = l.proj.class() == Class::Experts && t.scheme.is_some_and(|s| s.weights == NumberFormat::Mxfp4);
+            native && t.sparse.is_none() && !self.smooths(l.layer, Class::Experts)
+        };
+        if self.mxfp4 && self.treated.iter().any(same) {
+            manifest.notes.push(
+                "MXFP4 experts are fitted to MXFP4 with nothing in front (zeros, smoothing), which gives the values that they \
+                 have; the scheme keep copies them without a calibration"
+                    .into(),
+            );
+        }
         if self.layout_word() == "compressed-tensors+mxfp4" {
             manifest.notes.push(format!(
                 "experts are MXFP4 blocks and scales beside compressed-tensors modules; a runtime must read {KEPT} in config.json"
