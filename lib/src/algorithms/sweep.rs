@@ -57,36 +57,14 @@ impl Factor {
         if !diagonal.iter().all(|d| d.is_finite()) {
             return Err(Unfactorable::NotFinite);
         }
-        let mean = diagonal.iter().sum::<f64>() / n as f64;
-        if mean <= 0.0 {
+        if diagonal.iter().sum::<f64>() <= 0.0 {
             return Err(Unfactorable::Empty);
         }
         let mut columns: Vec<usize> = (0..n).collect();
         if order == ActOrder::Static {
             columns.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]).then(a.cmp(&b)));
         }
-        let mut fraction = dampening_frac;
-        let mut matrix = vec![0f64; n * n];
-        loop {
-            // R is the lower factor of the matrix read backwards, itself read backwards.
-            let scale = 1.0 / count.max(1) as f64;
-            let fill = |(i, row): (usize, &mut [f64])| {
-                let from = &gram[columns[n - 1 - i] * n..][..n];
-                for (j, v) in row[..=i].iter_mut().enumerate() {
-                    *v = f64::from(from[columns[n - 1 - j]]) * scale;
-                }
-                let d = diagonal[columns[n - 1 - i]];
-                row[i] = if d == 0.0 { 1.0 } else { d + fraction * mean };
-            };
-            matrix.par_chunks_mut(n).enumerate().for_each(fill);
-            match cholesky(&mut matrix, n) {
-                Ok(()) => break,
-                Err(_) if fraction < MOST_DAMPING => {
-                    fraction = if fraction < 0.1 { fraction + DAMPING_STEP } else { fraction * 10.0 };
-                }
-                Err(_) => return Err(Unfactorable::NotFinite),
-            }
-        }
+        let (matrix, fraction) = damped(gram, count, &columns, &diagonal, dampening_frac)?;
         let r = |k: usize, j: usize| matrix[(n - 1 - k) * n + n - 1 - j];
         let tile = |t: usize| {
             let columns = t * HEIGHT..n.min((t + 1) * HEIGHT);
@@ -111,6 +89,41 @@ impl Factor {
     /// Columns.
     pub fn columns(&self) -> usize {
         self.order.len()
+    }
+}
+
+/// The lower factor of the mean of x x^T, its columns in reversed order, damped by as much as that takes; and by how much that
+/// was.
+fn damped(
+    gram: &[f32],
+    count: u64,
+    columns: &[usize],
+    diagonal: &[f64],
+    dampening_frac: f64,
+) -> Result<(Vec<f64>, f64), Unfactorable> {
+    let n = columns.len();
+    let mean = diagonal.iter().sum::<f64>() / n as f64;
+    let scale = 1.0 / count.max(1) as f64;
+    let mut fraction = dampening_frac;
+    let mut matrix = vec![0f64; n * n];
+    loop {
+        // R is the lower factor of the matrix read backwards, itself read backwards.
+        let fill = |(i, row): (usize, &mut [f64])| {
+            let from = &gram[columns[n - 1 - i] * n..][..n];
+            for (j, v) in row[..=i].iter_mut().enumerate() {
+                *v = f64::from(from[columns[n - 1 - j]]) * scale;
+            }
+            let d = diagonal[columns[n - 1 - i]];
+            row[i] = if d == 0.0 { 1.0 } else { d + fraction * mean };
+        };
+        matrix.par_chunks_mut(n).enumerate().for_each(fill);
+        match cholesky(&mut matrix, n) {
+            Ok(()) => return Ok((matrix, fraction)),
+            Err(_) if fraction < MOST_DAMPING => {
+                fraction = if fraction < 0.1 { fraction + DAMPING_STEP } else { fraction * 10.0 };
+            }
+            Err(_) => return Err(Unfactorable::NotFinite),
+        }
     }
 }
 

@@ -1,67 +1,82 @@
 //! The experts of a layer, each on the tokens that the router sends it.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::smooth::Smoothing;
-use super::{Calibrator, Inputs, LayerReport, Output, Problem, Rounded, solve};
-use crate::algorithms::rtn::ErrorSums;
+use super::{Calibrator, Held, Inputs, LayerReport, Output, Problem, Rounded, solve};
 use crate::containers::{self, dense};
+use crate::device::cpu::Cpu;
 use crate::device::{Device, Moments};
 use crate::error::Result;
 use crate::evaluate::{States, layer_work};
 use crate::formats::activations::Activations;
 use crate::manifest::Coverage;
 use crate::model::{Fused, Linear, ModelConfig, Proj};
-use crate::ops::matmul::{Dense, Packed, matmul};
-use crate::ops::{elementwise, math, moments, route};
+use crate::ops::matmul::{Packed, matmul};
+use crate::ops::{elementwise, math, route};
 use crate::recipe::FewTokens;
 
 /// Most tokens that an expert takes at a time.
 const CHUNK: usize = 1024;
 
-/// A weight that an expert computes with.
+/// A projection that an expert computes with.
 struct Matrix {
-    values: Vec<f32>,
-    shape: (usize, usize),
-    inputs: Activations,
+    weight: Held,
     bias: Vec<f32>,
 }
 
 impl Matrix {
     /// `x` [rows, columns] as this weight reads it: rounded where its scheme says so, laid out for the product.
     fn pack(&self, x: &[f32]) -> Packed {
-        let k = self.shape.1;
+        let (k, inputs) = (self.weight.shape.1, self.weight.inputs);
         let rows = x.len() / k;
-        if self.inputs == Activations::Float {
+        if inputs == Activations::Float {
             return Packed::new(x, rows, k);
         }
         let mut rounded = x.to_vec();
-        rounded.par_chunks_exact_mut(k).for_each(|row| self.inputs.quantize_token(row));
+        rounded.par_chunks_exact_mut(k).for_each(|row| inputs.quantize_token(row));
         Packed::new(&rounded, rows, k)
     }
 
     /// x W^T + bias for `rows` of x.
     fn apply(&self, x: &Packed, rows: usize) -> Vec<f32> {
-        let mut out = vec![0f32; rows * self.shape.0];
-        matmul(x, &Dense { values: &self.values, shape: self.shape }, Some(&self.bias), &mut out);
+        let mut out = vec![0f32; rows * self.weight.shape.0];
+        matmul(x, &self.weight, Some(&self.bias), &mut out);
         out
     }
 }
 
-/// What all experts of a layer read.
-struct Mlp<'a> {
-    layer: usize,
-    norm: &'a [f32],
+/// A token and the router's weight for it.
+type Share = (u32, f32);
+
+/// What stands in front of the experts of a layer, as the text goes on through it.
+struct Front<'w> {
+    norm: Vec<f32>,
+    router: <Cpu as Device>::Matrix<'w>,
+    /// Scales that go into gate and up.
+    smoothing: Option<Smoothing>,
+    /// Sums over all tokens, for experts that take every token alike.
+    all: Option<Arc<Inputs>>,
+}
+
+/// What the router makes of all tokens.
+struct Routing {
+    /// Tokens of each expert, ascending.
+    tokens: Vec<Vec<Share>>,
+    /// Softmax of the router's logits [tokens, E], where experts with few tokens need it.
+    probabilities: Option<States>,
     /// The normed hidden states of all tokens, where there is room for them.
     normed: Option<States>,
-    /// Tokens of each expert, ascending, with the router's weight.
-    routes: Vec<Vec<(u32, f32)>>,
-    /// Router logits [tokens, E], where experts with few tokens need them.
-    logits: Option<States>,
-    /// Scales that go into gate and up.
-    smoothing: Option<&'a Smoothing>,
-    /// Sums over all tokens, for experts that take every token alike.
-    all: Option<Inputs>,
+}
+
+/// What all experts of a layer read.
+struct Mlp<'w> {
+    layer: usize,
+    front: Front<'w>,
+    routing: Routing,
     gate_up_bias: Vec<f32>,
     down_bias: Vec<f32>,
 }
@@ -70,18 +85,16 @@ struct Mlp<'a> {
 struct Done {
     /// Its outputs [tokens of the expert, H].
     outputs: States,
-    errors: Vec<(Linear, ErrorSums)>,
-    notes: Vec<String>,
+    report: LayerReport,
 }
 
-/// Which tokens tell about an expert, and how much each counts.
-enum Tokens<'a> {
-    /// Nothing is known.
-    None,
-    /// Those that it gets.
-    Routed(&'a [(u32, f32)]),
-    /// All, each by this weight.
-    All(Vec<(u32, f32)>),
+/// The tokens that tell about an expert.
+struct Telling<'a> {
+    tokens: Cow<'a, [Share]>,
+    /// Whether each counts by its weight.
+    by_weight: bool,
+    /// Whether these are all tokens and not those that it gets.
+    all: bool,
 }
 
 /// Bytes that one expert takes: sums, their factor (in f64, then tiles), three weights before and after, and a chunk of
@@ -95,7 +108,7 @@ pub(super) fn an_expert(c: &ModelConfig) -> u64 {
 const SPAN: usize = 256;
 
 /// Adds the experts' outputs, by the router's weights, to `out` [tokens, H]; experts ascending.
-fn add_outputs(out: &mut [f32], h: usize, routes: &[Vec<(u32, f32)>], done: &[Done]) {
+fn add_outputs(out: &mut [f32], h: usize, routes: &[Vec<Share>], done: &[Done]) {
     out.par_chunks_mut(SPAN * h).enumerate().for_each(|(i, rows)| {
         let (first, last) = (i * SPAN, i * SPAN + rows.len() / h);
         for (routes, done) in routes.iter().zip(done) {
@@ -111,99 +124,113 @@ fn add_outputs(out: &mut [f32], h: usize, routes: &[Vec<(u32, f32)>], done: &[Do
     });
 }
 
-impl Calibrator<'_> {
-    pub(super) fn experts(&mut self, l: usize, output: &dyn Output, report: &mut LayerReport) -> Result<()> {
-        let (c, settings) = (&self.model.config, &self.model.settings);
-        let weights = self.model.layer(self.device, l)?;
-        let (norm_name, sequential) =
-            (format!("model.layers.{l}.post_attention_layernorm.weight"), self.recipe.calibration.sequential_update);
-        let source_norm = dense::read(&self.model.checkpoint.tensor(&norm_name)?, &[c.hidden])?;
-        let router = Linear { proj: Proj::Router, layer: l, expert: 0 };
-        let each = |projs: &'static [Proj]| {
-            (0..c.experts).flat_map(move |expert| projs.iter().map(move |&proj| Linear { proj, layer: l, expert }))
-        };
-        let readers: Vec<Linear> = each(&[Proj::Gate, Proj::Up]).collect();
-        let treated = each(&[Proj::Gate, Proj::Up, Proj::Down]).any(|e| output.treatment(&e).is_some());
+/// Logits become probabilities.
+fn softmax(row: &mut [f32]) {
+    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    row.iter_mut().for_each(|v| *v = math::exp(*v - max));
+    let sum: f32 = row.iter().sum();
+    row.iter_mut().for_each(|v| *v /= sum);
+}
 
-        // The router, and what it decides.
+impl<'a> Calibrator<'a> {
+    pub(super) fn experts(&mut self, l: usize, output: &dyn Output, report: &mut LayerReport) -> Result<()> {
+        let c = &self.model.config;
+        let each: Vec<Linear> = (0..c.experts)
+            .flat_map(|expert| [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer: l, expert }))
+            .collect();
+        let treated = each.iter().any(|e| output.treatment(e).is_some());
+        let front = self.front(l, output, report)?;
+        let mlp = Mlp {
+            layer: l,
+            routing: self.route(&front, treated)?,
+            front,
+            gate_up_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::GateUp, l)?,
+            down_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::Down, l)?,
+        };
+        report.coverage = treated.then(|| Coverage {
+            layer: l,
+            tokens: self.tokens() as u64,
+            experts: mlp.routing.tokens.iter().map(|r| r.len() as u64).collect(),
+            few: Vec::new(),
+        });
+        let out = self.waves(&mlp, output, report)?;
+        let few = report.coverage.as_ref().map_or(0, |c| c.few.len());
+        if few > 0 && self.needs_inputs(output, &each) {
+            report.notes.push(self.few_note(l, few));
+        }
+        if self.is_read(l, output) {
+            for batch in &self.batches {
+                let mut x = self.x.get(batch.rows()).to_vec();
+                self.device.enter(|| elementwise::add(&mut x, out.get(batch.rows())));
+                self.x.put(batch.rows(), &x);
+            }
+        }
+        Ok(())
+    }
+
+    /// The norm and the router, with the scales of a transform in them, and rounded where the recipe says so.
+    fn front(&self, l: usize, output: &dyn Output, report: &mut LayerReport) -> Result<Front<'a>> {
+        let c = &self.model.config;
+        let weights = self.model.layer(self.device, l)?;
+        let name = format!("model.layers.{l}.post_attention_layernorm.weight");
+        let mut norm = dense::read(&self.model.checkpoint.tensor(&name)?, &[c.hidden])?;
+        let router = Linear { proj: Proj::Router, layer: l, expert: 0 };
+        let readers: Vec<Linear> = (0..c.experts)
+            .flat_map(|expert| [Proj::Gate, Proj::Up].map(|proj| Linear { proj, layer: l, expert }))
+            .collect();
         let smooths = output.smooths(l).1;
         let few = self.recipe.calibration.few_tokens;
         let wants_all = few == FewTokens::AllExperts && self.needs_inputs(output, &readers);
-        let inputs =
-            self.sums_of(smooths || wants_all || self.needs_inputs(output, &[router]), c.hidden, |batch, _| {
-                self.device.norm(&self.batch(batch)?, &weights.mlp_norm, settings.eps)
-            })?;
-        let (smoothing, inputs) = match inputs {
-            Some(inputs) if smooths => {
-                let smoothing = self.smooth(&norm_name, &readers, &inputs, output, report)?;
-                let inputs = smoothing.of_inputs(inputs);
-                (Some(smoothing), Some(inputs))
+        let wanted = smooths || wants_all || self.needs_inputs(output, &[router]);
+        let mut inputs = self.sums_of(wanted, c.hidden, |batch, _| {
+            self.device.norm(&self.batch(batch)?, &weights.mlp_norm, self.model.settings.eps)
+        })?;
+        let mut smoothing = None;
+        if let Some(raw) = inputs.take_if(|_| smooths) {
+            let found = self.smooth(&name, &readers, &raw, output, report)?;
+            inputs = Some(found.of_inputs(raw));
+            if self.recipe.calibration.sequential_update {
+                norm.clone_from(&found.norm);
             }
-            inputs => (None, inputs),
-        };
+            smoothing = Some(found);
+        }
         let scales = smoothing.as_ref().map(|s| &s.scales[..]);
-        let rounded_router = self.router(&router, scales, inputs.as_ref(), output, report)?;
-        let norm = match (&smoothing, sequential) {
-            (Some(s), true) => &s.norm,
-            _ => &source_norm,
+        let changed = self.router(&router, scales, inputs.as_ref(), output, report)?;
+        let all = inputs.filter(|_| wants_all).map(Arc::new);
+        Ok(Front { norm, router: changed.unwrap_or(weights.router), smoothing, all })
+    }
+
+    /// Which tokens go to which expert; `treated` where what they look like is asked for later.
+    fn route(&self, front: &Front, treated: bool) -> Result<Routing> {
+        let (c, settings) = (&self.model.config, &self.model.settings);
+        let norm = self.device.upload(front.norm.clone(), c.hidden)?;
+        let weighted = treated && self.recipe.calibration.few_tokens == FewTokens::Weighted;
+        let states = |width, memory| States::new(self.tokens(), width, memory, self.room.offload);
+        let fits = (self.tokens() * c.hidden * 4) as u64 <= self.room.memory / 8;
+        let mut routing = Routing {
+            tokens: vec![Vec::new(); c.experts],
+            probabilities: weighted.then(|| states(c.experts, self.room.memory / 16)).transpose()?,
+            normed: (fits && treated).then(|| states(c.hidden, u64::MAX)).transpose()?,
         };
-        let route_by = rounded_router.unwrap_or(weights.router);
-        let norm_tensor = self.device.upload(norm.clone(), c.hidden)?;
-        let mut routes: Vec<Vec<(u32, f32)>> = vec![Vec::new(); c.experts];
-        let mut kept = (treated && few == FewTokens::Weighted)
-            .then(|| States::new(self.tokens(), c.experts, self.room.memory / 16, self.room.offload))
-            .transpose()?;
-        let room = (self.tokens() * c.hidden * 4) as u64 <= self.room.memory / 8;
-        let mut all_normed =
-            (room && treated).then(|| States::new(self.tokens(), c.hidden, u64::MAX, self.room.offload)).transpose()?;
         let (mut chosen, mut shares) = (vec![0u32; settings.top_k], vec![0f32; settings.top_k]);
         for batch in &self.batches {
-            let normed = self.device.norm(&self.batch(batch)?, &norm_tensor, settings.eps)?;
-            let logits = self.device.download(self.device.linear(&normed, &route_by)?)?;
-            if let Some(all) = &mut all_normed {
+            let normed = self.device.norm(&self.batch(batch)?, &norm, settings.eps)?;
+            let mut logits = self.device.download(self.device.linear(&normed, &front.router)?)?;
+            if let Some(all) = &mut routing.normed {
                 all.put(batch.rows(), &self.device.download(normed)?);
             }
             for (token, row) in batch.rows().zip(logits.chunks_exact(c.experts)) {
                 route::top_k(row, &mut chosen, &mut shares);
                 for (&expert, &share) in chosen.iter().zip(&shares) {
-                    routes[expert as usize].push((token as u32, share));
+                    routing.tokens[expert as usize].push((token as u32, share));
                 }
             }
-            if let Some(kept) = &mut kept {
-                kept.put(batch.rows(), &logits);
+            if let Some(probabilities) = &mut routing.probabilities {
+                logits.chunks_exact_mut(c.experts).for_each(softmax);
+                probabilities.put(batch.rows(), &logits);
             }
         }
-        report.coverage = treated.then(|| Coverage {
-            layer: l,
-            tokens: self.tokens() as u64,
-            experts: routes.iter().map(|r| r.len() as u64).collect(),
-            few: Vec::new(),
-        });
-        let mlp = Mlp {
-            layer: l,
-            norm,
-            normed: all_normed,
-            routes,
-            logits: kept,
-            smoothing: smoothing.as_ref(),
-            all: inputs.filter(|_| wants_all),
-            gate_up_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::GateUp, l)?,
-            down_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::Down, l)?,
-        };
-        let out = self.waves(&mlp, output, report)?;
-        let few = report.coverage.as_ref().map_or(0, |c| c.few.len());
-        if few > 0 && self.needs_inputs(output, &each(&[Proj::Gate, Proj::Up, Proj::Down]).collect::<Vec<_>>()) {
-            report.notes.push(self.few_note(l, few));
-        }
-        if !self.is_read(l, output) {
-            return Ok(());
-        }
-        for batch in &self.batches {
-            let mut x = self.x.get(batch.rows()).to_vec();
-            self.device.enter(|| elementwise::add(&mut x, out.get(batch.rows())));
-            self.x.put(batch.rows(), &x);
-        }
-        Ok(())
+        Ok(routing)
     }
 
     /// The router, where a transform or the recipe changes it.
@@ -214,7 +241,7 @@ impl Calibrator<'_> {
         inputs: Option<&Inputs>,
         output: &dyn Output,
         report: &mut LayerReport,
-    ) -> Result<Option<<crate::device::cpu::Cpu as Device>::Matrix<'static>>> {
+    ) -> Result<Option<<Cpu as Device>::Matrix<'static>>> {
         let sequential = self.recipe.calibration.sequential_update;
         if output.treatment(router).is_some() {
             let held = self.round(router, inputs, scales, output, report)?;
@@ -226,7 +253,7 @@ impl Calibrator<'_> {
         let mut values = self.source_rows(&weight, &router.module(), 0..shape.0, Some(scales))?;
         values.iter_mut().for_each(|v| *v = float.round(*v));
         output.put_plain(&format!("{}.weight", router.module()), &values)?;
-        let held = super::Held { values, shape, inputs: Activations::Float };
+        let held = Held { values, shape, inputs: Activations::Float };
         self.next_matrix(router.layer, router, sequential.then_some(held), false)
     }
 
@@ -246,11 +273,11 @@ impl Calibrator<'_> {
                 .enter(|| experts.clone().into_par_iter().map(|e| self.expert(mlp, e, wave, output)).collect());
             let done: Vec<Done> = done.into_iter().collect::<Result<_>>()?;
             if self.is_read(mlp.layer, output) {
-                self.device.enter(|| add_outputs(&mut out, c.hidden, &mlp.routes[experts.clone()], &done));
+                self.device.enter(|| add_outputs(&mut out, c.hidden, &mlp.routing.tokens[experts.clone()], &done));
             }
             for (expert, done) in experts.zip(done) {
-                report.errors.extend(done.errors);
-                report.notes.extend(done.notes);
+                report.errors.extend(done.report.errors);
+                report.notes.extend(done.report.notes);
                 if let Some(coverage) = report.coverage.as_mut().filter(|_| self.is_few(mlp, expert)) {
                     coverage.few.push(expert);
                 }
@@ -261,68 +288,56 @@ impl Calibrator<'_> {
     }
 
     fn is_few(&self, mlp: &Mlp, expert: usize) -> bool {
-        let count = mlp.routes[expert].len();
+        let count = mlp.routing.tokens[expert].len();
         count == 0 || (count as f64) < self.recipe.calibration.few_tokens_threshold * self.tokens() as f64
     }
 
-    /// The tokens that tell about an expert.
-    fn telling<'m>(&self, mlp: &'m Mlp, expert: usize) -> Tokens<'m> {
+    /// The tokens that tell about an expert; `None` where nothing is known.
+    fn telling<'m>(&self, mlp: &'m Mlp, expert: usize) -> Option<Telling<'m>> {
         let calibration = &self.recipe.calibration;
         if !self.is_few(mlp, expert) {
-            return Tokens::Routed(&mlp.routes[expert]);
+            let tokens = Cow::Borrowed(&mlp.routing.tokens[expert][..]);
+            return Some(Telling { tokens, by_weight: calibration.router_weighted, all: false });
         }
         let all = 0..self.tokens() as u32;
-        match calibration.few_tokens {
-            FewTokens::Rtn => Tokens::None,
-            FewTokens::AllExperts => Tokens::All(all.map(|t| (t, 1.0)).collect()),
-            FewTokens::Weighted => {
-                let logits = mlp.logits.as_ref().expect("kept where experts may have few tokens");
-                let probability = |t: u32| {
-                    let row = logits.get(t as usize..t as usize + 1);
-                    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-                    let sum: f32 = row.iter().map(|l| math::exp(l - max)).sum();
-                    math::exp(row[expert] - max) / sum
-                };
-                Tokens::All(all.map(|t| (t, probability(t))).collect())
-            }
-        }
+        let tokens = match (calibration.few_tokens, &mlp.routing.probabilities) {
+            (FewTokens::Rtn, _) => return None,
+            (FewTokens::Weighted, Some(p)) => all.map(|t| (t, p.get(t as usize..t as usize + 1)[expert])).collect(),
+            _ => all.map(|t| (t, 1.0)).collect(),
+        };
+        Some(Telling { tokens, by_weight: calibration.few_tokens == FewTokens::Weighted, all: true })
     }
 
     /// Sums over `make`'s rows for these tokens, each row times the root of its weight.
     fn weighted_sums(
         &self,
-        tokens: &[(u32, f32)],
+        telling: &Telling,
         columns: usize,
-        by_weight: bool,
-        mut make: impl FnMut(usize, &[(u32, f32)]) -> Vec<f32>,
+        mut make: impl FnMut(usize, &[Share]) -> Vec<f32>,
     ) -> Result<Moments> {
         let mut sums = self.device.sums(columns, self.room.hessians())?;
-        for (i, chunk) in tokens.chunks(CHUNK).enumerate() {
+        for (i, chunk) in telling.tokens.chunks(CHUNK).enumerate() {
             let mut rows = make(i * CHUNK, chunk);
-            if by_weight {
+            if telling.by_weight {
                 for (row, (_, weight)) in rows.chunks_exact_mut(columns).zip(chunk) {
                     let root = weight.sqrt();
                     row.iter_mut().for_each(|v| *v *= root);
                 }
             }
-            sums.count += chunk.len() as u64;
-            moments::add_abs(&rows, &mut sums.abs);
-            moments::raise_max(&rows, &mut sums.max);
-            moments::add_gram(&rows, columns, &mut sums.gram);
+            self.device.accumulate(&self.device.upload(rows, columns)?, &mut sums)?;
         }
-        moments::mirror(&mut sums.gram, columns);
-        Ok(sums)
+        self.device.moments(sums)
     }
 
     /// The normed hidden states of some tokens.
-    fn gather(&self, mlp: &Mlp, tokens: &[(u32, f32)]) -> Vec<f32> {
+    fn gather(&self, mlp: &Mlp, tokens: &[Share]) -> Vec<f32> {
         let h = self.model.config.hidden;
         let mut rows = vec![0f32; tokens.len() * h];
         rows.par_chunks_exact_mut(h).with_min_len(64).zip(tokens).for_each(|(row, &(t, _))| {
             let one = t as usize..t as usize + 1;
-            match &mlp.normed {
+            match &mlp.routing.normed {
                 Some(all) => row.copy_from_slice(all.get(one)),
-                None => elementwise::rms_norm(self.x.get(one), mlp.norm, self.model.settings.eps, row),
+                None => elementwise::rms_norm(self.x.get(one), &mlp.front.norm, self.model.settings.eps, row),
             }
         });
         rows
@@ -335,13 +350,13 @@ impl Calibrator<'_> {
         linear: Linear,
         inputs: Option<&Inputs>,
         output: &dyn Output,
-        done: &mut (Vec<(Linear, ErrorSums)>, Vec<String>),
+        report: &mut LayerReport,
     ) -> Result<Matrix> {
         let c = &self.model.config;
         let weight = containers::open(&self.model.checkpoint, c, &linear)?;
         let (shape, module, float) = (weight.shape(), linear.module(), weight.float());
         let sequential = self.recipe.calibration.sequential_update;
-        let scales = mlp.smoothing.filter(|_| linear.proj != Proj::Down).map(|s| &s.scales[..]);
+        let scales = mlp.front.smoothing.as_ref().filter(|_| linear.proj != Proj::Down).map(|s| &s.scales[..]);
         let bias = match linear.proj {
             Proj::Down => mlp.down_bias[linear.expert * c.hidden..][..c.hidden].to_vec(),
             proj => {
@@ -349,109 +364,97 @@ impl Calibrator<'_> {
                 both.iter().skip(usize::from(proj == Proj::Up)).step_by(2).copied().collect()
             }
         };
+        let held = |values, inputs| Matrix { weight: Held { values, shape, inputs }, bias };
         let w = self.source_rows(&weight, &module, 0..shape.0, scales)?;
-        let Some(treatment) = output.treatment(&linear) else {
-            return Ok(Matrix { values: w, shape, inputs: Activations::Float, bias });
-        };
+        let Some(treatment) = output.treatment(&linear) else { return Ok(held(w, Activations::Float)) };
         let problem =
             Problem { module: &module, w, scaled: scales.is_some(), columns: shape.1, float, treatment, inputs };
         let rounded: Rounded = solve(problem, self.recipe)?;
         output.put(&linear, 0, &rounded)?;
-        done.0.push((linear, rounded.errors));
-        done.1.extend(rounded.notes);
+        report.add(linear, rounded.errors, rounded.notes);
         if sequential {
-            let inputs = treatment.scheme.map_or(Activations::Float, |s| s.activations);
-            Ok(Matrix { values: rounded.values, shape, inputs, bias })
-        } else {
-            let values = self.source_rows(&weight, &module, 0..shape.0, None)?;
-            Ok(Matrix { values, shape, inputs: Activations::Float, bias })
+            return Ok(held(rounded.values, treatment.scheme.map_or(Activations::Float, |s| s.activations)));
         }
+        Ok(held(self.source_rows(&weight, &module, 0..shape.0, None)?, Activations::Float))
     }
 
-    fn expert(&self, mlp: &Mlp, expert: usize, wave: usize, output: &dyn Output) -> Result<Done> {
-        let (c, settings) = (&self.model.config, &self.model.settings);
-        let linear = |proj| Linear { proj, layer: mlp.layer, expert };
-        let routed = &mlp.routes[expert][..];
-        let all = [Proj::Gate, Proj::Up, Proj::Down].map(linear);
-        let telling = if self.needs_inputs(output, &all) { self.telling(mlp, expert) } else { Tokens::None };
-        let by_weight = |t: &Tokens| match t {
-            Tokens::All(_) => self.recipe.calibration.few_tokens == FewTokens::Weighted,
-            _ => self.recipe.calibration.router_weighted,
+    /// What gate and up make of some tokens [tokens, I].
+    fn hidden(&self, mlp: &Mlp, [gate, up]: &[Matrix; 2], tokens: &[Share]) -> Vec<f32> {
+        let settings = &self.model.settings;
+        let x = self.gather(mlp, tokens);
+        let packed = gate.pack(&x);
+        let mut h = gate.apply(&packed, tokens.len());
+        let u = if up.weight.inputs == gate.weight.inputs {
+            up.apply(&packed, tokens.len())
+        } else {
+            up.apply(&up.pack(&x), tokens.len())
         };
-        let mut done = (Vec::new(), Vec::new());
-        let tokens: Option<&[(u32, f32)]> = match &telling {
-            Tokens::None => None,
-            Tokens::Routed(tokens) => Some(tokens),
-            Tokens::All(tokens) => Some(tokens),
-        };
-        let uses_all = matches!(telling, Tokens::All(_));
+        h.par_chunks_exact_mut(self.model.config.intermediate)
+            .zip(u.par_chunks_exact(self.model.config.intermediate))
+            .with_min_len(16)
+            .for_each(|(h, u)| elementwise::swiglu(h, u, settings.alpha, settings.limit));
+        h
+    }
 
-        let first = [linear(Proj::Gate), linear(Proj::Up)];
-        let own;
-        let inputs = match tokens.filter(|_| self.needs_inputs(output, &first)) {
-            None => None,
-            Some(_) if uses_all && !by_weight(&telling) && mlp.all.is_some() => mlp.all.as_ref(),
-            Some(tokens) => {
-                let sums =
-                    self.weighted_sums(tokens, c.hidden, by_weight(&telling), |_, chunk| self.gather(mlp, chunk))?;
-                let inputs = Inputs::new(sums);
-                own = match mlp.smoothing.filter(|_| !self.recipe.calibration.sequential_update) {
-                    Some(smoothing) => smoothing.of_inputs(inputs),
-                    None => inputs,
-                };
-                Some(&own)
-            }
-        };
-        let gate = self.projection(mlp, first[0], inputs, output, &mut done)?;
-        let up = self.projection(mlp, first[1], inputs, output, &mut done)?;
-        let hidden = |chunk: &[(u32, f32)]| {
-            let x = self.gather(mlp, chunk);
-            let packed = gate.pack(&x);
-            let mut h = gate.apply(&packed, chunk.len());
-            let u = if up.inputs == gate.inputs {
-                up.apply(&packed, chunk.len())
-            } else {
-                up.apply(&up.pack(&x), chunk.len())
-            };
-            h.par_chunks_exact_mut(c.intermediate)
-                .zip(u.par_chunks_exact(c.intermediate))
-                .with_min_len(16)
-                .for_each(|(h, u)| elementwise::swiglu(h, u, settings.alpha, settings.limit));
-            h
-        };
+    /// Rounds an expert and takes its tokens through it.
+    fn expert(&self, mlp: &Mlp, expert: usize, wave: usize, output: &dyn Output) -> Result<Done> {
+        let c = &self.model.config;
+        let [first, second, last] =
+            [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer: mlp.layer, expert });
+        let telling = self.needs_inputs(output, &[first, second, last]).then(|| self.telling(mlp, expert)).flatten();
+        let mut report = LayerReport::default();
+
+        let wanted = telling.as_ref().filter(|_| self.needs_inputs(output, &[first, second]));
+        let inputs = wanted.map(|telling| self.normed_inputs(mlp, telling)).transpose()?;
+        let gate = self.projection(mlp, first, inputs.as_deref(), output, &mut report)?;
+        let up = self.projection(mlp, second, inputs.as_deref(), output, &mut report)?;
+        drop(inputs);
+        let gate_up = [gate, up];
+
+        let routed = &mlp.routing.tokens[expert][..];
         let memory = self.room.memory / 8 / wave as u64;
-        let mut kept = States::new(routed.len(), c.intermediate, memory, self.room.offload)?;
-        let second = linear(Proj::Down);
-        let mut keep = |at: usize, chunk: &[(u32, f32)]| {
-            let h = hidden(chunk);
+        let states = |rows, width| States::new(rows, width, memory, self.room.offload);
+        let mut kept = states(routed.len(), c.intermediate)?;
+        let mut keep = |at: usize, chunk: &[Share]| {
+            let h = self.hidden(mlp, &gate_up, chunk);
             kept.put(at..at + chunk.len(), &h);
             h
         };
-        let wanted = tokens.filter(|_| self.needs_inputs(output, &[second]));
-        let inputs = match wanted {
-            Some(tokens) if !uses_all => {
-                Some(self.weighted_sums(tokens, c.intermediate, by_weight(&telling), &mut keep)?)
-            }
-            other => {
-                routed.chunks(CHUNK).enumerate().for_each(|(i, chunk)| drop(keep(i * CHUNK, chunk)));
-                let all =
-                    |tokens| self.weighted_sums(tokens, c.intermediate, by_weight(&telling), |_, chunk| hidden(chunk));
-                other.map(all).transpose()?
-            }
+        let wanted = telling.as_ref().filter(|_| self.needs_inputs(output, &[last]));
+        let own = wanted.filter(|telling| !telling.all);
+        let mut inputs = own.map(|telling| self.weighted_sums(telling, c.intermediate, &mut keep)).transpose()?;
+        if own.is_none() {
+            routed.chunks(CHUNK).enumerate().for_each(|(i, chunk)| drop(keep(i * CHUNK, chunk)));
+            let all =
+                |telling| self.weighted_sums(telling, c.intermediate, |_, chunk| self.hidden(mlp, &gate_up, chunk));
+            inputs = wanted.map(all).transpose()?;
         }
-        .map(Inputs::new);
-        let down = self.projection(mlp, second, inputs.as_ref(), output, &mut done)?;
-        if !self.is_read(mlp.layer, output) {
-            let outputs = States::new(0, c.hidden, memory, self.room.offload)?;
-            return Ok(Done { outputs, errors: done.0, notes: done.1 });
-        }
-        let mut outputs = States::new(routed.len(), c.hidden, memory, self.room.offload)?;
-        for first in (0..routed.len()).step_by(CHUNK) {
-            let rows = first..routed.len().min(first + CHUNK);
+        let inputs = inputs.map(Inputs::new);
+        let down = self.projection(mlp, last, inputs.as_ref(), output, &mut report)?;
+
+        let read = self.is_read(mlp.layer, output);
+        let mut outputs = states(if read { routed.len() } else { 0 }, c.hidden)?;
+        for first in (0..outputs.rows()).step_by(CHUNK) {
+            let rows = first..outputs.rows().min(first + CHUNK);
             let y = down.apply(&down.pack(kept.get(rows.clone())), rows.len());
             outputs.put(rows, &y);
         }
-        Ok(Done { outputs, errors: done.0, notes: done.1 })
+        Ok(Done { outputs, report })
+    }
+
+    /// Sums over what gate and up read.
+    fn normed_inputs(&self, mlp: &Mlp, telling: &Telling) -> Result<Arc<Inputs>> {
+        if let (true, Some(all)) = (telling.all && !telling.by_weight, &mlp.front.all) {
+            return Ok(all.clone());
+        }
+        let sums = self.weighted_sums(telling, self.model.config.hidden, |_, chunk| self.gather(mlp, chunk))?;
+        let inputs = Inputs::new(sums);
+        // The text goes on as it was, but the weights that are rounded have the scales in them.
+        let unscaled = mlp.front.smoothing.as_ref().filter(|_| !self.recipe.calibration.sequential_update);
+        Ok(Arc::new(match unscaled {
+            Some(smoothing) => smoothing.of_inputs(inputs),
+            None => inputs,
+        }))
     }
 
     /// One line for all experts of a layer that got few tokens; the coverage names them.

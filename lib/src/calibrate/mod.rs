@@ -262,21 +262,20 @@ impl<'a> Calibrator<'a> {
         let linear = |proj| Linear { proj, layer: l, expert: 0 };
         let readers = [Proj::Q, Proj::K, Proj::V].map(linear);
         let smooths = output.smooths(l).0;
-        let inputs = self.sums_of(smooths || self.needs_inputs(output, &readers), c.hidden, |batch, _| {
+        let wanted = smooths || self.needs_inputs(output, &readers);
+        let mut inputs = self.sums_of(wanted, c.hidden, |batch, _| {
             self.device.norm(&self.batch(batch)?, &weights.attention_norm, eps)
         })?;
-        let norm_name = format!("model.layers.{l}.input_layernorm.weight");
-        let (scales, inputs) = match (smooths, inputs) {
-            (true, Some(inputs)) => {
-                let smoothing = self.smooth(&norm_name, &readers, &inputs, output, report)?;
-                if self.recipe.calibration.sequential_update {
-                    weights.attention_norm = self.device.upload(smoothing.norm.clone(), c.hidden)?;
-                }
-                let inputs = smoothing.of_inputs(inputs);
-                (Some(smoothing.scales), Some(inputs))
+        let mut scales = None;
+        if let Some(raw) = inputs.take_if(|_| smooths) {
+            let name = format!("model.layers.{l}.input_layernorm.weight");
+            let smoothing = self.smooth(&name, &readers, &raw, output, report)?;
+            inputs = Some(smoothing.of_inputs(raw));
+            if self.recipe.calibration.sequential_update {
+                weights.attention_norm = self.device.upload(smoothing.norm, c.hidden)?;
             }
-            (_, inputs) => (None, inputs),
-        };
+            scales = Some(smoothing.scales);
+        }
         for (i, reader) in readers.iter().enumerate() {
             let held = self.round(reader, inputs.as_ref(), scales.as_deref(), output, report)?;
             if let Some(matrix) = self.next_matrix(l, reader, held, scales.is_some())? {
@@ -286,21 +285,7 @@ impl<'a> Calibrator<'a> {
         drop(inputs);
         let last = linear(Proj::O);
         let width = c.heads * c.head_dim;
-        let mut attended = States::new(self.tokens(), width, self.room.memory / 8, self.room.offload)?;
-        let mut sums =
-            self.needs_inputs(output, &[last]).then(|| self.device.sums(width, self.room.hessians())).transpose()?;
-        let mut past = None;
-        for (batch, places) in self.batches.iter().zip(&self.places) {
-            let mut caches = caches(self.device, &weights.attention, batch, past.take());
-            let normed = self.device.norm(&self.batch(batch)?, &weights.attention_norm, eps)?;
-            let out = forward::attended(self.device, &weights, &normed, places, &mut caches)?;
-            past = caches.pop();
-            if let Some(sums) = &mut sums {
-                self.device.accumulate(&out, sums)?;
-            }
-            attended.put(batch.rows(), &self.device.download(out)?);
-        }
-        let inputs = sums.map(|s| self.device.moments(s).map(Inputs::new)).transpose()?;
+        let (attended, inputs) = self.attended(&weights, width, self.needs_inputs(output, &[last]))?;
         let held = self.round(&last, inputs.as_ref(), None, output, report)?;
         if let Some(matrix) = self.next_matrix(l, &last, held, false)? {
             weights.o = matrix;
@@ -313,6 +298,24 @@ impl<'a> Calibrator<'a> {
             self.room.progress.advance(batch.rows().len() as u64 * layer_work(self.model) / 2);
         }
         Ok(())
+    }
+
+    /// What the heads make of the text [tokens, width], and where it is asked for the sums over it.
+    fn attended(&self, weights: &Layer<'_, Cpu>, width: usize, wanted: bool) -> Result<(States, Option<Inputs>)> {
+        let mut attended = States::new(self.tokens(), width, self.room.memory / 8, self.room.offload)?;
+        let mut sums = wanted.then(|| self.device.sums(width, self.room.hessians())).transpose()?;
+        let mut past = None;
+        for (batch, places) in self.batches.iter().zip(&self.places) {
+            let mut caches = caches(self.device, &weights.attention, batch, past.take());
+            let normed = self.device.norm(&self.batch(batch)?, &weights.attention_norm, self.model.settings.eps)?;
+            let out = forward::attended(self.device, weights, &normed, places, &mut caches)?;
+            past = caches.pop();
+            if let Some(sums) = &mut sums {
+                self.device.accumulate(&out, sums)?;
+            }
+            attended.put(batch.rows(), &self.device.download(out)?);
+        }
+        Ok((attended, sums.map(|s| self.device.moments(s).map(Inputs::new)).transpose()?))
     }
 
     /// The hidden states of a batch.
