@@ -90,7 +90,7 @@ fn half_the_weights_are_zero_and_lose_less_than_llm_compressors() {
     let plain = dir.path().join("plain");
     run(command("gptoss-dequant --quiet").arg("--src").arg(&out).arg("--dst").arg(&plain)).manifest();
     let names = std::fs::read_dir(&plain).unwrap().map(|e| e.unwrap().path());
-    let mut seen = 0;
+    let (mut seen, mut columns) = (0, 0);
     for shard in names.filter(|p| p.extension().is_some_and(|e| e == "safetensors")) {
         let mut shard = Shard::read(&shard);
         let names: Vec<String> = shard.header.keys().filter(|n| n.ends_with("_proj.weight")).cloned().collect();
@@ -101,8 +101,23 @@ fn half_the_weights_are_zero_and_lose_less_than_llm_compressors() {
             }
             seen += 1;
         }
+        // Experts are [E, in, out] here: what neighbours are in a row of the weight lies a row of the tensor apart.
+        let names: Vec<String> = shard.header.keys().filter(|n| n.ends_with("_proj")).cloned().collect();
+        for name in names {
+            let shape: Vec<usize> = serde_json::from_value(shard.header[&name]["shape"].clone()).unwrap();
+            let numbers: Vec<bool> =
+                shard.tensor(&name).chunks_exact(2).map(|b| b[0] == 0 && b[1] & 0x7f == 0).collect();
+            for four in numbers.chunks_exact(4 * shape[2]) {
+                for j in 0..shape[2] {
+                    assert!((0..4).filter(|i| four[i * shape[2] + j]).count() >= 2, "{name}");
+                    columns += 1;
+                }
+            }
+        }
     }
     assert_eq!(seen, 16, "q, k, v and o of four layers");
+    // Gate and up [128, 256] and down [256, 128] of 16 experts in four layers.
+    assert_eq!(columns, 4 * 16 * 3 * 256 * 128 / 4);
 }
 
 #[test]
@@ -196,9 +211,16 @@ fn awqs_scales_are_exact_and_save_channels_that_stand_out() {
     run(&mut quant(&rtn, &flags("rtn"))).manifest();
     let of = |out: &Path| quality(out, &loud, 32)["reference"]["kl_mean"].as_f64().unwrap();
     let (ours, floor) = (of(&out), of(&rtn));
-    // Both fit scales by the error, so what AWQ saves it saves by its own.
+    // Both search scales of codes, AWQ by the outputs and the other by the weights; AWQ's own part is what it notes.
     println!("channels that stand out: AWQ {ours:.6}, RTN {floor:.6}");
     assert!(ours < 0.7 * floor, "AWQ {ours}, RTN {floor}");
+    let shares = m["notes"].as_array().unwrap().iter().filter_map(|n| {
+        let (_, rest) = n.as_str().unwrap().split_once("AWQ's scales take ")?;
+        rest.split('%').next()?.parse::<f64>().ok()
+    });
+    let shares: Vec<f64> = shares.collect();
+    println!("{shares:?}");
+    assert!(shares.len() == 8 && shares.iter().all(|s| *s > 30.0), "{shares:?}");
 
     // A comparison takes the scales back, so the error is that of rounding alone.
     let told = run(command("gptoss-verify against --quiet --each --format json").arg(&loud).arg(&out)).manifest();
@@ -230,6 +252,56 @@ fn awqs_scales_are_exact_and_save_channels_that_stand_out() {
     shard.write(&loud.join(SHARD));
     let q = quality(&loud, &plain, 8);
     assert_eq!(q["reference"]["kl_mean"], 0.0, "{q}");
+}
+
+#[test]
+fn a_transform_that_cannot_be_is_noted() {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, (flags, want)) in [
+        (
+            "--algo awq --experts w4a16 --mw w4a16 --extra-ignore v_proj",
+            "AWQ moves no scales into input_layernorm of layers 0, 1, 2, 3",
+        ),
+        (
+            "--smoothquant-strength 0.5 --experts w8a8 --mw w8a8 --extra-ignore experts.3",
+            "SmoothQuant moves no scales into post_attention_layernorm",
+        ),
+        ("--algo rtn --smoothquant-strength 0.5 --experts w4a16 --mw w4a16", "SmoothQuant does nothing here"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let m = run(&mut quant(&dir.path().join(i.to_string()), &format!("--nsamples 2 {flags}"))).manifest();
+        assert!(m["notes"].to_string().contains(want), "{want}: {}", m["notes"]);
+        // Nothing to smooth, no text to read.
+        assert_eq!(m["calibration"].is_null(), flags.contains("rtn"), "{flags}");
+    }
+}
+
+#[test]
+fn inputs_of_zero_prune_by_magnitude_and_say_so_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let plain = dir.path().join("plain");
+    run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&plain)).manifest();
+    let mut shard = Shard::read(&plain.join(SHARD));
+    shard.tensor("model.layers.1.post_attention_layernorm.weight").fill(0);
+    shard.write(&plain.join(SHARD));
+    let flags = format!("--nsamples 2 --experts dense --mw dense --with-sparse --model-in {}", plain.display());
+    let m = run(&mut quant(&dir.path().join("out"), &flags)).manifest();
+    let notes: Vec<&str> = m["notes"].as_array().unwrap().iter().map(|n| n.as_str().unwrap()).collect();
+    let said = notes.iter().filter(|n| n.contains("its inputs are all zero on this text, so its smallest weights"));
+    assert_eq!(said.clone().count(), 1, "{notes:?}");
+    assert!(said.clone().next().unwrap().starts_with("layer 1: 32 matrices, the first model.layers.1.mlp.experts.0."));
+    // The smallest of four, wherever it stands; of equals, of which MXFP4 has many, the first.
+    let mut out = Shard::read(&dir.path().join("out").join(SHARD));
+    let gate_up = out.tensor("model.layers.1.mlp.experts.gate_up_proj").to_vec();
+    let width = 256; // columns of [E, H, 2 I]: gate and up of one expert
+    let mut places = [0f64; 4];
+    for (row, numbers) in gate_up.chunks_exact(2 * width).enumerate() {
+        places[row % 4] += numbers.chunks_exact(2).filter(|b| b[0] == 0 && b[1] & 0x7f == 0).count() as f64;
+    }
+    let all: f64 = places.iter().sum();
+    assert!(places.iter().all(|p| (p / all - 0.25).abs() < 0.05), "{places:?}");
 }
 
 #[test]
@@ -288,7 +360,7 @@ fn experts_with_few_tokens_are_named_and_never_nan() {
             assert_eq!(few, want);
         }
         let notes = m["notes"].to_string();
-        assert!(notes.contains("experts got less than 0.4 of 24 tokens"), "{notes}");
+        assert!(notes.contains("experts got fewer than 10 of 24 tokens (40%)"), "{notes}");
         assert!(run(command("gptoss-verify check").arg(&out)).code == 0);
         ways.push(files(&out)["model-00001-of-00001.safetensors"].clone());
     }

@@ -154,7 +154,7 @@ mod gptq {
             let target = Target { format, group, float: Float::Bf16 };
             let order = if args["actorder"] == "static" { ActOrder::Static } else { ActOrder::Off };
             let factor = Factor::new(&hessian, 1, k, order, 0.01).unwrap();
-            assert_eq!((factor.dead, factor.dampening_frac), (2, 0.01));
+            assert_eq!((factor.dead(), factor.dampening_frac), (2, 0.01));
             let ours = gptoss::algorithms::gptq::gptq(&w, &factor, target, Observer::Minmax, Zeros::None);
             let (theirs, _) = values(&golden, &format!("{name}.quantized"));
             let equal = ours.values.iter().zip(&theirs).filter(|(a, b)| a == b).count() as f64 / w.len() as f64;

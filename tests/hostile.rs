@@ -492,6 +492,36 @@ fn a_full_disk_is_an_error_before_or_after_the_weights_and_leaves_no_output() {
 }
 
 #[test]
+fn what_a_calibration_cannot_use_is_refused_before_it_begins() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, text) = (dir.path().join("file"), tiny().join("calib.jsonl"));
+    std::fs::write(&file, "x").unwrap();
+    let (file, text) = (file.display(), text.display());
+    for (flags, want) in [
+        (format!("--calib-jsonl {text} --output-dir {file}"), "exists and is no folder"),
+        (format!("--calib-jsonl {text} --output-dir {file}/below"), "cannot"),
+        (format!("--calib-jsonl {text} --offload-folder {file}"), "is no folder; create it"),
+        (format!("--calib-jsonl {text} --max-memory 1kB"), "--max-memory 1000 is too small"),
+        (format!("--calib-jsonl {file}.jsonl"), "cannot open"),
+        (format!("--calib-jsonl {}", dir.path().display()), "is no regular file"),
+        ("--dataset c5".into(), "no dataset has the name"),
+    ] {
+        for dry in ["", "--dry-run"] {
+            let out = if flags.contains("--output-dir") {
+                String::new()
+            } else {
+                format!("--output-dir {}/out", dir.path().display())
+            };
+            let mut quant = command(&format!("gptoss-quant --quiet {out} {dry}"));
+            let flags = flags.split_whitespace();
+            let ran = run(quant.args(["--model-in"]).arg(tiny()).args(flags).env("HF_HUB_OFFLINE", "1"));
+            assert!(ran.code == 2 && ran.err.contains(want), "{dry} {want}: {}", ran.err);
+        }
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "something was left");
+}
+
+#[test]
 fn a_small_offload_folder_is_an_error_before_the_calibration() {
     let out = tempfile::tempdir().unwrap();
     let (model, out) = (tiny(), out.path().join("out"));

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use gptoss::formats::activations::Activations;
-use gptoss::manifest::{BenchRow, ErrorReport, FileSet, Loads, Manifest, TensorReport};
+use gptoss::manifest::{BenchRow, ErrorReport, FileSet, Job, Loads, Manifest, TensorReport};
+use gptoss::recipe::{GroupSize, LayerRecipe, Observer, Recipe};
 use gptoss::verify::quality::QualityReport;
 
 /// A manifest as a table.
@@ -16,6 +17,9 @@ pub fn table(m: &Manifest) -> String {
         return out;
     }
     tensors(o, &m.tensors);
+    if let Job::Quantize { recipe: r } = &m.job {
+        recipe(o, r);
+    }
     sizes(o, m);
     if let Some(c) = m.conversion.filter(|c| c.overflows + c.subnormals + c.underflows > 0) {
         line(
@@ -28,7 +32,11 @@ pub fn table(m: &Manifest) -> String {
         if let Some(e) = &v.total_error {
             line(o, "error", &format!("relative {:.3e}, rms {:.3e}, max {:.3e}", e.relative, e.rms, e.max));
         }
-        let hashes = if v.hashes_checked { "hashes compared" } else { "no manifest, so no hashes" };
+        let hashes = match (v.hashes_checked, &m.job) {
+            (true, _) => "hashes compared",
+            (false, Job::Against) => "hashes not compared (check does that)",
+            (false, _) => "no manifest, so no hashes",
+        };
         if let Some(n) = v.total_error.as_ref().map(|e| e.non_finite).filter(|&n| n > 0) {
             line(o, "left out", &format!("{n} numbers that are NaN or infinite"));
         }
@@ -70,6 +78,38 @@ pub fn table(m: &Manifest) -> String {
         );
     }
     out
+}
+
+/// What was asked for, resolved.
+fn recipe(o: &mut String, r: &Recipe) {
+    let layer = |l: &LayerRecipe| {
+        if !l.is_rounded() {
+            return l.scheme.to_string();
+        }
+        let groups = match l.group_size {
+            GroupSize::Auto => "groups as they fit".into(),
+            GroupSize::Channel => "a scale a channel".into(),
+            GroupSize::Size(n) => format!("groups of {n}"),
+        };
+        let kind = if l.symmetric { "" } else { ", asymmetric" };
+        let observer = if l.observer == Observer::Mse { ", searched scales" } else { "" };
+        format!("{} by {}, {groups}{kind}{observer}", l.scheme, l.algorithm.tag())
+    };
+    line(o, "experts", &layer(&r.experts));
+    line(o, "other weights", &layer(&r.mw));
+    for over in &r.overrides {
+        let more = over.targets.len().saturating_sub(3);
+        let and = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let targets = over.targets[..over.targets.len() - more].join(", ");
+        line(o, "but", &format!("{targets}{and}: {}", layer(&over.layer)));
+    }
+    line(o, "left alone", &r.ignore.join(", "));
+    if let Some(s) = &r.sparsity {
+        line(o, "zeros", &format!("{}, {:.0}%", s.mask, 100.0 * s.sparsity));
+    }
+    if let Some(s) = &r.smoothquant {
+        line(o, "smoothing", &format!("SmoothQuant, strength {}", s.strength));
+    }
 }
 
 fn quality(o: &mut String, q: &QualityReport) {

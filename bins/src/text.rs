@@ -28,7 +28,7 @@ pub struct TextArgs {
         help_heading = "Text"
     )]
     dataset_config_name: Option<String>,
-    /// Most sequences
+    /// Most sequences [default: 256 to calibrate, all to measure]
     #[arg(
         long,
         visible_alias = "nsamples",

@@ -4,8 +4,9 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
+use gptoss::calibrate::check_memory;
 use gptoss::checkpoint::INDEX;
 use gptoss::checkpoint::destination::{check_destination, check_room};
 use gptoss::checkpoint::hub::{Located, Wanted, locate};
@@ -16,7 +17,7 @@ use gptoss::pipeline::progress::Progress;
 use gptoss::pipeline::quant::Plan;
 use gptoss::pipeline::{Paths, meter::Meter, model_name};
 use gptoss::recipe::Recipe;
-use gptoss::text::{Text, dataset::Split, load, tokenizer::Tokenizer};
+use gptoss::text::{Text, TextRequest, dataset::Split, load, tokenizer::Tokenizer};
 use gptoss_tools::recipe::RecipeArgs;
 use gptoss_tools::text::TextArgs;
 use gptoss_tools::{Common, run, source, volatile};
@@ -52,7 +53,7 @@ struct Args {
     /// The folder to write [default: MODEL-ALGOS-experts-SCHEME-mw-SCHEME in the current folder]
     #[arg(long, aliases = ["output_dir", "save"], value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Plan, check everything, print the plan, write nothing; needs no text
+    /// Plan, check what can be checked without reading weights or text, print the plan, write nothing
     #[arg(long)]
     dry_run: bool,
     /// Replace a checkpoint that stands at the output folder, and whatever unfinished output lies beside it
@@ -85,6 +86,7 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     let mut located = source(args.model_in.as_deref(), "--model-in", Wanted::ConfigOnly, progress)?;
     let config = ModelConfig::parse(&located.dir, &read_config(&located.dir)?)?;
     let recipe = args.recipe.resolve(&config, false, progress)?;
+    args.check_resources(&recipe, &config)?;
     if let (Some(id), true) = (&args.model_in, located.hub.is_some()) {
         located = locate(id, Wanted::Everything, progress)?;
     }
@@ -120,6 +122,7 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let raw_config = if file { read_object(path)? } else { read_config(path)? };
     let config = ModelConfig::parse(dir, &raw_config)?;
     let recipe = args.recipe.resolve(&config, true, progress)?;
+    args.check_resources(&recipe, &config)?;
     let checkpoint = if has_weights { Some(Checkpoint::open(path)?) } else { None };
     let dst = args.destination(&recipe, dir, &config);
     let manifest = Plan::new(dir, &raw_config, recipe, checkpoint.as_ref())?.preview();
@@ -132,6 +135,23 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
 }
 
 impl Args {
+    /// What a calibration needs besides the model, as far as it can be told without reading it.
+    fn check_resources(&self, recipe: &Recipe, config: &ModelConfig) -> Result<()> {
+        if let Some(folder) = self.recipe.statistics().offload_folder.as_ref().filter(|f| !f.is_dir()) {
+            bail!("--offload-folder {}: is no folder; create it, or give another", folder.display());
+        }
+        if !recipe.needs_text() {
+            return Ok(());
+        }
+        self.text_request().check()?;
+        check_memory(self.common.resources().max_memory, config)?;
+        Ok(())
+    }
+
+    fn text_request(&self) -> TextRequest {
+        self.text.request_or(DATASET, Some(SAMPLES), Split::Train)
+    }
+
     fn destination(&self, recipe: &Recipe, dir: &Path, config: &ModelConfig) -> PathBuf {
         self.output_dir.clone().unwrap_or_else(|| recipe.output_name(&model_name(dir, config)).into())
     }
@@ -166,9 +186,8 @@ impl Args {
             }
             return Ok(None);
         }
-        let request = self.text.request_or(DATASET, Some(SAMPLES), Split::Train);
         let tokenizer = Tokenizer::open(dir, config.vocab)?;
-        let text = load(&request, &tokenizer, dir, progress);
+        let text = load(&self.text_request(), &tokenizer, dir, progress);
         let text = if self.text.is_given() { text? } else { text.context(NO_TEXT)? };
         text.notes.iter().for_each(|n| progress.note(&format!("note: {n}")));
         Ok(Some(text))

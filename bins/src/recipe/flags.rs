@@ -94,7 +94,7 @@ pub struct LayerArgs {
 /// Settings of the algorithms.
 #[derive(Debug, Clone, Args)]
 pub struct AlgorithmArgs {
-    /// Columns between two updates in GPTQ and SparseGPT [default: 128]
+    /// Columns among which an unstructured mask is chosen; GPTQ's and N:M masks' bits do not depend on it [default: 128]
     #[arg(long, alias = "blocksize", value_name = "N", help_heading = "Algorithms")]
     pub block_size: Option<usize>,
     /// Added to the Hessian's diagonal, as a share of its mean [default: 0.01]

@@ -99,19 +99,11 @@ impl Panel {
         let height = tile.len() / n;
         let mut sums = [[0f32; WIDTH]; HEIGHT];
         kernel(tile, height, self.d.as_flattened(), &mut sums);
-        let mut loss = [0f64; WIDTH];
         for r in 0..height {
             let j = first + r;
             let before = self.d[j];
-            let mut column = Column {
-                w: &self.w[j],
-                sum: &sums[r],
-                keep: &self.keep[j],
-                pivot: 0.0,
-                q: &mut self.q[j],
-                d: &mut self.d[j],
-                loss: &mut loss,
-            };
+            let mut column =
+                Column { w: &self.w[j], sum: &sums[r], keep: &self.keep[j], q: &mut self.q[j], d: &mut self.d[j] };
             to_codes(&mut column, target, &params(j / target.group), &mut self.codes[j]);
             for later in r + 1..height {
                 let m = tile[j * height + later];

@@ -7,20 +7,18 @@ use super::scales;
 use super::sweep::{Factor, Rounding, Zeros, sweep};
 use crate::recipe::Observer;
 
-/// A matrix in codes, and what that costs.
+/// A matrix in codes.
 #[derive(Debug, Default)]
 pub struct Quantized {
     /// The codes.
     pub codes: Codes,
     /// What they stand for, f32 [rows, columns].
     pub values: Vec<f32>,
-    /// Mean over tokens of the squared error of the layer's outputs behind the sweep, damping included.
-    pub loss: f64,
 }
 
 /// Quantizes `w` [rows, columns], of which `zeros` stay zero.
 pub fn gptq(w: &[f32], factor: &Factor, target: Target, observer: Observer, zeros: Zeros) -> Quantized {
     let params = scales::fit(w, factor.columns(), target, observer, None);
     let swept = sweep(w, factor, Rounding::Codes(target, &params), zeros);
-    Quantized { codes: Codes { codes: swept.codes, params }, values: swept.values, loss: swept.loss }
+    Quantized { codes: Codes { codes: swept.codes, params }, values: swept.values }
 }

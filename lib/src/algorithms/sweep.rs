@@ -34,9 +34,7 @@ pub struct Factor {
     pivots: Vec<f32>,
     /// The share of the mean diagonal that was added, greater than asked for where that did not suffice.
     pub dampening_frac: f64,
-    /// Columns whose inputs are always zero.
-    pub dead: usize,
-    /// Which those are, by step.
+    /// Columns whose inputs are always zero, by step.
     is_dead: Vec<bool>,
 }
 
@@ -82,13 +80,17 @@ impl Factor {
             is_dead: columns.iter().map(|&j| diagonal[j] == 0.0).collect(),
             order: columns,
             dampening_frac: fraction,
-            dead: diagonal.iter().filter(|d| **d == 0.0).count(),
         })
     }
 
     /// Columns.
     pub fn columns(&self) -> usize {
         self.order.len()
+    }
+
+    /// Columns whose inputs are always zero.
+    pub fn dead(&self) -> usize {
+        self.is_dead.iter().filter(|d| **d).count()
     }
 }
 
@@ -157,8 +159,6 @@ pub struct Swept {
     pub values: Vec<f32>,
     /// True where a zero was made; empty where none was asked for.
     pub zeros: Vec<bool>,
-    /// Mean over tokens of the squared error of the layer's outputs, damping included.
-    pub loss: f64,
 }
 
 /// Where a strip's codes, values and zeros go.
@@ -174,7 +174,6 @@ pub fn sweep(w: &[f32], factor: &Factor, rounding: Rounding, zeros: Zeros) -> Sw
         codes: vec![0; if coded { w.len() } else { 0 }],
         values: vec![0.0; w.len()],
         zeros: vec![false; if masked { w.len() } else { 0 }],
-        loss: 0.0,
     };
     // Enough strips for every thread, but no smaller than a panel.
     let panels = rows.div_ceil(WIDTH).div_ceil(2 * rayon::current_num_threads()).clamp(1, PANELS);
@@ -204,10 +203,9 @@ pub fn sweep(w: &[f32], factor: &Factor, rounding: Rounding, zeros: Zeros) -> Sw
         };
         let mut strip = Strip::new(&w[rows.start * n..rows.end * n], factor, part, zeros);
         strip.run();
-        strip.finish(codes, values, made)
+        strip.finish(codes, values, made);
     };
-    let losses: Vec<Vec<f64>> = outs.into_par_iter().enumerate().map(one).collect();
-    swept.loss = losses.iter().flatten().sum();
+    outs.into_par_iter().enumerate().for_each(one);
     swept
 }
 
@@ -228,7 +226,6 @@ struct Strip<'a> {
     keep: Vec<Vec<Lanes>>,
     /// Scales and zero points [panel][group].
     params: Vec<Vec<(Lanes, Lanes)>>,
-    loss: Vec<[f64; WIDTH]>,
 }
 
 impl<'a> Strip<'a> {
@@ -272,7 +269,6 @@ impl<'a> Strip<'a> {
             codes: vec![vec![[0; WIDTH]; n]; panels],
             keep: (0..panels).map(keep).collect(),
             params: (0..panels).map(params).collect(),
-            loss: vec![[0.0; WIDTH]; panels],
         }
     }
 
@@ -281,7 +277,7 @@ impl<'a> Strip<'a> {
         let n = self.factor.columns();
         let block = match self.zeros {
             Zeros::Choose(Mask::Structured { of, .. }, _, _) => of,
-            Zeros::Choose(Mask::Unstructured, _, block) => block.max(1),
+            Zeros::Choose(Mask::Unstructured, _, block) => block.clamp(1, n),
             Zeros::None | Zeros::Fixed(_) => HEIGHT,
         };
         let mut sums = vec![[[0f32; WIDTH]; HEIGHT]; block.div_ceil(HEIGHT) + 1];
@@ -354,15 +350,7 @@ impl<'a> Strip<'a> {
 
     fn round(&mut self, panel: usize, j: usize, sum: &Lanes) {
         let keep = self.keep[panel].get(j).unwrap_or(&[1.0; WIDTH]);
-        let mut column = Column {
-            w: &self.w[panel][j],
-            sum,
-            keep,
-            pivot: self.factor.pivots[j],
-            q: &mut self.q[panel][j],
-            d: &mut self.d[panel][j],
-            loss: &mut self.loss[panel],
-        };
+        let mut column = Column { w: &self.w[panel][j], sum, keep, q: &mut self.q[panel][j], d: &mut self.d[panel][j] };
         match self.rounding {
             Rounding::Floats(float) => to_floats(&mut column, float),
             Rounding::Codes(target, _) => {
@@ -372,8 +360,8 @@ impl<'a> Strip<'a> {
         }
     }
 
-    /// Puts the results in their places; gives each row's loss.
-    fn finish(self, codes: &mut [i8], values: &mut [f32], zeros: &mut [bool]) -> Vec<f64> {
+    /// Puts the results in their places.
+    fn finish(self, codes: &mut [i8], values: &mut [f32], zeros: &mut [bool]) {
         let n = self.factor.columns();
         for row in 0..self.rows {
             let (panel, lane) = (row / WIDTH, row % WIDTH);
@@ -387,7 +375,6 @@ impl<'a> Strip<'a> {
                 }
             }
         }
-        (0..self.rows).map(|row| self.loss[row / WIDTH][row % WIDTH]).collect()
     }
 }
 
@@ -396,10 +383,8 @@ pub(super) struct Column<'a> {
     pub(super) w: &'a Lanes,
     pub(super) sum: &'a Lanes,
     pub(super) keep: &'a Lanes,
-    pub(super) pivot: f32,
     pub(super) q: &'a mut Lanes,
     pub(super) d: &'a mut Lanes,
-    pub(super) loss: &'a mut [f64; WIDTH],
 }
 
 for_this_cpu! {
@@ -438,7 +423,7 @@ fn to_codes_body(c: &mut Column<'_>, target: Target, (scale, zero): &(Lanes, Lan
         // The code of 0 is the zero point, and 0 among floats.
         codes[l] = if c.keep[l] == 0.0 { zero[l] as i8 } else { codes[l] };
     }
-    settle(c, &now);
+    settle(c);
 }
 
 #[inline(always)]
@@ -449,18 +434,16 @@ fn to_floats_body(c: &mut Column<'_>, float: Float) {
         now[l] = c.w[l] + c.sum[l];
         c.q[l] = float.round(now[l]);
     }
-    settle(c, &now);
+    settle(c);
 }
 
-/// Makes the zeros; notes the error and what it costs.
+/// Makes the zeros; notes the error.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "lanes of several arrays at once")]
-fn settle(c: &mut Column<'_>, now: &Lanes) {
+fn settle(c: &mut Column<'_>) {
     for l in 0..WIDTH {
         c.q[l] = if c.keep[l] == 0.0 { 0.0 } else { c.q[l] };
         c.d[l] = c.w[l] - c.q[l];
-        let error = f64::from((now[l] - c.q[l]) * c.pivot);
-        c.loss[l] += error * error;
     }
 }
 

@@ -466,6 +466,9 @@ impl<'a> Calibrator<'a> {
             FewTokens::AllExperts => "their statistics are over all tokens",
             FewTokens::Weighted => "their statistics are over all tokens, weighted by the router",
         };
-        format!("layer {layer}: {few} of {experts} experts got less than {share} of {tokens} tokens; {how}")
+        let (percent, least) = (100.0 * share, (share * tokens as f64).ceil().max(1.0));
+        format!(
+            "layer {layer}: {few} of {experts} experts got fewer than {least} of {tokens} tokens ({percent}%); {how}"
+        )
     }
 }

@@ -85,9 +85,14 @@ impl Room<'_> {
     }
 }
 
-/// The least [`Room::memory`] for a model: one expert at a time, beside the hidden states' share.
-pub fn least_memory(config: &ModelConfig) -> u64 {
-    experts::an_expert(config)
+/// Refuses a [`Room::memory`] in which not even one expert can be calibrated.
+pub fn check_memory(memory: u64, config: &ModelConfig) -> Result<()> {
+    let need = experts::an_expert(config);
+    if memory < need {
+        let refusal = format!("--max-memory {memory} is too small: calibrating one expert needs {need} bytes");
+        return Err(Error::Refused(refusal));
+    }
+    Ok(())
 }
 
 /// What is known of a layer when it is done.
@@ -105,6 +110,30 @@ impl LayerReport {
     fn add(&mut self, linear: Linear, errors: ErrorSums, notes: Vec<String>) {
         self.errors.push((linear, errors));
         self.notes.extend(notes);
+    }
+
+    /// What is said of more than a few matrices of layer `l` in the same words is said once.
+    fn shorten_notes(&mut self, l: usize) {
+        const FEW: usize = 3;
+        let mut said: Vec<(String, Vec<String>)> = Vec::new();
+        for note in std::mem::take(&mut self.notes) {
+            let (module, words) = note.split_once(": ").unwrap_or(("", &note));
+            let (module, words) = (module.to_owned(), words.to_owned());
+            match said.iter_mut().find(|s| s.0 == words) {
+                Some(s) if s.1.last() == Some(&module) => {}
+                Some(s) => s.1.push(module),
+                None => said.push((words, vec![module])),
+            }
+        }
+        for (words, modules) in said {
+            match modules.len() {
+                1..=FEW => self.notes.extend(modules.iter().map(|m| match &m[..] {
+                    "" => words.clone(),
+                    m => format!("{m}: {words}"),
+                })),
+                n => self.notes.push(format!("layer {l}: {n} matrices, the first {}: {words}", modules[0])),
+            }
+        }
     }
 }
 
@@ -227,6 +256,7 @@ impl<'a> Calibrator<'a> {
         let weights = self.model.layer(self.device, l)?;
         self.attention(l, weights, output, &mut report)?;
         self.experts(l, output, &mut report)?;
+        report.shorten_notes(l);
         self.model.checkpoint.release();
         Ok(report)
     }

@@ -129,6 +129,7 @@ fn usable<'f>(
     factor: std::result::Result<&'f Factor, Unfactorable>,
     asked: f64,
     module: &str,
+    instead: &str,
     notes: &mut Vec<String>,
 ) -> Option<&'f Factor> {
     let why = match factor {
@@ -144,7 +145,7 @@ fn usable<'f>(
         Err(Unfactorable::Empty) => "its inputs are all zero on this text",
         Err(Unfactorable::NotFinite) => "its Hessian has no factor, however much it is damped",
     };
-    notes.push(format!("{module}: {why}, so it was rounded to nearest"));
+    notes.push(format!("{module}: {why}, so {instead}"));
     None
 }
 
@@ -152,7 +153,9 @@ fn usable<'f>(
 fn prune(problem: &Problem, s: &Sparsity, notes: &mut Vec<String>) -> (Vec<f32>, Vec<bool>) {
     let Problem { module, w, columns, inputs, .. } = problem;
     let factor = match (inputs, s.algorithm) {
-        (Some(inputs), Pruner::Sparsegpt) => usable(inputs.for_pruning(s), s.dampening_frac, module, notes),
+        (Some(inputs), Pruner::Sparsegpt) => {
+            usable(inputs.for_pruning(s), s.dampening_frac, module, "its smallest weights became zero", notes)
+        }
         _ => None,
     };
     if let Some(factor) = factor {
@@ -161,7 +164,8 @@ fn prune(problem: &Problem, s: &Sparsity, notes: &mut Vec<String>) -> (Vec<f32>,
         let swept = sweep(w, factor, Rounding::Floats(float), Zeros::Choose(s.mask, s.sparsity, s.block_size));
         return (swept.values, swept.zeros);
     }
-    let squares = inputs.map(Inputs::squares);
+    // Inputs that are all zero tell nothing: magnitude then.
+    let squares = inputs.map(Inputs::squares).filter(|s| s.iter().any(|s| *s > 0.0));
     let zeros = wanda::zeros(w, *columns, squares.as_deref(), s.mask, s.sparsity);
     let kept = w.iter().zip(&zeros).map(|(w, z)| if *z { 0.0 } else { *w }).collect();
     (kept, zeros)
@@ -184,9 +188,10 @@ fn round_off(
     // Clipping is a part of AWQ (section 3.2 of the paper leaves it to its code).
     let observer = if algorithm == Algorithm::Awq { Observer::Mse } else { treatment.layer.observer };
     let asked = recipe.gptq.dampening_frac;
-    let swept = inputs
-        .filter(|_| algorithm == Algorithm::Gptq)
-        .and_then(|inputs| usable(inputs.for_gptq(recipe), asked, module, notes).map(|factor| (inputs, factor)));
+    let swept = inputs.filter(|_| algorithm == Algorithm::Gptq).and_then(|inputs| {
+        usable(inputs.for_gptq(recipe), asked, module, "it was rounded to nearest", notes)
+            .map(|factor| (inputs, factor))
+    });
     let Some((inputs, factor)) = swept else {
         // Round-to-nearest gets the same codes with a text and without.
         let blocks = inputs.filter(|_| algorithm != Algorithm::Rtn && observer == Observer::Mse);

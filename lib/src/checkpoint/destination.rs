@@ -37,7 +37,9 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     if rest.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
         return Err(Error::Refused(format!("{} goes up from a folder that does not exist", path.display())));
     }
-    Ok(existing.canonicalize().map_err(Error::io("resolve", existing))?.join(rest))
+    let existing = existing.canonicalize().map_err(Error::io("resolve", existing))?;
+    // Joined with nothing it would end in a slash, and a file's name with a slash behind it is no file.
+    Ok(if rest.as_os_str().is_empty() { existing } else { existing.join(rest) })
 }
 
 /// Refuses a destination that cannot be meant: the source itself, a folder above or below it, a mount point, or a folder
@@ -61,7 +63,11 @@ pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<PathBuf>
 
 /// What may stand under the final name: nothing, an empty folder, or with `force` a checkpoint and nothing else.
 pub(super) fn check_occupant(dst: &Path, force: bool) -> Result<()> {
-    let Ok(meta) = std::fs::metadata(dst) else { return Ok(()) };
+    let meta = match std::fs::metadata(dst) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io("look at", dst)(e)),
+    };
     if !meta.is_dir() {
         return Err(Error::Refused(format!("{} exists and is no folder", dst.display())));
     }

@@ -4,8 +4,7 @@
 //! As there: a pattern is a glob over names of modules (here also over the fused names, see [`super::pattern`]); every
 //! override that matches lays its own fields over what is there, in the file's order, so the last one counts, field by
 //! field; without a `wq` a layer stays as it is; the embedding is no linear layer and always stays. Beyond that: a glob that
-//! matches nothing or that others hide is an error, and so is one whose missing fields come out differently for the modules
-//! that it decides on. A missing `group_size` is `auto`.
+//! matches nothing or that others hide is an error. A missing `group_size` is `auto`.
 
 use std::path::Path;
 
@@ -17,7 +16,7 @@ use super::simplify::simplify;
 use super::{ActOrder, GroupSize, LayerRecipe, Observer, Override, Recipe, SCHEMES, SchemeName};
 use crate::algorithms::Algorithm;
 use crate::error::{Error, Result};
-use crate::model::{Linear, ModelConfig, Proj, linears};
+use crate::model::{ModelConfig, Proj, linears};
 
 const FIELDS: [&str; 6] = ["wq", "aq", "group_size", "extra", "skip", "comment"];
 /// Settings of one layer, under `extra`.
@@ -45,8 +44,7 @@ struct Fields {
 /// [`Error::BadFile`] with the key's path in the file.
 pub fn read(file: &Path, config: &ModelConfig) -> Result<Recipe> {
     let text = keys::text(file)?;
-    let value: Value = serde_json::from_str(&text).map_err(|e| Error::file(file, format!("is not JSON: {e}")))?;
-    parse(file, &value, config)
+    parse(file, &keys::json(file, &text)?, config)
 }
 
 fn parse(file: &Path, value: &Value, config: &ModelConfig) -> Result<Recipe> {
@@ -71,49 +69,58 @@ fn parse(file: &Path, value: &Value, config: &ModelConfig) -> Result<Recipe> {
     if let Some(extra) = default.as_ref().map(|d| d.object("extra")).transpose()?.flatten() {
         run_settings(&extra, &mut recipe)?;
     }
-    let hits = matches(&patterns, config)?;
+    let (modules, hits) = matches(&patterns, config)?;
     for (i, (o, pattern)) in overrides.iter().zip(patterns).enumerate() {
-        let layer = decided(i, o, &base, &each, &hits)?;
+        let mut outcomes = decided(i, o, &base, &each, &hits)?.into_iter();
+        let (_, layer) = outcomes.next().expect("there is one at least");
         recipe.overrides.push(Override { targets: vec![pattern], ignore: Vec::new(), layer });
+        // What comes out otherwise, because of earlier overrides, is said by name.
+        for (rows, layer) in outcomes {
+            let targets = rows.into_iter().map(|row| modules[row].clone()).collect();
+            recipe.overrides.push(Override { targets, ignore: Vec::new(), layer });
+        }
     }
     simplify(recipe, config, file)
 }
 
-/// For each linear layer, which patterns match it. The embedding is none.
-fn matches(patterns: &[String], config: &ModelConfig) -> Result<Vec<Vec<bool>>> {
+/// The linear layers, and for each which patterns match it. The embedding is none.
+fn matches(patterns: &[String], config: &ModelConfig) -> Result<(Vec<String>, Vec<Vec<bool>>)> {
     let compiled = patterns.iter().map(|p| Patterns::new(std::slice::from_ref(p))).collect::<Result<Vec<_>>>()?;
-    let of = |l: Linear| {
-        let module = l.module();
-        compiled.iter().map(|p| p.any(&module)).collect()
-    };
-    Ok(linears(config).filter(|l| l.proj != Proj::Embed).map(of).collect())
+    let modules: Vec<String> = linears(config).filter(|l| l.proj != Proj::Embed).map(|l| l.module()).collect();
+    let hits = modules.iter().map(|m| compiled.iter().map(|p| p.any(m)).collect()).collect();
+    Ok((modules, hits))
 }
 
-/// What the override at `i` comes to on the modules that it has the last word on.
-fn decided(i: usize, o: &Object, base: &Fields, each: &[Fields], hits: &[Vec<bool>]) -> Result<LayerRecipe> {
+/// What the override at `i` comes to on the modules that it has the last word on, the most frequent outcome first: what it
+/// does not say may differ with what earlier ones say.
+fn decided(
+    i: usize,
+    o: &Object,
+    base: &Fields,
+    each: &[Fields],
+    hits: &[Vec<bool>],
+) -> Result<Vec<(Vec<usize>, LayerRecipe)>> {
     let upto_here = |row: &Vec<bool>| {
         let mut sum = base.clone();
         (0..=i).filter(|&k| row[k]).for_each(|k| sum.lay(&each[k]));
         sum
     };
-    let last = |row: &&Vec<bool>| row[i] && !row[i + 1..].contains(&true);
-    let mut found: Vec<Fields> = Vec::new();
-    for sum in hits.iter().filter(last).map(upto_here) {
-        if !found.contains(&sum) {
-            found.push(sum);
+    let last = |(_, row): &(usize, &Vec<bool>)| row[i] && !row[i + 1..].contains(&true);
+    let mut found: Vec<(Vec<usize>, LayerRecipe)> = Vec::new();
+    for (at, row) in hits.iter().enumerate().filter(last) {
+        let layer = upto_here(row).layer(o)?;
+        match found.iter_mut().find(|f| f.1 == layer) {
+            Some(f) => f.0.push(at),
+            None => found.push((vec![at], layer)),
         }
     }
-    match &found[..] {
-        [] => hits.iter().find(|row| row[i]).map_or_else(|| each[i].clone(), upto_here).layer(o),
-        [one] => one.layer(o),
-        [a, b, ..] => {
-            let field = a.difference(b);
-            Err(o.refuse(format!(
-                "does not say {field}, and earlier overrides give different ones to the modules that this one decides on; \
-                 write {field} here"
-            )))
-        }
+    if found.is_empty() {
+        // Others hide it, or it matches nothing; that is found later.
+        let sum = hits.iter().find(|row| row[i]).map_or_else(|| each[i].clone(), upto_here);
+        return Ok(vec![(Vec::new(), sum.layer(o)?)]);
     }
+    found.sort_by_key(|f| std::cmp::Reverse(f.0.len()));
+    Ok(found)
 }
 
 fn fields(o: &Object, is_override: bool) -> Result<Fields> {
@@ -187,19 +194,6 @@ impl Fields {
         self.observer = observer.or(self.observer);
     }
 
-    /// The first field that differs.
-    fn difference(&self, other: &Self) -> &'static str {
-        [
-            ("wq", self.wq != other.wq),
-            ("aq", self.aq != other.aq),
-            ("group_size", self.group_size != other.group_size),
-            ("skip", self.skip != other.skip),
-        ]
-        .into_iter()
-        .find_map(|(name, differs)| differs.then_some(name))
-        .unwrap_or("extra")
-    }
-
     /// As a layer's recipe; GPTQ where there is no method, as on our command line.
     fn layer(&self, o: &Object) -> Result<LayerRecipe> {
         let scheme = self.scheme(o)?;
@@ -247,6 +241,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::Linear;
 
     fn config() -> ModelConfig {
         ModelConfig::parse(Path::new("m"), &ModelConfig::published("gpt-oss-20b").unwrap()).unwrap()
@@ -316,11 +311,44 @@ mod tests {
             .unwrap();
         let e = refusal(both(json!({"pattern": "*.w1", "wq": "int8"}), json!({"pattern": "*", "wq": "int8"})));
         assert!(e.contains("the override pattern \"glob:*.w1\" matches no module"), "{e}");
-        let e = refusal(both(
-            json!({"pattern": "*.q_proj", "wq": "int8"}),
-            json!({"pattern": "model.layers.0.*", "group_size": 32}),
-        ));
-        assert!(e.contains("overrides[1]: does not say wq, and earlier overrides give different ones"), "{e}");
+    }
+
+    #[test]
+    fn fields_are_laid_over_those_of_earlier_overrides_module_by_module() {
+        let outcome = |a: Value, b: Value| {
+            let got = recipe(json!({"default": {"wq": "int4"}, "overrides": [a, b]})).unwrap();
+            let rules = super::super::Rules::new(&got).unwrap();
+            [(Proj::Q, 0), (Proj::K, 0), (Proj::Q, 1), (Proj::K, 1)].map(|(proj, layer)| {
+                rules.layer(&Linear { proj, layer, expert: 0 }).map(|l| (l.scheme.to_string(), l.group_size))
+            })
+        };
+        let is = |scheme: &str, group_size| Some((scheme.to_owned(), group_size));
+        let (auto, g32) = (GroupSize::Auto, GroupSize::Size(32));
+        assert_eq!(
+            outcome(
+                json!({"pattern": "*.q_proj", "wq": "int8"}),
+                json!({"pattern": "model.layers.0.*", "group_size": 32})
+            ),
+            [is("w8a16", g32), is("w4a16", g32), is("w8a16", auto), is("w4a16", auto)]
+        );
+        // What is skipped has no other fields to agree on.
+        assert_eq!(
+            outcome(json!({"pattern": "*.q_proj", "wq": "int8"}), json!({"pattern": "model.layers.0.*", "skip": true})),
+            [None, None, is("w8a16", auto), is("w4a16", auto)]
+        );
+        assert_eq!(
+            outcome(json!({"pattern": "*.q_proj", "skip": true}), json!({"pattern": "*self_attn*", "wq": "int8"})),
+            [None, is("w8a16", auto), None, is("w8a16", auto)]
+        );
+    }
+
+    #[test]
+    fn a_key_that_stands_twice_is_an_error() {
+        let e = keys::json(Path::new("f.json"), r#"{"default": {"wq": "int4", "wq": "int8"}}"#).unwrap_err();
+        assert!(e.to_string().contains("the key \"wq\" stands twice"), "{e}");
+        let text = r#"{"a": [1, -2, 0.5, null, true, "x"], "b": {"c": {}}}"#;
+        let value: Value = serde_json::from_str(text).unwrap();
+        assert_eq!(keys::json(Path::new("f.json"), text).unwrap(), value);
     }
 
     #[test]

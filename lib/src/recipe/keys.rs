@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -17,6 +18,74 @@ pub fn text(file: &Path) -> Result<String> {
         return Err(Error::file(file, format!("has {bytes} bytes; a recipe has at most {MAX_BYTES}")));
     }
     std::fs::read_to_string(file).map_err(Error::io("read", file))
+}
+
+/// A file's JSON; a key that stands twice in one object is an error, not the last of the two.
+pub fn json(file: &Path, text: &str) -> Result<Value> {
+    let strict: Strict = serde_json::from_str(text).map_err(|e| Error::file(file, format!("is not JSON: {e}")))?;
+    Ok(strict.0)
+}
+
+/// A value without keys that stand twice.
+struct Strict(Value);
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_any(StrictVisitor).map(Self)
+    }
+}
+
+struct StrictVisitor;
+
+impl<'de> Visitor<'de> for StrictVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> std::result::Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, v: bool) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_i64<E>(self, v: i64) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_u64<E>(self, v: u64) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_f64<E>(self, v: f64) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_str<E>(self, v: &str) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Value, A::Error> {
+        let mut all = Vec::new();
+        while let Some(Strict(value)) = seq.next_element()? {
+            all.push(value);
+        }
+        Ok(all.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Value, A::Error> {
+        let mut all = Map::new();
+        while let Some((key, Strict(value))) = map.next_entry::<String, Strict>()? {
+            if all.contains_key(&key) {
+                return Err(serde::de::Error::custom(format_args!("the key {key:?} stands twice in one object")));
+            }
+            all.insert(key, value);
+        }
+        Ok(all.into())
+    }
 }
 
 /// An object, and where it stands.

@@ -15,16 +15,14 @@ impl Recipe {
         self.check_combinations()?;
         if self.has_w4a8() && self.kernels == Kernels::Absent {
             return Err(Error::Refused(format!(
-                "{} is w4a8, and no kernels for that are installed: install them (--try-install-qqq --yes), take w4a16 \
-                 in its place (--allow-fallback), or write it for a machine that has them (--kernels present)",
+                "w4a8 for {} needs kernels, and none are installed here: take w4a16 in its place (--allow-fallback), or \
+                 write it for a machine that has them (--kernels present)",
                 self.layers().find(|(_, l)| l.scheme == W4A8).map(|(name, _)| name).unwrap_or_default()
             )));
         }
-        let rounds_inputs =
-            |l: &LayerRecipe| matches!(l.scheme, SchemeName::Fp8 | SchemeName::Int { int8_activations: true, .. });
         let mut notes = Vec::new();
-        if self.smoothquant.is_some() && !self.layers().any(|(_, l)| rounds_inputs(l)) {
-            notes.push("SmoothQuant makes inputs easier to round, and no scheme of this recipe rounds inputs".into());
+        if self.smoothquant.is_some() && !self.rounds_inputs() {
+            notes.push("SmoothQuant does nothing here: it makes inputs easier to round, and no scheme of this recipe rounds inputs".into());
         }
         Ok(notes)
     }
@@ -51,6 +49,10 @@ impl Recipe {
         }
         let notes = self.check()?;
         self.notes.extend(notes);
+        // The group size is for where groups exist; what is recorded is what is used.
+        for layer in self.layers_mut() {
+            layer.group_size = layer.scheme.own_group_size().unwrap_or(layer.group_size);
+        }
         Ok(())
     }
 
@@ -87,7 +89,9 @@ impl Recipe {
     fn check_numbers(&self) -> Result<()> {
         positive("block_size", self.gptq.block_size)?;
         share("dampening_frac", self.gptq.dampening_frac)?;
-        positive("AWQ's n_grid", self.awq.n_grid)?;
+        if !(1..=1000).contains(&self.awq.n_grid) {
+            return refused(format!("AWQ's n_grid is {}, wanted 1 to 1000", self.awq.n_grid));
+        }
         if let Some(s) = &self.smoothquant {
             share("SmoothQuant's strength", s.strength)?;
         }
@@ -170,7 +174,7 @@ mod tests {
     fn w4a8_needs_kernels_or_falls_back() {
         let mut r = recipe(layer(Algorithm::Gptq, "w4a8"));
         let e = refusal(&r);
-        for way in ["the experts is w4a8", "--try-install-qqq --yes", "--allow-fallback", "--kernels present"] {
+        for way in ["w4a8 for the experts", "--allow-fallback", "--kernels present"] {
             assert!(e.contains(way), "{e}");
         }
         let mut present = r.clone();
@@ -222,7 +226,7 @@ mod tests {
         assert!(of(&|r| r.sparsity = Some(sparse("unstructured", 1.0))).contains("sparsity is 1"));
         assert_eq!(of(&|r| r.gptq.block_size = 0), "block_size is 0, wanted at least 1");
         assert_eq!(of(&|r| r.gptq.dampening_frac = f64::NAN), "dampening_frac is NaN, wanted 0 to 1");
-        assert_eq!(of(&|r| r.awq.n_grid = 0), "AWQ's n_grid is 0, wanted at least 1");
+        assert_eq!(of(&|r| r.awq.n_grid = 0), "AWQ's n_grid is 0, wanted 1 to 1000");
         assert!(of(&|r| r.smoothquant = Some(SmoothQuant { strength: 1.5 })).contains("strength is 1.5"));
         assert!(of(&|r| r.calibration.few_tokens_threshold = -0.1).contains("few_tokens_threshold is -0.1"));
         let smooth = Recipe { smoothquant: Some(SmoothQuant { strength: 0.5 }), ..base.clone() };

@@ -100,6 +100,16 @@ impl SchemeName {
         Self::Int { bits, int8_activations: false }
     }
 
+    /// The group size of schemes that have no choice.
+    pub fn own_group_size(self) -> Option<GroupSize> {
+        match self {
+            Self::Keep | Self::Dense => Some(GroupSize::Auto),
+            Self::Fp8 | Self::Int { bits: 8, int8_activations: true } => Some(GroupSize::Channel),
+            Self::Mxfp4 => Some(GroupSize::Size(mxfp4::BLOCK)),
+            Self::Int { .. } => None,
+        }
+    }
+
     /// Bits of an integer weight.
     pub fn int_bits(self) -> Option<u8> {
         match self {

@@ -185,13 +185,6 @@ pub enum Pruner {
     Wanda,
 }
 
-impl Pruner {
-    /// True where a text must go through the model.
-    pub fn needs_text(self) -> bool {
-        true
-    }
-}
-
 /// Zeros that are made before rounding and kept through it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -16,7 +16,6 @@ pub mod sample;
 pub mod tokenizer;
 pub mod windows;
 
-use std::ops::Not;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -66,6 +65,27 @@ pub struct TextRequest {
     /// Documents are drawn at random by this seed, or the windows of a source that is one document; in the order of the
     /// source where `None`.
     pub seed: Option<u64>,
+}
+
+impl TextRequest {
+    /// Whether the source can be there: a file that is one, a dataset that is known. Nothing is fetched.
+    ///
+    /// # Errors
+    /// What [`load`] would say.
+    pub fn check(&self) -> Result<()> {
+        match &self.source {
+            Source::File(file) => is_regular(file),
+            Source::Dataset { name, config, split } => Choice::find(name, config.as_deref(), *split).map(drop),
+        }
+    }
+}
+
+/// A text is read twice, for its hash and for what it says.
+fn is_regular(file: &Path) -> Result<()> {
+    match std::fs::metadata(file).map_err(Error::io("open", file))?.is_file() {
+        true => Ok(()),
+        false => Err(Error::file(file, "is no regular file; save the text to one (a pipe can be read once only)")),
+    }
 }
 
 /// Text that is ready for the model.
@@ -148,13 +168,7 @@ pub fn load_with(
     }
     let (source, file, rows) = match &request.source {
         Source::File(file) => {
-            // It is read twice, for its hash and for its text.
-            if std::fs::metadata(file).map_err(Error::io("open", file))?.is_file().not() {
-                return Err(Error::file(
-                    file,
-                    "is no regular file; save the text to one (a pipe can be read once only)",
-                ));
-            }
+            is_regular(file)?;
             let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
             let sha256 = Some(digest::of_file(file)?.1);
             (TextSource { name, sha256, hub: None, file: None }, file.clone(), Rows::TextOrMessages)

@@ -74,7 +74,7 @@ proptest! {
         let target = Target { format, group: 32, float: Float::Bf16 };
         let w: Vec<f32> = w.into_iter().map(|w| Float::Bf16.round(w)).collect();
         let factor = Factor::new(&gram, tokens as u64, n, order, 0.01).unwrap();
-        prop_assert_eq!((factor.dead, factor.dampening_frac), (dead, 0.01));
+        prop_assert_eq!((factor.dead(), factor.dampening_frac), (dead, 0.01));
         let ours = gptq(&w, &factor, target, Observer::Minmax, Zeros::None);
         for (i, (&code, value)) in ours.codes.codes.iter().zip(&ours.values).enumerate() {
             prop_assert_eq!(format.dequantize(code, ours.codes.params[i / 32], Float::Bf16), *value);
@@ -85,8 +85,6 @@ proptest! {
         let rounded: Vec<f32> = nearest.codes.iter().enumerate().map(value).collect();
         let (a, b) = (loss(&ours.values, &w, &gram, n, tokens), loss(&rounded, &w, &gram, n, tokens));
         prop_assert!(a <= b, "{} > {}", a, b);
-        // The sweep's own sum has the damping in it.
-        prop_assert!(ours.loss >= a * 0.999, "{} < {}", ours.loss, a);
     }
 
     #[test]
@@ -128,7 +126,7 @@ proptest! {
                     float: Float::F16,
                 };
                 let coded = gptq(&w, &factor, target, Observer::Mse, Zeros::Fixed(&sparse.zeros));
-                (sparse.values, sparse.zeros, sparse.loss.to_bits(), coded.values, coded.loss.to_bits())
+                (sparse.values, sparse.zeros, coded.values)
             })
         };
         let one = run(1);

@@ -7,12 +7,12 @@ use std::sync::Mutex;
 use super::store::Values;
 use super::{Plan, Role, Scratch, Work};
 use crate::algorithms::Algorithm;
-use crate::calibrate::{Calibrator, LayerReport, Output, Room, Rounded, Saved};
+use crate::calibrate::{Calibrator, LayerReport, Output, Room, Rounded, Saved, check_memory};
 use crate::checkpoint::destination::check_free;
 use crate::checkpoint::digest;
 use crate::checkpoint::sink::Sink;
 use crate::device::cpu::Cpu;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::activations::Activations;
 use crate::model::{Class, Linear, Model, Proj};
 use crate::pipeline::progress::Unit;
@@ -36,12 +36,7 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
     let model = Model::open(&paths.src)?;
     crate::evaluate::fits(&model, &model, &text.sequences)?;
     let device = Cpu::new(resources.threads)?;
-    let (have, need) = (resources.max_memory, crate::calibrate::least_memory(&model.config));
-    if have < need {
-        return Err(Error::Refused(format!(
-            "--max-memory {have} is too small: calibrating one expert needs {need} bytes"
-        )));
-    }
+    check_memory(resources.max_memory, &model.config)?;
     let opened = Opened::new(task, paths, resources)?;
     let offload = resources.offload.clone().unwrap_or_else(|| opened.sink.partial().to_path_buf());
     let saved = Saved::new(&offload, opened.sink.partial(), &opened.fingerprint);
@@ -52,10 +47,11 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
         progress: &resources.progress,
     };
     let tokens = text.sequences.iter().map(|s| s.real as u64).sum();
-    check_free(&offload, room.offloaded(&model, tokens), saved.taken())?;
+    let room_enough = check_free(&offload, room.offloaded(&model, tokens), saved.taken());
     let jobs = plan.jobs.iter().enumerate().map(|(i, j)| (j.linear, i)).collect();
     let taker = Taker { plan, sink: &opened.sink, jobs };
-    let outcome = Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room).and_then(|calibrator| {
+    let calibrator = || Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room);
+    let outcome = room_enough.and_then(|()| calibrator()).and_then(|calibrator| {
         let left = model.config.layers.saturating_sub(opened.sink.resumed.len().saturating_sub(1));
         resources.progress.start_counting("calibrate", calibrator.work_a_layer() * left as u64, Unit::Work);
         let state = Mutex::new(State { calibrator, at: None, reports: BTreeMap::new() });
@@ -191,21 +187,59 @@ impl Plan<'_> {
     /// True where scales go into the norm in front of a layer's attention ([`Class::Main`]) or experts: all that read it are
     /// rounded, and either by AWQ or under SmoothQuant.
     pub(super) fn smooths(&self, layer: usize, class: Class) -> bool {
-        let readers: Vec<Linear> = match class {
-            Class::Main => {
-                [Proj::Q, Proj::K, Proj::V].into_iter().map(|proj| Linear { proj, layer, expert: 0 }).collect()
+        let readers = self.readers(layer, class);
+        let all_rounded = readers.iter().all(|l| self.rounded(l).is_some());
+        readers.iter().all(|l| self.is_awq(l)) || (all_rounded && readers.iter().any(|l| self.wants_smoothing(l)))
+    }
+
+    /// Layers where a transform is asked for and cannot be, with the class and the transform.
+    pub(super) fn not_smoothed(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        for (class, who, norm) in [
+            (Class::Main, "q, k and v", "input_layernorm"),
+            (Class::Experts, "gate and up of every expert", "post_attention_layernorm"),
+        ] {
+            for (transform, all, wants) in [
+                ("AWQ", "rounded by it", Self::is_awq as fn(&Self, &Linear) -> bool),
+                ("SmoothQuant", "rounded", Self::wants_smoothing),
+            ] {
+                let missed = |layer: &usize| {
+                    !self.smooths(*layer, class) && self.readers(*layer, class).iter().any(|l| wants(self, l))
+                };
+                let layers: Vec<String> = (0..self.config.layers).filter(missed).map(|l| l.to_string()).collect();
+                if !layers.is_empty() {
+                    notes.push(format!(
+                        "{transform} moves no scales into {norm} of layers {}: not all that read it ({who}) are {all}",
+                        layers.join(", ")
+                    ));
+                }
             }
+        }
+        notes
+    }
+
+    /// What reads the norm in front of a layer's attention or experts, but for the router.
+    fn readers(&self, layer: usize, class: Class) -> Vec<Linear> {
+        match class {
+            Class::Main => [Proj::Q, Proj::K, Proj::V].map(|proj| Linear { proj, layer, expert: 0 }).to_vec(),
             Class::Experts => (0..self.config.experts)
                 .flat_map(|expert| [Proj::Gate, Proj::Up].map(|proj| Linear { proj, layer, expert }))
                 .collect(),
-        };
-        let rounded = |l: &Linear| self.treated.get(l).filter(|t| t.scheme.is_some());
-        let awq = |l: &Linear| rounded(l).is_some_and(|t| t.layer.algorithm == Algorithm::Awq);
-        // Where no reader rounds its inputs, their range is nobody's trouble.
-        let rounds_inputs =
-            |l: &Linear| rounded(l).and_then(|t| t.scheme).is_some_and(|s| s.activations != Activations::Float);
-        let all_rounded = readers.iter().all(|l| rounded(l).is_some());
-        readers.iter().all(awq)
-            || (self.recipe.smoothquant.is_some() && all_rounded && readers.iter().any(rounds_inputs))
+        }
+    }
+
+    fn rounded(&self, linear: &Linear) -> Option<&Treatment> {
+        self.treated.get(linear).filter(|t| t.scheme.is_some())
+    }
+
+    fn is_awq(&self, linear: &Linear) -> bool {
+        self.rounded(linear).is_some_and(|t| t.layer.algorithm == Algorithm::Awq)
+    }
+
+    /// Whether SmoothQuant is asked for, and something gained by it: the range of inputs that nobody rounds is nobody's
+    /// trouble.
+    fn wants_smoothing(&self, linear: &Linear) -> bool {
+        let scheme = self.rounded(linear).and_then(|t| t.scheme);
+        self.recipe.smoothquant.is_some() && scheme.is_some_and(|s| s.activations != Activations::Float)
     }
 }

@@ -203,6 +203,7 @@ impl Plan<'_> {
         manifest.notes.extend(self.recipe.notes.iter().cloned());
         let (experts, main) = self.layouts();
         manifest.runtimes = runtimes::report(experts, main);
+        manifest.notes.extend(self.not_smoothed());
         let same = |(l, t): (&Linear, &Treatment)| {
             let native = l.proj.class() == Class::Experts && t.scheme.is_some_and(|s| s.weights == NumberFormat::Mxfp4);
             native && t.sparse.is_none() && !self.smooths(l.layer, Class::Experts)

@@ -103,10 +103,6 @@ fn assemble(recipe: &mut Recipe, rules: Vec<Rule>) {
     for rule in rules {
         let (mut targets, ignore) = (rule.targets, rest(&rule.ignore));
         let linear = targets.iter().any(|t| t == "Linear");
-        if linear && ignore.is_empty() && recipe.overrides.is_empty() {
-            (recipe.experts, recipe.mw) = (rule.layer.clone(), rule.layer);
-            continue;
-        }
         if linear {
             targets = vec!["re:.*".into()];
         }

@@ -176,6 +176,7 @@ fn what_cannot_be_meant_is_refused_with_its_path() {
             "QuantizationModifier: {scheme: {W8A8: ['re:.*q_proj']}}\nGPTQModifier: {scheme: {W4A16: ['re:.*self_attn.*']}}",
             "\"re:.*q_proj\" has no effect: \"re:.*self_attn.*\" hides it",
         ),
+        ("GPTQModifier: {scheme: W8A8}\nQuantizationModifier: {scheme: W4A16}", "has no effect"),
         ("GPTQModifier: {scheme: W4A16, config_groups: {}}", "has scheme and config_groups"),
         (&group("num_bits: 4"), "GPTQModifier.config_groups.group_0.weights.strategy: tensor"),
         (&group("num_bits: 4, strategy: block"), "strategy: block is not in this version"),
