@@ -384,7 +384,7 @@ fn hostile_quantized_checkpoints_are_clear_errors_too() {
         ("groups of 7", scheme("group_size", json!(7)), "group_size 7 does not divide"),
         ("other groups", scheme("group_size", json!(32)), "has shape"),
         ("another strategy", scheme("strategy", json!("mystery")), "mystery"),
-        ("floats", scheme("type", json!("float")), "float"),
+        ("floats", scheme("type", json!("float")), "q_proj.weight is missing"),
         ("asymmetric without zero points", scheme("symmetric", json!(false)), "weight_zero_point is missing"),
         (
             "no groups",

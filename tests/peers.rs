@@ -73,10 +73,19 @@ fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
         "--experts w4a8 --mw w3a16",
         "--experts mxfp4 --mw w5a16 --extra-ignore layers.1.mlp.experts.3 --mw-symmetry asymmetric",
         "--experts mxfp4 --mw fp8",
+        "--experts fp8_block --mw fp8a16",
+        "--experts mxfp6 --mw mxfp8",
+        "--experts nvfp4 --mw nvfp4",
+        "--experts w4afp8 --mw w8a8 --asymmetric --experts-symmetry symmetric",
+        "--experts w4a16 --mw w8a16 --group-size tensor --asymmetric",
+        "--experts w4a8 --mw w3a16 --group-size block",
+        "--experts w8a16 --mw w5a16 --group-size block --asymmetric",
+        "--experts fp8_static --mw fp8_static --nsamples 4 --max-seq-length 64",
     ] {
         let dir = tempfile::tempdir().unwrap();
         let (quantized, back) = (dir.path().join("q"), dir.path().join("back"));
-        run(command("gptoss-quant --quiet --algo rtn --kernels present")
+        run(command("gptoss-quant --quiet --algo rtn --kernels present --calib-jsonl")
+            .arg(tiny().join("calib.jsonl"))
             .args(flags.split_whitespace())
             .arg("--model-in")
             .arg(tiny())

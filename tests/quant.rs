@@ -193,7 +193,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         ("--experts-algo awq --experts w8a16", "the experts: AWQ is for w4a16, not for w8a16"),
         ("--mw-algo qqq", "the algorithm qqq is not in this version; it has rtn, which needs no data, gptq and awq"),
         ("--mw-algo magic", "there is no algorithm \"magic\""),
-        ("--experts nvfp4", "the scheme nvfp4 is not in this version"),
+        ("--experts fp6_e3m2", "compressed-tensors has no layout for fp6_e3m2"),
         ("--experts w4a8 --kernels absent", "w4a8 for the experts needs kernels, and none are installed here"),
         ("--experts w5a5", "there is no scheme \"w5a5\""),
         ("--experts w4a16 --experts-type int8", "--experts-scheme w4a16 does not have weights of --experts-type int8"),

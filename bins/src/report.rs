@@ -89,6 +89,8 @@ fn recipe(o: &mut String, r: &Recipe) {
         let groups = match l.group_size {
             GroupSize::Auto => "groups as they fit".into(),
             GroupSize::Channel => "a scale a channel".into(),
+            GroupSize::Tensor => "one scale".into(),
+            GroupSize::Block => "blocks of 128 by 128".into(),
             GroupSize::Size(n) => format!("groups of {n}"),
         };
         let kind = if l.symmetric { "" } else { ", asymmetric" };

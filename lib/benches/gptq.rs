@@ -75,8 +75,7 @@ fn main() {
     moments::add_gram(&x, N, &mut gram);
     moments::mirror(&mut gram, N);
     let sums = gram.clone();
-    let target =
-        Target { format: NumberFormat::Int(IntFormat { num_bits: 4, symmetric: true }), group: 64, float: Float::Bf16 };
+    let target = Target::new(NumberFormat::Int(IntFormat { num_bits: 4, symmetric: true }), 64, Float::Bf16);
     let factor = || Factor::new(&sums, TOKENS as u64, N, ActOrder::Static, 0.01).expect("full rank");
     let (factored, quadratic) = (factor(), Quadratic::new(&sums, N, 0.01));
     let mut q = gptq(&w, &factored, target, Observer::Minmax, Zeros::None);

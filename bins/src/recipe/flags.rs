@@ -8,6 +8,7 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser;
 use clap::{Args, ValueEnum};
 use gptoss::algorithms::Algorithm;
+use gptoss::formats::minifloat::Minifloat;
 use gptoss::recipe::{ActOrder, FewTokens, GroupSize, Mask, Observer, Pruner, SchemeName};
 
 use crate::text::parse_bool;
@@ -55,7 +56,7 @@ pub struct LayerArgs {
     #[arg(long, value_name = "PATTERN", help_heading = "Recipe")]
     pub experts_regex: Option<String>,
     /// Columns that share a scale, where the scheme has groups: auto (the largest of 128, 64, 32 that divides in_features),
-    /// channel, or a number; beside a recipe file in place of its group sizes [default: auto]
+    /// channel, tensor, block (128 by 128), or a number; beside a recipe file in place of its group sizes [default: auto]
     #[arg(
         long,
         aliases = ["groupsize", "group_size"],
@@ -210,11 +211,12 @@ pub struct WeightType(SchemeName);
 impl WeightType {
     fn parse(text: &str) -> Result<Self, String> {
         match text.to_ascii_lowercase().as_str() {
-            "fp8" => Ok(Self(SchemeName::Fp8)),
-            "mxfp4" => Ok(Self(SchemeName::Mxfp4)),
+            name @ ("fp4" | "fp6" | "fp8" | "mxfp4" | "mxfp6" | "mxfp8" | "nvfp4") => {
+                Ok(Self(name.parse().expect("these are schemes")))
+            }
             other => match other.strip_prefix("int").map(str::parse) {
                 Some(Ok(bits @ 2..=8)) => Ok(Self(SchemeName::weight_only(bits))),
-                _ => Err("wanted int2 to int8, fp8 or mxfp4".into()),
+                _ => Err("wanted int2 to int8, fp4, fp6, fp8, mxfp4, mxfp6, mxfp8 or nvfp4".into()),
             },
         }
     }
@@ -226,7 +228,10 @@ impl WeightType {
 
     /// Whether `scheme` stores this type.
     pub fn fits(self, scheme: SchemeName) -> bool {
-        self.0 == scheme || (self.0.int_bits().is_some() && self.0.int_bits() == scheme.int_bits())
+        let fp8 = [SchemeName::Fp8, SchemeName::Fp8Static, SchemeName::Fp8Block, SchemeName::Float(Minifloat::E4M3)];
+        self.0 == scheme
+            || (self.0 == SchemeName::Fp8 && fp8.contains(&scheme))
+            || (self.0.int_bits().is_some() && self.0.int_bits() == scheme.int_bits())
     }
 
     /// As it was given.

@@ -87,7 +87,7 @@ fn what_contradicts_itself_is_refused() {
     for (line, want) in [
         ("--experts w4a16 --experts-type int8", "--experts-scheme w4a16 does not have weights of --experts-type int8"),
         ("--mw fp8 --mw-type int8", "--mw-scheme fp8 does not have weights of --mw-type int8"),
-        ("--mw-type int9", "wanted int2 to int8, fp8 or mxfp4"),
+        ("--mw-type int9", "wanted int2 to int8, fp4, fp6"),
         ("--mask 2:4", "--with-sparse"),
         ("--sparsity 0.5", "--with-sparse"),
         ("--sparse-algo wanda", "--with-sparse"),

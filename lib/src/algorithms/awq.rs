@@ -89,13 +89,13 @@ fn cost(readers: &[Reader], s: &[f32], gram: &[f32]) -> f64 {
         let round_off = |((d, w), params): ((&mut [f32], &[f32]), &[Params])| {
             let (scaled, mut unused) = (d.to_vec(), vec![0i8; target.group]);
             for ((scaled, d), p) in scaled.chunks(target.group).zip(d.chunks_mut(target.group)).zip(params) {
-                round::values(scaled, (target.format, target.float, true), *p, &mut unused, d);
+                round::values(scaled, (target.format, target.float, true), *p, &mut unused[..scaled.len()], d);
             }
             d.iter_mut().zip(w).zip(s).for_each(|((d, w), s)| *d = *d / s - w);
         };
         d.par_chunks_exact_mut(columns)
             .zip(reader.w.par_chunks_exact(columns))
-            .zip(params.par_chunks_exact(columns / target.group))
+            .zip(params.par_chunks_exact(target.groups(columns)))
             .for_each(round_off);
         let rows = d.len() / columns;
         let mut through = vec![0f32; d.len()];

@@ -43,7 +43,7 @@ impl Quadratic {
 pub fn descend(w: &[f32], q: &mut Quantized, quadratic: &Quadratic, target: Target, zeros: Option<&[bool]>) {
     let n = quadratic.columns;
     let height = PANELS * WIDTH * n;
-    let groups = n / target.group;
+    let groups = target.groups(n);
     let strips = w.par_chunks(height).zip(q.codes.codes.par_chunks_mut(height)).zip(q.values.par_chunks_mut(height));
     let params = q.codes.params.par_chunks(PANELS * WIDTH * groups);
     strips.zip(params).enumerate().for_each(|(i, (((w, codes), values), params))| {
@@ -135,7 +135,7 @@ mod tests {
             let (n, tokens) = (groups * 16, 200);
             let (w, gram) = (noise(seed ^ 3, rows * n), gram(seed, tokens, n, 1));
             let format = NumberFormat::Int(IntFormat { num_bits, symmetric: seed % 2 == 0 });
-            let target = Target { format, group: 16, float: Float::F32 };
+            let target = Target::new(format, 16, Float::F32);
             let zeros: Vec<bool> = (0..w.len()).map(|i| mask && i % 3 == 0).collect();
             let factor = Factor::new(&gram, tokens as u64, n, ActOrder::Static, 0.01).unwrap();
             let mut q = gptq(&w, &factor, target, Observer::Minmax, Zeros::Fixed(&zeros));

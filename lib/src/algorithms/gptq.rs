@@ -20,5 +20,8 @@ pub struct Quantized {
 pub fn gptq(w: &[f32], factor: &Factor, target: Target, observer: Observer, zeros: Zeros) -> Quantized {
     let params = scales::fit(w, factor.columns(), target, observer, None);
     let swept = sweep(w, factor, Rounding::Codes(target, &params), zeros);
-    Quantized { codes: Codes { codes: swept.codes, params }, values: swept.values }
+    Quantized {
+        codes: Codes { codes: swept.codes, params, global: target.global, input_scale: 0.0 },
+        values: swept.values,
+    }
 }

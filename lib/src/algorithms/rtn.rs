@@ -13,10 +13,37 @@ use super::scales;
 pub struct Target {
     /// Width and kind.
     pub format: NumberFormat,
-    /// Columns that share a scale; divides the row.
+    /// Columns that share a scale. A row's last group may be shorter.
     pub group: usize,
+    /// Rows that share theirs: 1, a block's, or [`Self::ALL`].
+    pub rows: usize,
     /// The type that the weights have and that scales are stored in.
     pub float: Float,
+    /// Least and greatest weight, where all rows share a scale.
+    pub extremes: (f32, f32),
+    /// NVFP4's global scale, 1 for others.
+    pub global: f32,
+}
+
+impl Target {
+    /// [`Self::rows`] where the whole matrix shares one scale.
+    pub const ALL: usize = usize::MAX;
+
+    /// Groups of so many columns of single rows.
+    pub fn new(format: NumberFormat, group: usize, float: Float) -> Self {
+        Self { format, group, rows: 1, float, extremes: (0.0, 0.0), global: 1.0 }
+    }
+
+    /// Groups of a row.
+    pub fn groups(self, columns: usize) -> usize {
+        columns.div_ceil(self.group)
+    }
+
+    /// The parameters for weights between `min` and `max`.
+    #[inline(always)]
+    pub fn fit(self, min: f32, max: f32) -> Params {
+        self.format.fit(min, max, self.float, self.global)
+    }
 }
 
 /// Some rows of a matrix in codes. Dimension letters: R rows, K columns, G groups a row.
@@ -24,20 +51,30 @@ pub struct Target {
 pub struct Codes {
     /// i8 [R, K]: integers, or the bits of small floats.
     pub codes: Vec<i8>,
-    /// [R, G].
+    /// [R, G]; rows that share parameters repeat them.
     pub params: Vec<Params>,
+    /// [`Target::global`].
+    pub global: f32,
+    /// The scale of the layer's inputs, where its scheme has a fixed one.
+    pub input_scale: f32,
 }
 
-/// Rounds `w`, f32 [R, K] with K = `columns`, into `out`; gives the error that this made.
+/// Rounds `w`, f32 [R, K] with K = `columns`, into `out`; gives the error that this made. Rows that share scales come
+/// together.
 pub fn rtn(w: &[f32], columns: usize, target: Target, observer: Observer, out: &mut Codes) -> ErrorSums {
     out.codes.resize(w.len(), 0);
     out.params.clear();
+    out.global = target.global;
     let mut sums = ErrorSums::default();
-    for (row, codes) in w.chunks_exact(columns).zip(out.codes.chunks_exact_mut(columns)) {
-        for (w, q) in row.chunks_exact(target.group).zip(codes.chunks_exact_mut(target.group)) {
-            let params = scales::fit_group(w, target, observer);
-            round::group(w, target.format, params, target.float, q, &mut sums);
-            out.params.push(params);
+    let mut params = vec![Params::default(); target.groups(columns)];
+    let strip = target.rows.min(w.len() / columns).max(1) * columns;
+    for (w, codes) in w.chunks(strip).zip(out.codes.chunks_mut(strip)) {
+        scales::fit_rows(w, columns, target, observer, None, &mut params);
+        for (row, codes) in w.chunks_exact(columns).zip(codes.chunks_exact_mut(columns)) {
+            for ((w, q), p) in row.chunks(target.group).zip(codes.chunks_mut(target.group)).zip(&params) {
+                round::group(w, target.format, *p, target.float, q, &mut sums);
+            }
+            out.params.extend_from_slice(&params);
         }
     }
     sums

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::rtn::Target;
 use crate::formats::float::Float;
-use crate::formats::{NumberFormat, Params, fp8};
+use crate::formats::{NumberFormat, Params};
 use crate::ops::round;
 use crate::recipe::Observer;
 
@@ -33,54 +33,89 @@ impl Blocks {
     }
 }
 
-/// Parameters [rows, groups] for `w` [rows, columns]. Where `blocks` say what its inputs look like, the error of outputs is
-/// searched, and not that of weights.
+/// Parameters [rows, groups] for `w` [rows, columns], whole strips of rows that share them. Where `blocks` say what its inputs
+/// look like, the error of outputs is searched, and not that of weights.
 pub fn fit(w: &[f32], columns: usize, target: Target, observer: Observer, blocks: Option<&Blocks>) -> Vec<Params> {
-    let groups = columns / target.group;
-    let one = |(i, w): (usize, &[f32])| match (observer, blocks) {
-        (Observer::Mse, Some(blocks)) => {
-            exact(w, target).unwrap_or_else(|| least_for_outputs(w, target, blocks, i % groups * target.group))
-        }
-        _ => fit_group(w, target, observer),
-    };
-    w.par_chunks_exact(target.group).with_min_len(64).enumerate().map(one).collect()
+    let (rows, groups) = (w.len() / columns, target.groups(columns));
+    let strip = target.rows.min(rows).max(1);
+    let mut params = vec![Params::default(); rows * groups];
+    let strips = params.par_chunks_mut(strip * groups).zip(w.par_chunks(strip * columns));
+    strips.for_each(|(params, w)| {
+        let (first, others) = params.split_at_mut(groups);
+        fit_rows(w, columns, target, observer, blocks, first);
+        others.chunks_exact_mut(groups).for_each(|p| p.copy_from_slice(first));
+    });
+    params
 }
 
-/// Parameters for one group.
-pub fn fit_group(w: &[f32], target: Target, observer: Observer) -> Params {
-    if let Some(exact) = exact(w, target) {
-        return exact;
+/// Parameters [groups] for rows that share them.
+pub fn fit_rows(
+    w: &[f32],
+    columns: usize,
+    target: Target,
+    observer: Observer,
+    blocks: Option<&Blocks>,
+    params: &mut [Params],
+) {
+    if target.rows == Target::ALL {
+        // A scale for everything is that of the extremes; the rows here may be a part.
+        params.fill(target.fit(target.extremes.0, target.extremes.1));
+        return;
     }
-    match observer {
-        Observer::Minmax => {
-            let (min, max) = round::extremes(w);
-            target.format.fit(min, max, target.float)
-        }
-        Observer::Mse => least(w, target, |p| round::cost(w, target.format, p, target.float)),
+    for (g, p) in params.iter_mut().enumerate() {
+        let group = g * target.group..columns.min((g + 1) * target.group);
+        let parts = w.chunks_exact(columns).map(|row| &row[group.clone()]);
+        *p = exact(parts.clone(), target).unwrap_or_else(|| match (observer, blocks) {
+            (Observer::Minmax, _) => {
+                let (min, max) = extremes(parts);
+                target.fit(min, max)
+            }
+            (Observer::Mse, Some(blocks)) => least_for_outputs(parts, target, blocks, group.start),
+            (Observer::Mse, None) => {
+                let cost = |p| parts.clone().map(|w| round::cost(w, target.format, p, target.float)).sum();
+                least(parts.clone(), target, cost)
+            }
+        });
     }
+}
+
+/// Least and greatest of all.
+fn extremes<'w>(parts: impl Iterator<Item = &'w [f32]>) -> (f32, f32) {
+    parts.map(round::extremes).reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or_default()
 }
 
 /// The parameters that cost the outputs of columns `first`.. least.
-fn least_for_outputs(w: &[f32], target: Target, blocks: &Blocks, first: usize) -> Params {
+fn least_for_outputs<'w>(
+    parts: impl Iterator<Item = &'w [f32]> + Clone,
+    target: Target,
+    blocks: &Blocks,
+    first: usize,
+) -> Params {
     let width = blocks.width;
     let (mut d, mut through) = (vec![0f32; width], vec![0f32; width]);
     let rule = (target.format, target.float, true);
-    least(w, target, |p| {
-        let grams = blocks.values[first * width..].chunks_exact(width * width);
-        w.chunks_exact(width).zip(grams).map(|(w, g)| round::output_cost(w, g, rule, p, &mut d, &mut through)).sum()
+    least(parts.clone(), target, |p| {
+        let mut sum = 0.0;
+        for w in parts.clone() {
+            let grams = blocks.values[first * width..].chunks_exact(width * width);
+            for (w, gram) in w.chunks_exact(width).zip(grams) {
+                sum += round::output_cost(w, gram, rule, p, &mut d, &mut through);
+            }
+        }
+        sum
     })
 }
 
 /// The power of two under which every weight is a code's value, where there is one: what MXFP4 held often fits FP8 and the
 /// wider integers without loss. The least one that reaches the extremes is the only candidate: others cut or are coarser.
-fn exact(w: &[f32], target: Target) -> Option<Params> {
+fn exact<'w>(mut parts: impl Iterator<Item = &'w [f32]> + Clone, target: Target) -> Option<Params> {
     let most = match target.format {
         NumberFormat::Int(int) if int.symmetric => int.qmax() as f32,
-        NumberFormat::Fp8 => fp8::MAX,
+        NumberFormat::Float(table) => table.max(),
         _ => return None,
     };
     let least = |x: f32| f32::from_bits((x.to_bits() + 0x7f_ffff) & 0xff80_0000);
-    let (min, max) = round::extremes(w);
+    let (min, max) = extremes(parts.clone());
     let absmax = max.max(-min);
     let scale = least(absmax / most);
     // Powers of two beyond this are subnormal, infinite, or not in every type.
@@ -89,20 +124,20 @@ fn exact(w: &[f32], target: Target) -> Option<Params> {
     }
     let p = Params { scale, zero_point: 0 };
     let fits = |&w: &f32| target.format.dequantize(target.format.quantize(w, p, Float::F32), p, Float::F32) == w;
-    w.iter().all(fits).then_some(p)
+    parts.all(|w| w.iter().all(fits)).then_some(p)
 }
 
 /// The shrunken range that costs least; the widest of equals.
-fn least(w: &[f32], target: Target, mut cost: impl FnMut(Params) -> f64) -> Params {
-    let (min, max) = round::extremes(w);
-    let mut best = (f64::INFINITY, target.format.fit(min, max, target.float));
+fn least<'w>(parts: impl Iterator<Item = &'w [f32]>, target: Target, mut cost: impl FnMut(Params) -> f64) -> Params {
+    let (min, max) = extremes(parts);
+    let mut best = (f64::INFINITY, target.fit(min, max));
     // A scale that is a power of two changes only with a power of two.
     let factors: Vec<f32> = match target.format {
-        NumberFormat::Mxfp4 => vec![1.0, 0.5, 2.0],
+        NumberFormat::Mx(_) => vec![1.0, 0.5, 2.0],
         _ => (0..STEPS).map(|i| 1.0 - i as f32 * STEP).collect(),
     };
     for factor in factors {
-        let p = target.format.fit(min * factor, max * factor, target.float);
+        let p = target.fit(min * factor, max * factor);
         let cost = cost(p);
         if cost < best.0 {
             best = (cost, p);
@@ -143,7 +178,7 @@ mod tests {
             let mut gram = vec![0f32; group * group];
             moments::add_gram(&x, group, &mut gram);
             moments::mirror(&mut gram, group);
-            let target = Target { format: NumberFormat::Int(IntFormat { num_bits, symmetric }), group, float: Float::F32 };
+            let target = Target::new(NumberFormat::Int(IntFormat { num_bits, symmetric }), group, Float::F32);
             let blocks = Blocks::of(&gram, group, group);
             let [outputs, weights, widest] = [(Observer::Mse, Some(&blocks)), (Observer::Mse, None), (Observer::Minmax, None)]
                 .map(|(observer, blocks)| lost(&w, &fit(&w, group, target, observer, blocks), target, &gram));

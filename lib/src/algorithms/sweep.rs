@@ -192,7 +192,7 @@ pub fn sweep(w: &[f32], factor: &Factor, rounding: Rounding, zeros: Zeros) -> Sw
         let rows = i * height..rows.min((i + 1) * height);
         let part = match rounding {
             Rounding::Codes(target, params) => {
-                let groups = n / target.group;
+                let groups = target.groups(n);
                 Rounding::Codes(target, &params[rows.start * groups..rows.end * groups])
             }
             floats => floats,
@@ -252,7 +252,7 @@ impl<'a> Strip<'a> {
         };
         let params = |panel: usize| -> Vec<(Lanes, Lanes)> {
             let Rounding::Codes(target, params) = rounding else { return Vec::new() };
-            let groups = n / target.group;
+            let groups = target.groups(n);
             let of = |g: usize, lane: usize| params[row(panel, lane) * groups + g];
             let one =
                 |g| (std::array::from_fn(|l| of(g, l).scale), std::array::from_fn(|l| f32::from(of(g, l).zero_point)));

@@ -16,7 +16,7 @@ use crate::formats::activations::Activations;
 use crate::manifest::Coverage;
 use crate::model::{Fused, Linear, ModelConfig, Proj};
 use crate::ops::matmul::{Packed, matmul};
-use crate::ops::{elementwise, math, route};
+use crate::ops::{elementwise, math, moments, route};
 use crate::recipe::FewTokens;
 
 /// Most tokens that an expert takes at a time.
@@ -37,7 +37,7 @@ impl Matrix {
             return Packed::new(x, rows, k);
         }
         let mut rounded = x.to_vec();
-        rounded.par_chunks_exact_mut(k).for_each(|row| inputs.quantize_token(row));
+        rounded.par_chunks_exact_mut(k).for_each(|row| inputs.quantize_token(row, self.weight.input_scale));
         Packed::new(&rounded, rows, k)
     }
 
@@ -253,7 +253,7 @@ impl<'a> Calibrator<'a> {
         let mut values = self.source_rows(&weight, &router.module(), 0..shape.0, Some(scales))?;
         values.iter_mut().for_each(|v| *v = float.round(*v));
         output.put_plain(&format!("{}.weight", router.module()), &values)?;
-        let held = Held { values, shape, inputs: Activations::Float };
+        let held = Held::plain(values, shape);
         self.next_matrix(router.layer, router, sequential.then_some(held), false)
     }
 
@@ -316,8 +316,11 @@ impl<'a> Calibrator<'a> {
         mut make: impl FnMut(usize, &[Share]) -> Vec<f32>,
     ) -> Result<Moments> {
         let mut sums = self.device.sums(columns, self.room.hessians())?;
+        // The range of inputs is what it is, however much they count.
+        let mut max = vec![0f32; columns];
         for (i, chunk) in telling.tokens.chunks(CHUNK).enumerate() {
             let mut rows = make(i * CHUNK, chunk);
+            moments::raise_max(&rows, &mut max);
             if telling.by_weight {
                 for (row, (_, weight)) in rows.chunks_exact_mut(columns).zip(chunk) {
                     let root = weight.sqrt();
@@ -326,7 +329,7 @@ impl<'a> Calibrator<'a> {
             }
             self.device.accumulate(&self.device.upload(rows, columns)?, &mut sums)?;
         }
-        self.device.moments(sums)
+        Ok(Moments { max, ..self.device.moments(sums)? })
     }
 
     /// The normed hidden states of some tokens.
@@ -364,18 +367,23 @@ impl<'a> Calibrator<'a> {
                 both.iter().skip(usize::from(proj == Proj::Up)).step_by(2).copied().collect()
             }
         };
-        let held = |values, inputs| Matrix { weight: Held { values, shape, inputs }, bias };
         let w = self.source_rows(&weight, &module, 0..shape.0, scales)?;
-        let Some(treatment) = output.treatment(&linear) else { return Ok(held(w, Activations::Float)) };
-        let problem =
-            Problem { module: &module, w, scaled: scales.is_some(), columns: shape.1, float, treatment, inputs };
+        let Some(treatment) = output.treatment(&linear) else {
+            return Ok(Matrix { weight: Held::plain(w, shape), bias });
+        };
+        let (scaled, extremes) = (scales.is_some(), self.extremes(&linear, treatment, scales)?);
+        let problem = Problem { module: &module, w, scaled, columns: shape.1, float, extremes, treatment, inputs };
         let rounded: Rounded = solve(problem, self.recipe)?;
         output.put(&linear, 0, &rounded)?;
         report.add(linear, rounded.errors, rounded.notes);
-        if sequential {
-            return Ok(held(rounded.values, treatment.scheme.map_or(Activations::Float, |s| s.activations)));
-        }
-        Ok(held(self.source_rows(&weight, &module, 0..shape.0, None)?, Activations::Float))
+        let weight = if sequential {
+            let inputs = treatment.scheme.map_or(Activations::Float, |s| s.activations);
+            let input_scale = rounded.codes.map_or(1.0, |c| c.input_scale);
+            Held { values: rounded.values, shape, inputs, input_scale }
+        } else {
+            Held::plain(self.source_rows(&weight, &module, 0..shape.0, None)?, shape)
+        };
+        Ok(Matrix { weight, bias })
     }
 
     /// What gate and up make of some tokens [tokens, I].

@@ -18,12 +18,14 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::algorithms::rtn::ErrorSums;
+use crate::containers::compressed_tensors::Scheme;
 use crate::containers::{self, Rows, Weight};
 use crate::device::cpu::{Cpu, Tensor};
 use crate::device::{Device, Moments};
 use crate::error::{Error, Result};
 use crate::evaluate::batches::{Batch, batches, caches};
 use crate::evaluate::{MOST_TOKENS, States, bytes_a_token, fits, layer_work};
+use crate::formats::NumberFormat;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::manifest::Coverage;
@@ -142,6 +144,15 @@ struct Held {
     values: Vec<f32>,
     shape: (usize, usize),
     inputs: Activations,
+    /// Of inputs with a fixed scale.
+    input_scale: f32,
+}
+
+impl Held {
+    /// Without anything that happens to inputs.
+    fn plain(values: Vec<f32>, shape: (usize, usize)) -> Self {
+        Self { values, shape, inputs: Activations::Float, input_scale: 1.0 }
+    }
 }
 
 impl Rows for Held {
@@ -155,6 +166,10 @@ impl Rows for Held {
 
     fn inputs(&self) -> Activations {
         self.inputs
+    }
+
+    fn input_scale(&self) -> f32 {
+        self.input_scale
     }
 
     fn values(&self) -> Option<&[f32]> {
@@ -355,10 +370,10 @@ impl<'a> Calibrator<'a> {
 
     /// Whether some of these layers are rounded by what their inputs look like.
     fn needs_inputs(&self, output: &dyn Output, linears: &[Linear]) -> bool {
-        linears
-            .iter()
-            .filter_map(|l| output.treatment(l))
-            .any(|t| t.sparse.is_some() || (t.scheme.is_some() && t.layer.algorithm.needs_text()))
+        linears.iter().filter_map(|l| output.treatment(l)).any(|t| {
+            t.sparse.is_some()
+                || t.scheme.is_some_and(|s| t.layer.algorithm.needs_text() || s.activations == Activations::StaticFp8)
+        })
     }
 
     /// Sums over what `inputs` makes of each batch.
@@ -422,13 +437,18 @@ impl<'a> Calibrator<'a> {
         // The table of a vocabulary would be large as a whole. Rows know nothing of each other.
         let fit = self.room.memory / 8 / (13 * shape.1 as u64);
         let step = (fit as usize).max(ROWS) / 32 * 32;
+        // Rows that share scales stay together.
+        let step = treatment.scheme.map_or(step, |s| step.next_multiple_of(s.step()));
+        let extremes = self.extremes(linear, treatment, scales)?;
+        let mut input_scale = 1.0;
         for first in (0..shape.0).step_by(step) {
             let w = self.source_rows(&weight, &module, first..shape.0.min(first + step), scales)?;
-            let problem =
-                Problem { module: &module, w, scaled: scales.is_some(), columns: shape.1, float, treatment, inputs };
+            let scaled = scales.is_some();
+            let problem = Problem { module: &module, w, scaled, columns: shape.1, float, extremes, treatment, inputs };
             let mut rounded = self.device.enter(|| solve(problem, self.recipe))?;
             output.put(linear, first, &rounded)?;
             errors.merge(&rounded.errors);
+            input_scale = rounded.codes.as_ref().map_or(1.0, |c| c.input_scale);
             notes.append(&mut rounded.notes);
             if keep {
                 values.append(&mut rounded.values);
@@ -437,7 +457,18 @@ impl<'a> Calibrator<'a> {
         notes.dedup();
         report.add(*linear, errors, notes);
         let inputs = treatment.scheme.map_or(Activations::Float, |s| s.activations);
-        Ok(keep.then_some(Held { values, shape, inputs }))
+        Ok(keep.then_some(Held { values, shape, inputs, input_scale }))
+    }
+
+    /// What the scheme of `linear` asks for, as [`Problem::extremes`].
+    fn extremes(&self, linear: &Linear, treatment: &Treatment, scales: Option<&[f32]>) -> Result<(f32, f32)> {
+        match treatment.scheme.filter(Scheme::needs_extremes) {
+            Some(s) => {
+                let fused = s.weights == NumberFormat::Nvfp4;
+                containers::extremes(&self.model.checkpoint, &self.model.config, *linear, fused, scales)
+            }
+            None => Ok((0.0, 0.0)),
+        }
     }
 
     /// The matrix that the text goes on through: the rounded one, or the source's with a transform's scales in it; `None`

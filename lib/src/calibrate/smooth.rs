@@ -2,7 +2,6 @@
 //! norms of a layer are the only such places: up -> down is cut by (u + 1) and the clamp, v -> o by the shared key heads.
 
 use crate::algorithms::awq::{self, Reader};
-use crate::algorithms::rtn::Target;
 use crate::algorithms::{Algorithm, smoothquant};
 use crate::containers::{self, dense};
 use crate::device::Moments;
@@ -82,7 +81,7 @@ impl Calibrator<'_> {
             let weight = containers::open(&self.model.checkpoint, &self.model.config, linear)?;
             let (rows, columns) = weight.shape();
             let scheme = output.treatment(linear).and_then(|t| t.scheme).expect("AWQ rounds to codes");
-            let target = Target { format: scheme.weights, group: scheme.group(columns), float: weight.float() };
+            let target = scheme.target(columns, weight.float(), (0.0, 0.0));
             let alike = sample.iter().position(|r| r.target == target).unwrap_or_else(|| {
                 sample.push(Reader { w: Vec::new(), target });
                 sample.len() - 1

@@ -13,7 +13,9 @@ use crate::algorithms::{Algorithm, scales, wanda};
 use crate::device::Moments;
 use crate::error::{Error, Result};
 use crate::formats::Params;
+use crate::formats::activations::Activations;
 use crate::formats::float::Float;
+use crate::formats::minifloat::Minifloat;
 use crate::ops::round;
 use crate::recipe::{ActOrder, Observer, Pruner, Recipe, Sparsity, Treatment};
 
@@ -86,6 +88,8 @@ pub struct Problem<'a> {
     pub columns: usize,
     /// The type of the weight.
     pub float: Float,
+    /// What [`Scheme::target`](crate::containers::compressed_tensors::Scheme::target) asks for.
+    pub extremes: (f32, f32),
     /// What is to become of it.
     pub treatment: &'a Treatment,
     /// `None` where no token says anything: everything is rounded to nearest then.
@@ -108,6 +112,11 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
     let mut notes = Vec::new();
     let pruned = problem.treatment.sparse.as_ref().map(|s| prune(&problem, s, &mut notes));
     let mut rounded = round_off(&problem, pruned.as_ref(), recipe, &mut notes);
+    if let (Some(codes), Some(scheme)) = (&mut rounded.codes, problem.treatment.scheme)
+        && scheme.activations == Activations::StaticFp8
+    {
+        codes.input_scale = input_scale(&problem, &mut notes);
+    }
     let part = |(values, w): (&[f32], &[f32])| {
         let mut sums = ErrorSums::default();
         round::measure(values, w, &mut sums);
@@ -122,6 +131,16 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
     }
     rounded.notes = notes;
     Ok(rounded)
+}
+
+/// The scale that takes the greatest input of the text to FP8's greatest value.
+fn input_scale(problem: &Problem, notes: &mut Vec<String>) -> f32 {
+    let greatest = problem.inputs.map_or(0.0, |i| i.moments.max.iter().fold(0f32, |a, &b| a.max(b)));
+    if greatest == 0.0 {
+        notes.push(format!("{}: its inputs are not known from this text, so their scale is 1", problem.module));
+        return 1.0;
+    }
+    Minifloat::E4M3.fit(-greatest, greatest, problem.float).scale
 }
 
 /// The factor, where there is one; notes what is not as it was asked for.
@@ -183,7 +202,7 @@ fn round_off(
     let Some(scheme) = treatment.scheme else {
         return Rounded { values: w.iter().map(|&w| float.round(w)).collect(), ..Rounded::default() };
     };
-    let target = Target { format: scheme.weights, group: scheme.group(*columns), float: *float };
+    let target = scheme.target(*columns, *float, problem.extremes);
     let algorithm = treatment.layer.algorithm;
     // Clipping is a part of AWQ (section 3.2 of the paper leaves it to its code).
     let observer = if algorithm == Algorithm::Awq { Observer::Mse } else { treatment.layer.observer };
@@ -197,7 +216,7 @@ fn round_off(
         let blocks = inputs.filter(|_| algorithm != Algorithm::Rtn && observer == Observer::Mse);
         let blocks = blocks.map(|i| Blocks::of(&i.moments.gram, *columns, target.group));
         let params = scales::fit(w, *columns, target, observer, blocks.as_ref());
-        return nearest(w, target, params, problem.scaled || zeros.is_some());
+        return nearest(w, *columns, target, params, problem.scaled || zeros.is_some());
     };
     let mut q = gptq(w, factor, target, observer, zeros.map_or(Zeros::None, Zeros::Fixed));
     for _ in 0..recipe.gptq.descent {
@@ -207,19 +226,21 @@ fn round_off(
     Rounded { codes: Some(q.codes), values: q.values, ..Rounded::default() }
 }
 
-/// The weights and the codes of a group.
-type Group<'g> = (&'g [f32], &'g mut [i8]);
-
 /// Every weight to its nearest code; `exact` where weights are not of the target's type themselves.
-fn nearest(w: &[f32], target: Target, params: Vec<Params>, exact: bool) -> Rounded {
+fn nearest(w: &[f32], columns: usize, target: Target, params: Vec<Params>, exact: bool) -> Rounded {
     let (mut codes, mut values) = (vec![0i8; w.len()], vec![0f32; w.len()]);
-    let group = |((w, q), (values, p)): (Group, (&mut [f32], &Params))| {
-        round::values(w, (target.format, target.float, exact), *p, q, values);
+    let groups = target.groups(columns);
+    let row = |(row, (q, values)): (usize, (&mut [i8], &mut [f32]))| {
+        let (w, params) = (&w[row * columns..][..columns], &params[row * groups..][..groups]);
+        let parts = w.chunks(target.group).zip(q.chunks_mut(target.group)).zip(values.chunks_mut(target.group));
+        for (((w, q), values), p) in parts.zip(params) {
+            round::values(w, (target.format, target.float, exact), *p, q, values);
+        }
     };
-    w.par_chunks_exact(target.group)
-        .zip(codes.par_chunks_exact_mut(target.group))
-        .zip(values.par_chunks_exact_mut(target.group).zip(&params))
-        .with_min_len(64)
-        .for_each(group);
-    Rounded { codes: Some(Codes { codes, params }), values, ..Rounded::default() }
+    codes.par_chunks_exact_mut(columns).zip(values.par_chunks_exact_mut(columns)).enumerate().for_each(row);
+    Rounded {
+        codes: Some(Codes { codes, params, global: target.global, input_scale: 0.0 }),
+        values,
+        ..Rounded::default()
+    }
 }

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::model::{self, Fused, Linear, ModelConfig, Role};
+use crate::ops::round;
 
 /// Where a range of columns may begin.
 pub const COLUMNS: usize = 256;
@@ -26,6 +27,10 @@ pub trait Rows: Send + Sync {
     /// What the scheme does to the layer's inputs.
     fn inputs(&self) -> Activations {
         Activations::Float
+    }
+    /// The scale of the inputs, where [`Self::inputs`] has a fixed one.
+    fn input_scale(&self) -> f32 {
+        1.0
     }
     /// The values at `rows` and `columns` into `out`, f32 [rows, columns]. `columns` begins at a multiple of
     /// [`COLUMNS`] and ends at one or with the row, so that no block that shares a byte is cut.
@@ -46,6 +51,35 @@ pub type Weight<'a> = Box<dyn Rows + 'a>;
 type Reader = for<'a> fn(&'a Checkpoint, &ModelConfig, &Linear) -> Result<Option<Weight<'a>>>;
 
 const READERS: [Reader; 3] = [openai::open, compressed_tensors::open, dense::open];
+
+/// The least and the greatest weight of `linear`, of all that runtimes fuse with it where `fused`; each column times its
+/// scale where a transform has some.
+pub fn extremes(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    linear: Linear,
+    fused: bool,
+    scales: Option<&[f32]>,
+) -> Result<(f32, f32)> {
+    const ROWS: usize = 64;
+    let mut found = (0f32, 0f32);
+    for linear in if fused { linear.fused_with() } else { vec![linear] } {
+        let weight = open(checkpoint, config, &linear)?;
+        let (rows, columns) = weight.shape();
+        let mut part = vec![0f32; ROWS * columns];
+        for first in (0..rows).step_by(ROWS) {
+            let some = first..rows.min(first + ROWS);
+            let part = &mut part[..some.len() * columns];
+            weight.read_rows(some, part);
+            if let Some(scales) = scales {
+                part.chunks_exact_mut(columns).for_each(|row| row.iter_mut().zip(scales).for_each(|(w, s)| *w *= s));
+            }
+            let (least, greatest) = round::extremes(part);
+            found = (found.0.min(least), found.1.max(greatest));
+        }
+    }
+    Ok(found)
+}
 
 /// Opens the weight of `linear` in whatever container the checkpoint has.
 ///

@@ -167,7 +167,8 @@ impl Device for Cpu {
                 Packed::new(&x.values, x.rows(), x.columns)
             } else {
                 let mut rounded = x.clone();
-                rounded.each_row(|_, row| inputs.quantize_token(row));
+                let scale = w.weight.input_scale();
+                rounded.each_row(|_, row| inputs.quantize_token(row, scale));
                 Packed::new(&rounded.values, x.rows(), x.columns)
             };
             matmul(&packed, &*w.weight, w.bias.as_deref(), &mut out.values);

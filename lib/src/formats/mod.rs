@@ -3,28 +3,38 @@
 
 pub mod activations;
 pub mod float;
-pub mod fp8;
 pub mod int;
+pub mod minifloat;
+pub mod mx;
 pub mod mxfp4;
+pub mod nvfp4;
 
 use float::Float;
 use int::IntFormat;
+use minifloat::Minifloat;
 
 /// A number format of weights: which codes there are, how a scale is fitted, what a code means under it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NumberFormat {
     /// Integers of 2 to 8 bits.
     Int(IntFormat),
-    /// FP8 E4M3.
-    Fp8,
-    /// E2M1 under a power of two.
-    Mxfp4,
+    /// Small floats under a scale of the weights' type.
+    Float(Minifloat),
+    /// Small floats in blocks of 32 under a power of two.
+    Mx(Minifloat),
+    /// E2M1 in groups of 16 under E4M3 scales under one number a tensor.
+    Nvfp4,
 }
 
+/// FP8 E4M3.
+pub const FP8: NumberFormat = NumberFormat::Float(Minifloat::E4M3);
+/// E2M1 in MX blocks: what gpt-oss is published in.
+pub const MXFP4: NumberFormat = NumberFormat::Mx(Minifloat::E2M1);
+
 /// What a group's codes mean: for integers value = (code - zero_point) * scale, for floats value = table(code) * scale.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Params {
-    /// Positive, rounded to the type that it is stored in.
+    /// Positive, rounded to the type that it is stored in (for NVFP4 that number over the tensor's global scale).
     pub scale: f32,
     /// Between qmin and qmax; 0 where symmetric, and for floats.
     pub zero_point: i8,
@@ -33,10 +43,18 @@ pub struct Params {
 impl NumberFormat {
     /// `int4`, `fp8`, `mxfp4`.
     pub fn name(self) -> String {
+        let float = |m| match m {
+            Minifloat::E2M1 => "fp4",
+            Minifloat::E2M3 => "fp6",
+            Minifloat::E3M2 => "fp6_e3m2",
+            Minifloat::E4M3 => "fp8",
+            Minifloat::E5M2 => "fp8_e5m2",
+        };
         match self {
             Self::Int(int) => format!("int{}", int.num_bits),
-            Self::Fp8 => "fp8".into(),
-            Self::Mxfp4 => "mxfp4".into(),
+            Self::Float(m) => float(m).into(),
+            Self::Mx(m) => format!("mx{}", float(m)),
+            Self::Nvfp4 => "nvfp4".into(),
         }
     }
 
@@ -44,8 +62,8 @@ impl NumberFormat {
     pub fn bits(self) -> u8 {
         match self {
             Self::Int(int) => int.num_bits,
-            Self::Fp8 => 8,
-            Self::Mxfp4 => 4,
+            Self::Float(m) | Self::Mx(m) => m.bits() as u8,
+            Self::Nvfp4 => 4,
         }
     }
 
@@ -53,17 +71,19 @@ impl NumberFormat {
     pub fn symmetric(self) -> bool {
         match self {
             Self::Int(int) => int.symmetric,
-            Self::Fp8 | Self::Mxfp4 => true,
+            Self::Float(_) | Self::Mx(_) | Self::Nvfp4 => true,
         }
     }
 
-    /// The parameters for weights between `min` and `max`, which are of type `float`.
+    /// The parameters for weights between `min` and `max`, which are of type `float`; `global` is the tensor's global scale,
+    /// for NVFP4 alone.
     #[inline(always)]
-    pub fn fit(self, min: f32, max: f32, float: Float) -> Params {
+    pub fn fit(self, min: f32, max: f32, float: Float, global: f32) -> Params {
         match self {
             Self::Int(int) => int.fit(min, max, float),
-            Self::Fp8 => fp8::fit(min, max, float),
-            Self::Mxfp4 => mxfp4::fit(min, max),
+            Self::Float(m) => m.fit(min, max, float),
+            Self::Mx(m) => mx::fit(m, min, max),
+            Self::Nvfp4 => nvfp4::fit(min, max, float, global),
         }
     }
 
@@ -72,8 +92,9 @@ impl NumberFormat {
     pub fn quantize(self, w: f32, p: Params, float: Float) -> i8 {
         match self {
             Self::Int(int) => int.quantize(w, p, float),
-            Self::Fp8 => fp8::code(fp8::round_e4m3(float.round(w / p.scale))) as i8,
-            Self::Mxfp4 => mxfp4::code(mxfp4::round_e2m1(w / p.scale)) as i8,
+            Self::Float(m) => m.code(m.round(float.round(w / p.scale))) as i8,
+            Self::Mx(m) => m.code(m.round(w / p.scale)) as i8,
+            Self::Nvfp4 => Minifloat::E2M1.code(Minifloat::E2M1.round(w / p.scale)) as i8,
         }
     }
 
@@ -82,8 +103,10 @@ impl NumberFormat {
     pub fn dequantize(self, code: i8, p: Params, float: Float) -> f32 {
         match self {
             Self::Int(_) => int::dequantize(code, p, float),
-            Self::Fp8 => float.round(fp8::value(code as u8) * p.scale),
-            Self::Mxfp4 => mxfp4::VALUES[usize::from(code as u8 & 15)] * p.scale,
+            Self::Float(m) => float.round(m.value(code as u8) * p.scale),
+            // A power of two rounds nothing.
+            Self::Mx(m) => m.value(code as u8) * p.scale,
+            Self::Nvfp4 => float.round(Minifloat::E2M1.value(code as u8) * p.scale),
         }
     }
 }

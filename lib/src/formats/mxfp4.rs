@@ -1,73 +1,20 @@
-//! MXFP4: E2M1 codes, two a byte, low nibble first, in blocks of 32 that share an E8M0 scale 2^(e-127).
+//! MXFP4 as it is stored: E2M1 codes, two a byte, low nibble first, in blocks of 32 that share an E8M0 scale 2^(e-127).
 //! Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 and 5.4.1. Scale byte 255 is NaN there.
 
 use half::{bf16, f16};
 
-use super::Params;
 use super::float::Float;
+pub use super::mx::{BLOCK, SCALE_NAN, scale, scale_byte};
 
-/// Values that share one scale.
-pub const BLOCK: usize = 32;
 /// Bytes of the codes of one block.
 pub const BLOCK_BYTES: usize = BLOCK / 2;
-/// Added to a number below 2^22 and taken away again it leaves the nearest integer, ties to even: 1.5 * 2^23.
-const TO_INTEGER: f32 = 12_582_912.0;
-/// The scale byte that stands for NaN.
-pub const SCALE_NAN: u8 = 255;
-
 /// The value of each code; bit 3 is the sign, so code 8 is -0.
 pub const VALUES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
-
-/// 2^(e-127) exactly, subnormal for e = 0, NaN for e = 255.
-#[inline(always)]
-pub fn scale(e: u8) -> f32 {
-    match e {
-        0 => f32::from_bits(0x0040_0000),
-        SCALE_NAN => f32::NAN,
-        _ => f32::from_bits(u32::from(e) << 23),
-    }
-}
 
 /// The value of `code` under the scale byte `e`. Exact, but where it exceeds the range of f32 and becomes infinite.
 #[inline(always)]
 pub fn value(code: u8, e: u8) -> f32 {
     VALUES[usize::from(code & 15)] * scale(e)
-}
-
-/// The scale for weights between `min` and `max`: absmax is rounded to a power of two, up from a fraction of 1.75, and
-/// divided by 4, as compressed-tensors does; a group of zeros gets the least scale there is.
-#[inline(always)]
-pub fn fit(min: f32, max: f32) -> Params {
-    // Half a step of E2M1's one fraction bit, added to absmax.
-    let bits = max.max(-min).max(0.0).to_bits() + (1 << 21);
-    let exponent = (bits >> 23).saturating_sub(2);
-    Params { scale: scale(exponent as u8), zero_point: 0 }
-}
-
-/// The scale byte of a scale that [`fit`] or [`scale`] made.
-#[inline(always)]
-pub fn scale_byte(scale: f32) -> u8 {
-    (scale.to_bits() >> 23) as u8
-}
-
-/// `x` rounded to E2M1 (larger values become 6), ties to the even code.
-#[inline(always)]
-pub fn round_e2m1(x: f32) -> f32 {
-    // Multiples of 0.5 up to 2, of 1 up to 4, of 2 up to 6; an even multiple has an even code.
-    let a = x.abs().min(6.0);
-    let step = if a < 2.0 { 0.5 } else { 1.0 };
-    let step = if a < 4.0 { step } else { 2.0 };
-    let shift = TO_INTEGER * step;
-    (a + shift - shift).copysign(x)
-}
-
-/// The bits of an E2M1 value.
-#[inline(always)]
-pub fn code(value: f32) -> u8 {
-    let a = value.abs();
-    let normal = ((a.to_bits() >> 22).wrapping_sub(252)) as u8;
-    let magnitude = if a < 1.0 { (a * 2.0) as u8 } else { normal };
-    magnitude | ((value.to_bits() >> 28) & 8) as u8
 }
 
 /// Packs codes, two a byte, low nibble first; whole blocks, so no byte is shared between rows.
@@ -173,36 +120,6 @@ mod tests {
                 assert_eq!(half_bits(code, e, Float::F16).0, hf, "f16 code {code} scale {e}");
             }
         }
-    }
-
-    #[test]
-    fn e2m1_values_stay_and_midpoints_go_to_even_codes() {
-        for c in 0..8u8 {
-            let v = VALUES[usize::from(c)];
-            assert_eq!((round_e2m1(v), code(v), code(-v)), (v, c, c | 8));
-            if c < 7 {
-                let next = VALUES[usize::from(c) + 1];
-                let middle = (v + next) / 2.0;
-                assert_eq!(round_e2m1(middle), if c % 2 == 0 { v } else { next });
-                assert_eq!(round_e2m1(f32::from_bits(middle.to_bits() + 1)), next);
-                assert_eq!(round_e2m1(-f32::from_bits(middle.to_bits() - 1)), -v);
-            }
-        }
-        assert_eq!(round_e2m1(1e9), 6.0);
-    }
-
-    #[test]
-    fn scales_are_powers_of_two_that_leave_absmax_below_seven_steps() {
-        for (absmax, want) in
-            [(4.0, 1.0), (6.9, 1.0), (7.0, 2.0), (3.0, 0.5), (1e-30, 0.0), (0.0, scale(0)), (1e-45, scale(0))]
-        {
-            let s = fit(-absmax, absmax / 2.0).scale;
-            assert_eq!(scale(scale_byte(s)), s);
-            if want > 0.0 {
-                assert_eq!(s, want, "{absmax}");
-            }
-        }
-        assert_eq!(scale_byte(fit(f32::MIN, f32::MAX).scale), 253);
     }
 
     #[test]

@@ -111,6 +111,16 @@ impl Linear {
         }
     }
 
+    /// The layers that runtimes lay on top of each other, this one among them: q, k and v; gate and up of an expert.
+    pub fn fused_with(self) -> Vec<Self> {
+        let projections: &[Proj] = match self.proj {
+            Proj::Q | Proj::K | Proj::V => &[Proj::Q, Proj::K, Proj::V],
+            Proj::Gate | Proj::Up => &[Proj::Gate, Proj::Up],
+            _ => return vec![self],
+        };
+        projections.iter().map(|&proj| Self { proj, ..self }).collect()
+    }
+
     /// (out_features, in_features).
     pub fn shape(&self, c: &ModelConfig) -> (usize, usize) {
         match self.proj {

@@ -3,7 +3,8 @@
 
 use crate::formats::Params;
 use crate::formats::float::Float;
-use crate::formats::{fp8, int, mxfp4};
+use crate::formats::minifloat::Minifloat;
+use crate::formats::{int, mxfp4};
 use crate::ops::for_this_cpu;
 
 for_this_cpu! {
@@ -77,7 +78,7 @@ fn integers_body(codes: &[i8], p: Params, float: Float, out: &mut [f32]) {
 fn e4m3_body(codes: &[u8], scale: f32, float: Float, out: &mut [f32]) {
     let mut all = |float: Float| {
         for (o, &c) in out.iter_mut().zip(codes) {
-            *o = float.round(fp8::value(c) * scale);
+            *o = float.round(Minifloat::E4M3.value(c) * scale);
         }
     };
     match float {

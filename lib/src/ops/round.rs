@@ -3,7 +3,8 @@
 
 use crate::algorithms::rtn::{ErrorSums, LANES};
 use crate::formats::float::Float;
-use crate::formats::{NumberFormat, Params, fp8, mxfp4};
+use crate::formats::minifloat::Minifloat;
+use crate::formats::{NumberFormat, Params};
 use crate::ops::for_this_cpu;
 
 for_this_cpu! {
@@ -184,20 +185,47 @@ fn lanes_of<const N: usize>(
                 values[i] = float.round((integer - TO_INTEGER - zero[i]) * scale[i]);
             }
         }
-        NumberFormat::Fp8 => {
-            for i in 0..N {
-                let value = fp8::round_e4m3(quotient.round(w[i] / scale[i]));
-                codes[i] = fp8::code(value) as i8;
-                values[i] = float.round(value * scale[i]);
-            }
+        // Quotients of a power of two are exact; those of NVFP4 are f32 whatever the weights are.
+        NumberFormat::Float(Minifloat::E2M1) => {
+            floats::<N>(Minifloat::E2M1, (quotient, float), w, scale, codes, values)
         }
-        NumberFormat::Mxfp4 => {
-            for i in 0..N {
-                let value = mxfp4::round_e2m1(w[i] / scale[i]);
-                codes[i] = mxfp4::code(value) as i8;
-                values[i] = value * scale[i];
-            }
+        NumberFormat::Float(Minifloat::E2M3) => {
+            floats::<N>(Minifloat::E2M3, (quotient, float), w, scale, codes, values)
         }
+        NumberFormat::Float(Minifloat::E3M2) => {
+            floats::<N>(Minifloat::E3M2, (quotient, float), w, scale, codes, values)
+        }
+        NumberFormat::Float(Minifloat::E4M3) => {
+            floats::<N>(Minifloat::E4M3, (quotient, float), w, scale, codes, values)
+        }
+        NumberFormat::Float(Minifloat::E5M2) => {
+            floats::<N>(Minifloat::E5M2, (quotient, float), w, scale, codes, values)
+        }
+        NumberFormat::Mx(Minifloat::E2M1) => floats::<N>(Minifloat::E2M1, EXACT, w, scale, codes, values),
+        NumberFormat::Mx(Minifloat::E2M3) => floats::<N>(Minifloat::E2M3, EXACT, w, scale, codes, values),
+        NumberFormat::Mx(Minifloat::E3M2) => floats::<N>(Minifloat::E3M2, EXACT, w, scale, codes, values),
+        NumberFormat::Mx(Minifloat::E4M3) => floats::<N>(Minifloat::E4M3, EXACT, w, scale, codes, values),
+        NumberFormat::Mx(Minifloat::E5M2) => floats::<N>(Minifloat::E5M2, EXACT, w, scale, codes, values),
+        NumberFormat::Nvfp4 => floats::<N>(Minifloat::E2M1, (Float::F32, float), w, scale, codes, values),
+    }
+}
+
+/// Quotient and value as they come.
+const EXACT: (Float, Float) = (Float::F32, Float::F32);
+
+#[inline(always)]
+fn floats<const N: usize>(
+    table: Minifloat,
+    (quotient, float): (Float, Float),
+    w: &[f32; N],
+    scale: &[f32; N],
+    codes: &mut [i8; N],
+    values: &mut [f32; N],
+) {
+    for i in 0..N {
+        let value = table.round(quotient.round(w[i] / scale[i]));
+        codes[i] = table.code(value) as i8;
+        values[i] = float.round(value * scale[i]);
     }
 }
 
@@ -230,23 +258,28 @@ mod tests {
     use crate::formats::int::IntFormat;
     use proptest::prelude::*;
 
+    fn formats() -> impl Strategy<Value = NumberFormat> {
+        let float = prop::sample::select(&Minifloat::ALL[..]);
+        prop_oneof![
+            4 => (2u8..=8, any::<bool>())
+                .prop_map(|(num_bits, symmetric)| NumberFormat::Int(IntFormat { num_bits, symmetric })),
+            2 => float.clone().prop_map(NumberFormat::Float),
+            2 => float.prop_map(NumberFormat::Mx),
+            1 => Just(NumberFormat::Nvfp4),
+        ]
+    }
+
     proptest! {
         #[test]
         fn a_group_is_rounded_as_the_format_says(
             w in prop::collection::vec(prop_oneof![-8f32..8.0, any::<f32>().prop_filter("finite", |x| x.abs() < 1e30)], 1..80),
-            num_bits in 0u8..=8,
-            symmetric: bool,
+            format in formats(),
             which in 0usize..3,
         ) {
             let float = [Float::Bf16, Float::F16, Float::F32][which];
             let w: Vec<f32> = w.into_iter().map(|x| float.round(x)).filter(|x| x.is_finite()).collect();
-            let format = match num_bits {
-                0 => NumberFormat::Fp8,
-                1 => NumberFormat::Mxfp4,
-                _ => NumberFormat::Int(IntFormat { num_bits, symmetric }),
-            };
             let (min, max) = extremes(&w);
-            let p = format.fit(min, max, float);
+            let p = format.fit(min, max, float, 3.5);
             prop_assume!(p.scale.is_finite());
             let (mut q, mut sums) = (vec![0; w.len()], ErrorSums::default());
             group(&w, format, p, float, &mut q, &mut sums);
@@ -273,7 +306,7 @@ mod tests {
                 for float in [Float::Bf16, Float::F16, Float::F32] {
                     let format = NumberFormat::Int(IntFormat { num_bits, symmetric });
                     let (min, max) = extremes(&w);
-                    let p = format.fit(min, max, float);
+                    let p = format.fit(min, max, float, 3.5);
                     let (mut a, mut b) = (vec![0; n], vec![0; n]);
                     let (mut sa, mut sb) = (ErrorSums::default(), ErrorSums::default());
                     group(&w, format, p, float, &mut a, &mut sa);

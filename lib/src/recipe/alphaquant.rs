@@ -16,6 +16,7 @@ use super::simplify::simplify;
 use super::{ActOrder, GroupSize, LayerRecipe, Observer, Override, Recipe, SCHEMES, SchemeName};
 use crate::algorithms::Algorithm;
 use crate::error::{Error, Result};
+use crate::formats::minifloat::Minifloat;
 use crate::model::{ModelConfig, Proj, linears};
 
 const FIELDS: [&str; 6] = ["wq", "aq", "group_size", "extra", "skip", "comment"];
@@ -211,11 +212,18 @@ impl Fields {
 
     fn scheme(&self, o: &Object) -> Result<SchemeName> {
         let (wq, aq) = (self.wq.as_deref().unwrap_or("bf16"), self.aq.as_deref().unwrap_or("bf16"));
-        const WEIGHTS: [&str; 11] =
-            ["int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "mxfp4", "bf16", "none"];
+        const WEIGHTS: [&str; 15] = [
+            "int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp6", "fp8", "mxfp4", "mxfp6", "mxfp8",
+            "bf16", "none",
+        ];
         const INPUTS: [&str; 4] = ["bf16", "int8", "fp8", "none"];
         if !WEIGHTS.contains(&wq) {
-            return Err(o.error("wq", format!("{wq} is not in this version; it has int2 to int8, fp8, mxfp4 and bf16")));
+            return Err(o.error(
+                "wq",
+                format!(
+                    "{wq} is not in this version; it has int2 to int8, fp4, fp6, fp8, mxfp4, mxfp6, mxfp8 and bf16"
+                ),
+            ));
         }
         if !INPUTS.contains(&aq) {
             return Err(o.error("aq", format!("{aq} is not in this version; it has bf16, int8 and fp8")));
@@ -227,10 +235,12 @@ impl Fields {
             (Some(bits), aq) if plain(aq) => Ok(SchemeName::weight_only(bits)),
             (Some(bits), "int8") => Ok(SchemeName::Int { bits, int8_activations: true }),
             (None, "fp8") if wq == "fp8" => Ok(SchemeName::Fp8),
-            (None, aq) if wq == "mxfp4" && plain(aq) => Ok(SchemeName::Mxfp4),
+            (Some(4), "fp8") => Ok(SchemeName::W4afp8),
+            (None, aq) if wq == "fp8" && plain(aq) => Ok(SchemeName::Float(Minifloat::E4M3)),
+            (None, aq) if plain(aq) => wq.parse(),
             _ => Err(o.refuse(format!(
                 "weights of {wq} with inputs of {aq} are not in this version; it has {SCHEMES} (int N with bf16 or int8, \
-                 fp8 with fp8, mxfp4 with bf16)"
+                 int4 and fp8 with fp8, others with bf16)"
             ))),
         }
     }
@@ -362,9 +372,12 @@ mod tests {
             (json!({"overrides": [{"patern": "*"}]}), "overrides[0].pattern"),
             (json!({"overrides": [{"wq": "int4"}]}), "overrides[0]: has no pattern"),
             (json!({}), "has neither default nor overrides"),
-            (json!({"default": {"wq": "mxfp6"}}), "default.wq: mxfp6 is not in this version; it has int2 to int8"),
+            (json!({"default": {"wq": "int9"}}), "default.wq: int9 is not in this version; it has int2 to int8"),
             (json!({"default": {"wq": "mxfp4", "aq": "mxfp8"}}), "default.aq: mxfp8 is not in this version"),
-            (json!({"default": {"wq": "fp8"}}), "default: weights of fp8 with inputs of bf16 are not in this version"),
+            (
+                json!({"default": {"wq": "mxfp8", "aq": "fp8"}}),
+                "default: weights of mxfp8 with inputs of fp8 are not in this version",
+            ),
             (json!({"default": {"wq": "int4", "group_size": 0}}), "default.group_size: is 0, wanted -1"),
             (json!({"default": {"wq": 4}}), "default.wq: is 4, wanted a text"),
             (

@@ -159,16 +159,14 @@ impl Recipe {
 
     /// Whether a text must go through the model.
     pub fn needs_text(&self) -> bool {
-        self.layers().any(|(_, l)| l.is_rounded() && l.algorithm.needs_text())
+        self.layers().any(|(_, l)| l.is_rounded() && (l.algorithm.needs_text() || l.scheme == SchemeName::Fp8Static))
             || (self.smoothquant.is_some() && self.rounds_inputs())
             || self.sparsity.is_some()
     }
 
     /// Whether any scheme rounds inputs.
     pub fn rounds_inputs(&self) -> bool {
-        let rounds =
-            |l: &LayerRecipe| matches!(l.scheme, SchemeName::Fp8 | SchemeName::Int { int8_activations: true, .. });
-        self.layers().any(|(_, l)| rounds(l))
+        self.layers().any(|(_, l)| l.scheme.rounds_inputs())
     }
 
     /// The default name of the output: model, sparsity, algorithms, schemes.

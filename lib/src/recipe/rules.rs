@@ -1,6 +1,6 @@
 //! What a resolved recipe must hold to, whichever form it came in.
 
-use super::{Kernels, LayerRecipe, Mask, Recipe, SchemeName};
+use super::{GroupSize, Kernels, LayerRecipe, Mask, Recipe, SchemeName};
 use crate::algorithms::Algorithm;
 use crate::error::{Error, Result};
 
@@ -109,6 +109,9 @@ impl LayerRecipe {
                 "{name}: AWQ is for w4a16, not for {scheme}; take the algorithm gptq with {scheme}, or w4a16 with AWQ"
             ));
         }
+        if self.algorithm == Algorithm::Awq && matches!(self.group_size, GroupSize::Tensor | GroupSize::Block) {
+            return refused(format!("{name}: AWQ searches groups and channels; take --group-size auto or channel"));
+        }
         match scheme {
             SchemeName::Int { bits, int8_activations: true } if bits != 4 && bits != 8 => refused(format!(
                 "{name}: int8 inputs go with weights of 4 or 8 bits, not of {bits}; use w{}a8 or w{bits}a16",
@@ -117,7 +120,7 @@ impl LayerRecipe {
             W4A8 if !self.symmetric => {
                 refused(format!("{name}: w4a8 is symmetric, as its kernels are; an asymmetric int4 is w4a16"))
             }
-            SchemeName::Fp8 | SchemeName::Mxfp4 if !self.symmetric => {
+            scheme if !self.symmetric && !scheme.may_be_asymmetric() => {
                 refused(format!("{name}: {scheme} has no zero points; asymmetric goes with integers, such as w4a16"))
             }
             _ => Ok(()),

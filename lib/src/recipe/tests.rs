@@ -11,7 +11,7 @@ fn layer() -> impl Strategy<Value = LayerRecipe> {
         Just(SchemeName::Keep),
         Just(SchemeName::Dense),
         Just(SchemeName::Fp8),
-        Just(SchemeName::Mxfp4),
+        Just(SchemeName::Mx(crate::formats::minifloat::Minifloat::E2M1)),
         int
     ];
     let group = prop_oneof![Just(GroupSize::Auto), Just(GroupSize::Channel), (1usize..4096).prop_map(GroupSize::Size)];

@@ -5,6 +5,7 @@ use crate::algorithms::gptq::gptq;
 use crate::algorithms::rtn::{Codes, rtn};
 use crate::formats::NumberFormat;
 use crate::formats::int::IntFormat;
+use crate::formats::minifloat::Minifloat;
 use crate::ops::moments;
 use crate::recipe::Observer;
 use proptest::prelude::*;
@@ -50,7 +51,13 @@ pub(crate) fn loss(q: &[f32], w: &[f32], gram: &[f32], n: usize, count: usize) -
 fn formats() -> impl Strategy<Value = NumberFormat> {
     let int =
         (2u8..=8, any::<bool>()).prop_map(|(num_bits, symmetric)| NumberFormat::Int(IntFormat { num_bits, symmetric }));
-    prop_oneof![3 => int, 1 => Just(NumberFormat::Fp8), 1 => Just(NumberFormat::Mxfp4)]
+    let float = prop::sample::select(&Minifloat::ALL[..]);
+    prop_oneof![
+        3 => int,
+        2 => float.clone().prop_map(NumberFormat::Float),
+        2 => float.prop_map(NumberFormat::Mx),
+        1 => Just(NumberFormat::Nvfp4),
+    ]
 }
 
 fn orders() -> impl Strategy<Value = ActOrder> {
@@ -71,7 +78,7 @@ proptest! {
     ) {
         let (n, tokens) = (32 * groups, 256);
         let (w, gram) = (noise(seed ^ 77, rows * n), gram(seed, tokens, n, dead));
-        let target = Target { format, group: 32, float: Float::Bf16 };
+        let target = Target::new(format, 32, Float::Bf16);
         let w: Vec<f32> = w.into_iter().map(|w| Float::Bf16.round(w)).collect();
         let factor = Factor::new(&gram, tokens as u64, n, order, 0.01).unwrap();
         prop_assert_eq!((factor.dead(), factor.dampening_frac), (dead, 0.01));
@@ -104,7 +111,7 @@ proptest! {
         let by_size = loss(&kept, &w, &gram, n, tokens);
         prop_assert!(loss(&sparse.values, &w, &gram, n, tokens) <= by_size);
         let format = NumberFormat::Int(IntFormat { num_bits: 4, symmetric: seed % 2 == 0 });
-        let target = Target { format, group: 16, float: Float::Bf16 };
+        let target = Target::new(format, 16, Float::Bf16);
         let ordered = Factor::new(&gram, tokens as u64, n, order, 0.01).unwrap();
         let coded = gptq(&sparse.values, &ordered, target, Observer::Minmax, Zeros::Fixed(&sparse.zeros));
         prop_assert!(sparse.zeros.iter().zip(&coded.values).all(|(z, v)| !z || *v == 0.0));
@@ -120,11 +127,7 @@ proptest! {
                 let factor = Factor::new(&gram, tokens as u64, n, ActOrder::Off, 0.01).unwrap();
                 let zeros = Zeros::Choose(Mask::Unstructured, share, 1 + n / 2);
                 let sparse = sweep(&w, &factor, Rounding::Floats(Float::Bf16), zeros);
-                let target = Target {
-                    format: NumberFormat::Int(IntFormat { num_bits: 3, symmetric: true }),
-                    group: n,
-                    float: Float::F16,
-                };
+                let target = Target::new(NumberFormat::Int(IntFormat { num_bits: 3, symmetric: true }), n, Float::F16);
                 let coded = gptq(&w, &factor, target, Observer::Mse, Zeros::Fixed(&sparse.zeros));
                 (sparse.values, sparse.zeros, coded.values)
             })

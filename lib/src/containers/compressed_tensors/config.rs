@@ -8,15 +8,18 @@ use super::{Activations, Format, Scheme, Strategy};
 use crate::checkpoint::CONFIG;
 use crate::checkpoint::source::Checkpoint;
 use crate::error::{Error, Result};
+use crate::formats::activations;
 use crate::formats::int::IntFormat;
-use crate::formats::{NumberFormat, mxfp4};
+use crate::formats::minifloat::Minifloat;
+use crate::formats::{FP8, MXFP4, NumberFormat, mx, nvfp4};
 use crate::model::Proj;
 
 /// The version of compressed-tensors whose layout is written.
 const VERSION: &str = "0.20.0";
 
-/// As config.json spells the type of MXFP4's scales.
+/// As config.json spells the types of MX scales and of NVFP4's.
 const E8M0: &str = "torch.uint8";
+const E4M3: &str = "torch.float8_e4m3fn";
 
 /// A regular expression for every module of one projection.
 pub fn target(proj: Proj) -> String {
@@ -29,8 +32,38 @@ pub fn target(proj: Proj) -> String {
     }
 }
 
+/// Quantization arguments of a weight.
+fn weight_arguments(scheme: &Scheme) -> Value {
+    let (strategy, group_size, block) = match scheme.strategy {
+        Strategy::Group(n) if scheme.weights == NumberFormat::Nvfp4 => ("tensor_group", Some(n), None),
+        Strategy::Group(n) => ("group", Some(n), None),
+        Strategy::Channel => ("channel", None, None),
+        Strategy::Tensor => ("tensor", None, None),
+        Strategy::Block(rows, columns) => ("block", None, Some([rows, columns])),
+    };
+    let mut arguments = arguments(scheme.weights, strategy, group_size, false);
+    arguments["block_structure"] = json!(block);
+    match scheme.weights {
+        NumberFormat::Mx(_) => arguments["scale_dtype"] = E8M0.into(),
+        NumberFormat::Nvfp4 => arguments["scale_dtype"] = E4M3.into(),
+        _ => {}
+    }
+    arguments
+}
+
+fn input_arguments(activations: Activations) -> Value {
+    let int8 = NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true });
+    match activations {
+        Activations::Float => Value::Null,
+        Activations::DynamicTokenInt8 => arguments(int8, "token", None, true),
+        Activations::DynamicTokenFp8 => arguments(FP8, "token", None, true),
+        Activations::DynamicGroupFp8 => arguments(FP8, "group", Some(activations::GROUP), true),
+        Activations::StaticFp8 => arguments(FP8, "tensor", None, false),
+    }
+}
+
 fn arguments(format: NumberFormat, strategy: &str, group_size: Option<usize>, dynamic: bool) -> Value {
-    let mut arguments = json!({
+    json!({
         "num_bits": format.bits(),
         "type": if matches!(format, NumberFormat::Int(_)) { "int" } else { "float" },
         "symmetric": format.symmetric(),
@@ -41,11 +74,7 @@ fn arguments(format: NumberFormat, strategy: &str, group_size: Option<usize>, dy
         "actorder": null,
         "observer": if dynamic { Value::Null } else { "memoryless_minmax".into() },
         "observer_kwargs": {},
-    });
-    if format == NumberFormat::Mxfp4 {
-        arguments["scale_dtype"] = E8M0.into();
-    }
-    arguments
+    })
 }
 
 /// The whole `quantization_config` for these schemes, each with its targets, and the modules that stay as they are.
@@ -55,20 +84,10 @@ pub fn encode(groups: &[(Scheme, Vec<String>)], ignore: &[String]) -> Value {
         .iter()
         .enumerate()
         .map(|(i, (scheme, targets))| {
-            let weights = match scheme.strategy {
-                Strategy::Group(n) => arguments(scheme.weights, "group", Some(n), false),
-                Strategy::Channel => arguments(scheme.weights, "channel", None, false),
-            };
-            let int8 = NumberFormat::Int(IntFormat { num_bits: 8, symmetric: true });
-            let inputs = match scheme.activations {
-                Activations::Float => Value::Null,
-                Activations::DynamicTokenInt8 => arguments(int8, "token", None, true),
-                Activations::DynamicTokenFp8 => arguments(NumberFormat::Fp8, "token", None, true),
-            };
             let group = json!({
                 "targets": targets,
-                "weights": weights,
-                "input_activations": inputs,
+                "weights": weight_arguments(scheme),
+                "input_activations": input_arguments(scheme.activations),
                 "output_activations": null,
                 "format": name(scheme.format()),
             });
@@ -137,42 +156,61 @@ fn matches_any(patterns: &[String], module: &str) -> std::result::Result<bool, S
 
 fn parse_group(group: &Value) -> std::result::Result<Scheme, String> {
     let arguments = &group["weights"];
-    let strategy = match (arguments["strategy"].as_str(), arguments["group_size"].as_u64()) {
-        (Some("group"), Some(n @ 1..)) => Strategy::Group(n as usize),
-        (Some("channel"), _) => Strategy::Channel,
-        (s, g) => return Err(format!("strategy {s:?} with group_size {g:?} is not read by this version")),
+    let block = || -> Option<(usize, usize)> {
+        let sizes = arguments["block_structure"].as_array()?;
+        let size = |v: &Value| v.as_u64().filter(|n| (1..=1 << 20).contains(n)).map(|n| n as usize);
+        match &sizes[..] {
+            [rows, columns] => Some((size(rows)?, size(columns)?)),
+            _ => None,
+        }
+    };
+    let strategy = match (arguments["strategy"].as_str(), arguments["group_size"].as_u64(), block()) {
+        (Some("group" | "tensor_group"), Some(n @ 1..), _) => Strategy::Group(n as usize),
+        (Some("channel"), ..) => Strategy::Channel,
+        (Some("tensor"), ..) => Strategy::Tensor,
+        (Some("block"), _, Some((rows, columns))) => Strategy::Block(rows, columns),
+        (s, g, _) => return Err(format!("strategy {s:?} with group_size {g:?} is not read by this version")),
     };
     let weights = parse_weights(arguments, strategy)?;
-    let inputs = &group["input_activations"];
+    let scheme = Scheme { weights, strategy, activations: parse_inputs(&group["input_activations"])? };
+    match scheme.stored() {
+        Some(_) => Ok(scheme),
+        None => Err(format!("float weights with {arguments} are not read by this version")),
+    }
+}
+
+fn parse_inputs(inputs: &Value) -> std::result::Result<Activations, String> {
+    if inputs.is_null() {
+        return Ok(Activations::Float);
+    }
     if inputs["symmetric"].as_bool() == Some(false) {
         return Err("input_activations that are not symmetric are not read by this version".into());
     }
-    let activations = match inputs {
-        Value::Null => Activations::Float,
-        a if a["type"] == "int" && a["num_bits"] == 8 && a["dynamic"] == true && a["strategy"] == "token" => {
-            Activations::DynamicTokenInt8
-        }
-        a if a["type"] == "float" && a["num_bits"] == 8 && a["dynamic"] == true && a["strategy"] == "token" => {
-            Activations::DynamicTokenFp8
-        }
-        a => return Err(format!("input_activations {a} are not read by this version")),
-    };
-    Ok(Scheme { weights, strategy, activations })
+    let what = (inputs["type"].as_str(), inputs["num_bits"].as_u64(), inputs["dynamic"].as_bool());
+    match (what, inputs["strategy"].as_str(), inputs["group_size"].as_u64()) {
+        ((Some("int"), Some(8), Some(true)), Some("token"), _) => Ok(Activations::DynamicTokenInt8),
+        ((Some("float"), Some(8), Some(true)), Some("token"), _) => Ok(Activations::DynamicTokenFp8),
+        ((Some("float"), Some(8), Some(true)), Some("group"), Some(128)) => Ok(Activations::DynamicGroupFp8),
+        ((Some("float"), Some(8), Some(false)), Some("tensor"), _) => Ok(Activations::StaticFp8),
+        _ => Err(format!("input_activations {inputs} are not read by this version")),
+    }
 }
 
 fn parse_weights(arguments: &Value, strategy: Strategy) -> std::result::Result<NumberFormat, String> {
-    const BLOCKS: Strategy = Strategy::Group(mxfp4::BLOCK);
+    const MX: Strategy = Strategy::Group(mx::BLOCK);
+    const NV: Strategy = Strategy::Group(nvfp4::GROUP);
     let (kind, num_bits) = (&arguments["type"], &arguments["num_bits"]);
     let (bits, scales) = (num_bits.as_u64(), arguments["scale_dtype"].as_str());
     let symmetric = arguments["symmetric"].as_bool().unwrap_or(true);
     match (kind.as_str(), bits, strategy, scales, symmetric) {
-        (Some("int"), Some(n @ 2..=8), ..) => Ok(NumberFormat::Int(IntFormat { num_bits: n as u8, symmetric })),
-        (Some("int"), ..) => Err(format!("num_bits is {num_bits}, wanted 2 to 8")),
-        (Some("float"), Some(8), Strategy::Channel, None, true) => Ok(NumberFormat::Fp8),
-        (Some("float"), Some(4), BLOCKS, None | Some(E8M0), true) => Ok(NumberFormat::Mxfp4),
-        (Some("float"), ..) => {
-            Err(format!("float weights with {arguments} are not read by this version; 8 bits a channel and MXFP4 are"))
-        }
+        (Some("int"), Some(n @ 2..=8), _, None, _) => Ok(NumberFormat::Int(IntFormat { num_bits: n as u8, symmetric })),
+        (Some("int"), ..) => Err(format!("num_bits is {num_bits} with scales {scales:?}, wanted 2 to 8 and none")),
+        (Some("float"), Some(4), NV, None | Some(E4M3), true) => Ok(NumberFormat::Nvfp4),
+        (Some("float"), Some(4), MX, None | Some(E8M0), true) => Ok(MXFP4),
+        (Some("float"), Some(6), MX, None | Some(E8M0), true) => Ok(NumberFormat::Mx(Minifloat::E2M3)),
+        (Some("float"), Some(8), MX, Some(E8M0), true) => Ok(NumberFormat::Mx(Minifloat::E4M3)),
+        (Some("float"), Some(8), _, None, true) => Ok(FP8),
+        (Some("float"), ..) => Err(format!("float weights with {arguments} are not read by this version")),
         _ => Err(format!("weights of type {kind} are not read by this version; int and float are")),
     }
 }
@@ -188,16 +226,24 @@ mod tests {
             (int(3, true), Strategy::Group(64), Activations::Float, "pack-quantized"),
             (int(5, false), Strategy::Channel, Activations::Float, "pack-quantized"),
             (int(4, true), Strategy::Group(96), Activations::DynamicTokenInt8, "int-quantized"),
-            (NumberFormat::Fp8, Strategy::Channel, Activations::DynamicTokenFp8, "float-quantized"),
-            (NumberFormat::Mxfp4, Strategy::Group(32), Activations::Float, "mxfp4-pack-quantized"),
+            (FP8, Strategy::Channel, Activations::DynamicTokenFp8, "float-quantized"),
+            (FP8, Strategy::Tensor, Activations::StaticFp8, "float-quantized"),
+            (FP8, Strategy::Block(128, 128), Activations::DynamicGroupFp8, "float-quantized"),
+            (FP8, Strategy::Channel, Activations::Float, "naive-quantized"),
+            (int(4, true), Strategy::Group(128), Activations::DynamicTokenFp8, "int-quantized"),
+            (int(8, false), Strategy::Tensor, Activations::Float, "pack-quantized"),
+            (MXFP4, Strategy::Group(32), Activations::Float, "mxfp4-pack-quantized"),
+            (NumberFormat::Mx(Minifloat::E2M3), Strategy::Group(32), Activations::Float, "mxfp6-pack-quantized"),
+            (NumberFormat::Mx(Minifloat::E4M3), Strategy::Group(32), Activations::Float, "mxfp8-quantized"),
+            (NumberFormat::Nvfp4, Strategy::Group(16), Activations::Float, "nvfp4-pack-quantized"),
         ] {
             let scheme = Scheme { weights, strategy, activations };
             let Value::Object(config) = encode(&[(scheme, vec![target(Proj::Q)])], &[]) else { panic!("an object") };
             assert_eq!(config["format"], format);
             let module = "model.layers.0.self_attn.q_proj";
             assert_eq!(lookup(&config, module), Ok(Some(scheme)));
-            if matches!(weights, NumberFormat::Fp8 | NumberFormat::Mxfp4) {
-                for (field, value) in [("num_bits", 6.into()), ("symmetric", false.into()), ("scale_dtype", "x".into())]
+            if !matches!(weights, NumberFormat::Int(_)) {
+                for (field, value) in [("num_bits", 5.into()), ("symmetric", false.into()), ("scale_dtype", "x".into())]
                 {
                     let mut config = config.clone();
                     config["config_groups"]["group_0"]["weights"][field] = value;
@@ -224,7 +270,7 @@ mod tests {
         let fp8 = Scheme { activations: Activations::DynamicTokenFp8, ..scheme };
         assert_eq!(with("type", "float".into()), Ok(Some(fp8)));
         assert!(with("symmetric", false.into()).unwrap_err().contains("not symmetric"));
-        for (field, value) in [("num_bits", 4.into()), ("dynamic", false.into()), ("strategy", Value::from("tensor"))] {
+        for (field, value) in [("num_bits", 4.into()), ("dynamic", false.into()), ("strategy", Value::from("group"))] {
             assert!(with(field, value).unwrap_err().contains("are not read by this version"), "{field}");
         }
     }

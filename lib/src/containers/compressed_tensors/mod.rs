@@ -1,6 +1,5 @@
-//! compressed-tensors' `pack-quantized`, `int-quantized`, `float-quantized` and `mxfp4-pack-quantized`: tensors, packing,
-//! `quantization_config`. Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naive_quantized`,
-//! `compressors/mxfp4`.
+//! compressed-tensors, every format that it writes: tensors, packing, `quantization_config`. Source: compressed-tensors
+//! 0.20, `compressors/`.
 
 pub mod config;
 mod rows;
@@ -11,38 +10,55 @@ use safetensors::Dtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::algorithms::rtn::Codes;
+use crate::algorithms::rtn::{Codes, Target};
 use crate::checkpoint::header::TensorSpec;
 pub use crate::formats::activations::Activations;
 use crate::formats::float::Float;
-use crate::formats::{NumberFormat, mxfp4};
+use crate::formats::minifloat::Minifloat;
+use crate::formats::{FP8, MXFP4, NumberFormat, Params, mx, mxfp4, nvfp4};
 use crate::ops::decode;
 
-/// How the columns of a row share scales.
+/// Which weights share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
-    /// This many columns share one.
+    /// This many columns of a row.
     Group(usize),
-    /// The whole row shares one.
+    /// A row.
     Channel,
+    /// All.
+    Tensor,
+    /// This many rows and columns; those at the edges may be fewer.
+    Block(usize, usize),
 }
 
-/// The container's formats that this version writes.
+/// The container's formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub enum Format {
-    /// Codes in 32-bit words.
+    /// Integers in 32-bit words.
     #[serde(rename = "pack-quantized")]
     Packed,
     /// One i8 a code.
     #[serde(rename = "int-quantized")]
     Int,
-    /// One E4M3 number a code.
+    /// One E4M3 number a code, beside inputs in FP8.
     #[serde(rename = "float-quantized")]
     Float,
+    /// One E4M3 number a code, beside inputs that stay floats.
+    #[serde(rename = "naive-quantized")]
+    Naive,
     /// E2M1 codes, two a byte, and scales of one byte.
     #[serde(rename = "mxfp4-pack-quantized")]
     Mxfp4,
+    /// E2M3 codes, four in three bytes, and scales of one byte.
+    #[serde(rename = "mxfp6-pack-quantized")]
+    Mxfp6,
+    /// One E4M3 number a code, and scales of one byte.
+    #[serde(rename = "mxfp8-quantized")]
+    Mxfp8,
+    /// E2M1 codes, two a byte, E4M3 scales, and one f32 number.
+    #[serde(rename = "nvfp4-pack-quantized")]
+    Nvfp4,
 }
 
 /// How one linear layer is stored.
@@ -57,83 +73,182 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    /// Weight-only integers are packed; integers beside quantized inputs are not.
-    pub fn format(&self) -> Format {
-        match (self.weights, self.activations) {
-            (NumberFormat::Fp8, _) => Format::Float,
-            (NumberFormat::Mxfp4, _) => Format::Mxfp4,
+    /// The container's format; `None` where it has none for these numbers. Weight-only integers are packed; integers beside
+    /// quantized inputs are not.
+    pub fn stored(&self) -> Option<Format> {
+        Some(match (self.weights, self.activations) {
             (NumberFormat::Int(_), Activations::Float) => Format::Packed,
-            (NumberFormat::Int(_), Activations::DynamicTokenInt8 | Activations::DynamicTokenFp8) => Format::Int,
-        }
+            (NumberFormat::Int(_), _) => Format::Int,
+            (FP8, Activations::Float) => Format::Naive,
+            (FP8, _) => Format::Float,
+            (MXFP4, _) => Format::Mxfp4,
+            (NumberFormat::Mx(Minifloat::E2M3), _) => Format::Mxfp6,
+            (NumberFormat::Mx(Minifloat::E4M3), _) => Format::Mxfp8,
+            (NumberFormat::Nvfp4, _) => Format::Nvfp4,
+            (NumberFormat::Float(_) | NumberFormat::Mx(_), _) => return None,
+        })
+    }
+
+    /// [`Self::stored`].
+    ///
+    /// # Panics
+    /// Where there is none: plans refuse such schemes.
+    pub fn format(&self) -> Format {
+        self.stored().unwrap_or_else(|| panic!("compressed-tensors has no format for {}", self.weights.name()))
     }
 
     /// Columns that share a scale, in a row of `columns`.
     pub fn group(&self, columns: usize) -> usize {
         match self.strategy {
-            Strategy::Group(n) => n,
-            Strategy::Channel => columns,
+            Strategy::Group(n) | Strategy::Block(_, n) => n,
+            Strategy::Channel | Strategy::Tensor => columns,
         }
     }
 
-    /// The tensors of `module` with a weight of [out, inp] whose scales are of type `float` (MXFP4's are of their own).
+    /// Rows that share their scales.
+    pub fn rows(&self) -> usize {
+        match self.strategy {
+            Strategy::Group(_) | Strategy::Channel => 1,
+            Strategy::Block(n, _) => n,
+            Strategy::Tensor => Target::ALL,
+        }
+    }
+
+    /// Whether [`Self::target`] needs the least and the greatest weight.
+    pub fn needs_extremes(&self) -> bool {
+        self.strategy == Strategy::Tensor || self.weights == NumberFormat::Nvfp4
+    }
+
+    /// What a weight of type `float` with rows of `columns` is rounded to; `extremes` of the whole tensor (for NVFP4 of all
+    /// that runtimes fuse with it) where [`Self::needs_extremes`].
+    pub fn target(&self, columns: usize, float: Float, extremes: (f32, f32)) -> Target {
+        let global = match self.weights {
+            NumberFormat::Nvfp4 => nvfp4::global(extremes.0, extremes.1, float),
+            _ => 1.0,
+        };
+        Target { format: self.weights, group: self.group(columns), rows: self.rows(), float, extremes, global }
+    }
+
+    /// Whether zero points are packed along the rows, 32 to some words; else they are one i8 a scale.
+    fn packs_zero_points(&self) -> bool {
+        self.format() == Format::Packed && matches!(self.strategy, Strategy::Group(_) | Strategy::Channel)
+    }
+
+    /// Shape of scales and, but for packing, zero points.
+    fn grid(&self, (out, inp): (usize, usize)) -> Vec<usize> {
+        match self.strategy {
+            Strategy::Tensor => vec![1],
+            _ => vec![out.div_ceil(self.rows()), inp.div_ceil(self.group(inp))],
+        }
+    }
+
+    /// The tensors of `module` with a weight of [out, inp] whose scales are of type `float` (but for those of byte scales).
     pub fn specs(&self, module: &str, (out, inp): (usize, usize), float: Float) -> Vec<TensorSpec> {
-        let groups = inp / self.group(inp);
+        let (grid, format) = (self.grid((out, inp)), self.format());
         let bits = usize::from(self.weights.bits());
         let spec = |name: &str, dtype, shape: &[usize]| TensorSpec::new(format!("{module}.{name}"), dtype, shape);
-        let mut specs = match self.format() {
-            Format::Packed => vec![spec("weight_packed", Dtype::I32, &[out, (inp * bits).div_ceil(32)])],
-            Format::Int => vec![spec("weight", Dtype::I8, &[out, inp])],
-            Format::Float => vec![spec("weight", Dtype::F8_E4M3, &[out, inp])],
-            Format::Mxfp4 => vec![spec("weight_packed", Dtype::U8, &[out, inp / 2])],
+        let mut specs = vec![match format {
+            Format::Packed => spec("weight_packed", Dtype::I32, &[out, (inp * bits).div_ceil(32)]),
+            Format::Int => spec("weight", Dtype::I8, &[out, inp]),
+            Format::Float | Format::Naive | Format::Mxfp8 => spec("weight", Dtype::F8_E4M3, &[out, inp]),
+            Format::Mxfp4 | Format::Mxfp6 | Format::Nvfp4 => spec("weight_packed", Dtype::U8, &[out, inp * bits / 8]),
+        }];
+        let scale = match format {
+            Format::Mxfp4 | Format::Mxfp6 | Format::Mxfp8 => Dtype::U8,
+            Format::Nvfp4 => Dtype::F8_E4M3,
+            _ => float.dtype(),
         };
-        let scale = if self.format() == Format::Mxfp4 { Dtype::U8 } else { float.dtype() };
-        specs.push(spec("weight_scale", scale, &[out, groups]));
+        specs.push(spec("weight_scale", scale, &grid));
         if !self.weights.symmetric() {
-            specs.push(match self.format() {
-                Format::Packed => spec("weight_zero_point", Dtype::I32, &[(out * bits).div_ceil(32), groups]),
-                _ => spec("weight_zero_point", Dtype::I8, &[out, groups]),
+            specs.push(match self.packs_zero_points() {
+                true => spec("weight_zero_point", Dtype::I32, &[(grid[0] * bits).div_ceil(32), grid[1]]),
+                false => spec("weight_zero_point", Dtype::I8, &grid),
             });
         }
-        if self.format() == Format::Packed {
-            specs.push(spec("weight_shape", Dtype::I64, &[2]));
+        match format {
+            Format::Packed => specs.push(spec("weight_shape", Dtype::I64, &[2])),
+            Format::Nvfp4 => specs.push(spec("weight_global_scale", Dtype::F32, &[1])),
+            _ => {}
+        }
+        if self.activations == Activations::StaticFp8 {
+            specs.push(spec("input_scale", float.dtype(), &[1]));
         }
         specs
     }
 
-    /// The bytes of [`Self::specs`]' tensors, in that order, for rows that begin at a multiple of 32. The last tensor,
-    /// `weight_shape`, belongs to the whole module and comes with the rows that begin at 0.
-    pub fn encode(&self, codes: &Codes, first: usize, (out, inp): (usize, usize), float: Float, to: &mut Vec<Vec<u8>>) {
-        to.clear();
-        let groups = inp / self.group(inp);
-        let bits = u32::from(self.weights.bits());
-        to.push(match self.format() {
-            Format::Packed => pack_rows(&codes.codes, inp, bits),
-            Format::Int | Format::Float => codes.codes.iter().map(|&c| c as u8).collect(),
-            Format::Mxfp4 => mxfp4::pack(&codes.codes),
-        });
-        to.push(if self.format() == Format::Mxfp4 {
-            codes.params.iter().map(|p| mxfp4::scale_byte(p.scale)).collect()
-        } else {
-            let mut scales = Vec::with_capacity(codes.params.len() * float.size());
-            codes.params.iter().for_each(|p| float.write(p.scale, &mut scales));
-            scales
-        });
-        if !self.weights.symmetric() {
-            let zero_points = codes.params.iter().map(|p| p.zero_point);
-            to.push(match self.format() {
-                Format::Packed => pack_columns(&zero_points.collect::<Vec<_>>(), groups, bits),
-                _ => zero_points.map(|z| z as u8).collect(),
-            });
-        }
-        if self.format() == Format::Packed {
-            let shape = if first == 0 {
-                [out as i64, inp as i64].iter().flat_map(|n| n.to_le_bytes()).collect()
-            } else {
-                Vec::new()
-            };
-            to.push(shape);
+    /// Where a range of rows that is encoded alone may begin: at multiples of this.
+    pub fn step(&self) -> usize {
+        match self.strategy {
+            Strategy::Block(n, _) => n.next_multiple_of(32),
+            _ => 32,
         }
     }
+
+    /// The bytes of [`Self::specs`]' tensors, in that order, for rows that begin at a multiple of [`Self::step`]. What belongs
+    /// to the whole module (`weight_shape`, a global scale, the scale of a tensor or of inputs) comes with the rows that begin at 0.
+    pub fn encode(&self, codes: &Codes, first: usize, (out, inp): (usize, usize), float: Float, to: &mut Vec<Vec<u8>>) {
+        to.clear();
+        let groups = inp.div_ceil(self.group(inp));
+        let bits = u32::from(self.weights.bits());
+        let format = self.format();
+        to.push(match format {
+            Format::Packed => pack_rows(&codes.codes, inp, bits),
+            Format::Int | Format::Float | Format::Naive | Format::Mxfp8 => {
+                codes.codes.iter().map(|&c| c as u8).collect()
+            }
+            Format::Mxfp4 | Format::Nvfp4 => mxfp4::pack(&codes.codes),
+            Format::Mxfp6 => pack_sixes(&codes.codes),
+        });
+        // Rows that share parameters repeat them; each is stored once.
+        let rows = match self.strategy {
+            Strategy::Tensor => {
+                if first == 0 {
+                    0..1
+                } else {
+                    0..0
+                }
+            }
+            _ => 0..codes.params.len() / groups,
+        };
+        let once: Vec<Params> = rows
+            .step_by(self.rows().min(out))
+            .flat_map(|r| &codes.params[r * groups..(r + 1) * groups])
+            .copied()
+            .collect();
+        to.push(match format {
+            Format::Mxfp4 | Format::Mxfp6 | Format::Mxfp8 => once.iter().map(|p| mx::scale_byte(p.scale)).collect(),
+            Format::Nvfp4 => once.iter().map(|p| nvfp4::scale_byte(p.scale, codes.global)).collect(),
+            _ => {
+                let mut scales = Vec::with_capacity(once.len() * float.size());
+                once.iter().for_each(|p| float.write(p.scale, &mut scales));
+                scales
+            }
+        });
+        if !self.weights.symmetric() {
+            let zero_points: Vec<i8> = once.iter().map(|p| p.zero_point).collect();
+            to.push(match self.packs_zero_points() {
+                true => pack_columns(&zero_points, groups, bits),
+                false => zero_points.iter().map(|&z| z as u8).collect(),
+            });
+        }
+        let mut whole = Vec::new();
+        match format {
+            Format::Packed => whole.extend([out as i64, inp as i64].iter().flat_map(|n| n.to_le_bytes())),
+            Format::Nvfp4 => whole.extend(codes.global.to_le_bytes()),
+            _ if self.activations == Activations::StaticFp8 => float.write(codes.input_scale, &mut whole),
+            _ => return,
+        }
+        to.push(if first == 0 { whole } else { Vec::new() });
+    }
+}
+
+/// Packs codes of 6 bits, four in three bytes, the first in the low bits.
+fn pack_sixes(codes: &[i8]) -> Vec<u8> {
+    let three = |four: &[i8; 4]| {
+        let word = four.iter().rev().fold(0u32, |word, &code| word << 6 | u32::from(code as u8 & 63));
+        [word as u8, (word >> 8) as u8, (word >> 16) as u8]
+    };
+    codes.as_chunks::<4>().0.iter().flat_map(three).collect()
 }
 
 /// Packs each row of `columns` codes into 32-bit words, the first code in the least significant bits, dense across words.

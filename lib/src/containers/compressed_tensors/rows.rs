@@ -5,13 +5,15 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use super::{Format, Scheme, config, unpack_range};
+use crate::algorithms::rtn::Target;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::{FLOATS, float_of};
 use crate::containers::{COLUMNS, Rows, Weight};
 use crate::error::Result;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
-use crate::formats::{Params, mxfp4};
+use crate::formats::minifloat::Minifloat;
+use crate::formats::{Params, mx};
 use crate::model::{Linear, ModelConfig};
 use crate::ops::decode;
 
@@ -22,6 +24,10 @@ struct Quantized<'a> {
     codes: &'a [u8],
     scales: &'a [u8],
     zero_points: Option<&'a [u8]>,
+    /// NVFP4's.
+    global: f32,
+    /// The scale of inputs that have a fixed one.
+    input_scale: f32,
 }
 
 /// The [`crate::containers::READERS`] entry.
@@ -39,9 +45,9 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, model: &ModelConfig, linear: &Linear
     }
     let float = match scheme.format() {
         // As from OpenAI's blocks: exact in the type that the other weights have.
-        Format::Mxfp4 => Float::Bf16,
+        Format::Mxfp4 | Format::Mxfp6 | Format::Mxfp8 | Format::Nvfp4 => Float::Bf16,
         _ => {
-            scale.expect(&FLOATS, &[shape.0, shape.1 / scheme.group(shape.1)])?;
+            scale.expect(&FLOATS, &scheme.grid(shape))?;
             float_of(&scale)?
         }
     };
@@ -55,8 +61,31 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, model: &ModelConfig, linear: &Linear
     if scheme.format() == Format::Packed {
         check_shape_tensor(&tensors[tensors.len() - 1], shape)?;
     }
+    let global = match scheme.format() {
+        Format::Nvfp4 => positive(&tensors[2], Float::F32)?,
+        _ => 1.0,
+    };
+    let input_scale = match scheme.activations {
+        Activations::StaticFp8 => {
+            let tensor = checkpoint.tensor(&format!("{module}.input_scale"))?;
+            tensor.expect(&FLOATS, &[1])?;
+            positive(&tensor, float_of(&tensor)?)?
+        }
+        _ => 1.0,
+    };
     let (codes, scales) = (tensors[0].bytes, tensors[1].bytes);
-    Ok(Some(Box::new(Quantized { scheme, shape, float, codes, scales, zero_points })))
+    Ok(Some(Box::new(Quantized { scheme, shape, float, codes, scales, zero_points, global, input_scale })))
+}
+
+/// The number of a tensor of one.
+fn positive(tensor: &TensorRef, float: Float) -> Result<f32> {
+    let mut one = [0f32];
+    float.read(tensor.bytes, &mut one);
+    if one[0].is_finite() && one[0] > 0.0 {
+        Ok(one[0])
+    } else {
+        Err(tensor.error(format!("holds {}, wanted a positive number", one[0])))
+    }
 }
 
 fn check_shape_tensor(tensor: &TensorRef, shape: (usize, usize)) -> Result<()> {
@@ -70,38 +99,69 @@ fn check_shape_tensor(tensor: &TensorRef, shape: (usize, usize)) -> Result<()> {
 
 impl Quantized<'_> {
     fn params(&self, row: usize, group: usize, groups: usize) -> Params {
-        let mut scale = [0f32];
-        let at = (row * groups + group) * self.float.size();
-        self.float.read(&self.scales[at..at + self.float.size()], &mut scale);
-        let zero_point = self.zero_points.map_or(0, |z| match self.scheme.format() {
-            Format::Packed => zero_point(z, row, group, groups, u32::from(self.scheme.weights.bits())),
-            _ => z[row * groups + group] as i8,
+        let row = match self.scheme.rows() {
+            Target::ALL => 0,
+            rows => row / rows,
+        };
+        let at = row * groups + group;
+        let scale = match self.scheme.format() {
+            Format::Mxfp4 | Format::Mxfp6 | Format::Mxfp8 => mx::scale(self.scales[at]),
+            Format::Nvfp4 => Minifloat::E4M3.value(self.scales[at]) / self.global,
+            _ => {
+                let mut scale = [0f32];
+                let size = self.float.size();
+                self.float.read(&self.scales[at * size..(at + 1) * size], &mut scale);
+                scale[0]
+            }
+        };
+        let bits = u32::from(self.scheme.weights.bits());
+        let zero_point = self.zero_points.map_or(0, |z| match self.scheme.packs_zero_points() {
+            true => zero_point(z, row, group, groups, bits),
+            false => z[at] as i8,
         });
-        Params { scale: scale[0], zero_point }
+        Params { scale, zero_point }
     }
 
-    /// The values of one row of E2M1 codes at `columns`, which cut no block.
+    /// The values of one row of MXFP4 codes at `columns`, which cut no block.
     fn blocks(&self, row: usize, codes: &[u8], columns: &Range<usize>, out: &mut [f32]) {
-        let scales = &self.scales[row * self.shape.1 / mxfp4::BLOCK..][..self.shape.1 / mxfp4::BLOCK];
+        let scales = &self.scales[row * self.shape.1 / mx::BLOCK..][..self.shape.1 / mx::BLOCK];
         let bytes = columns.start / 2..columns.end / 2;
-        let groups = columns.start / mxfp4::BLOCK..columns.end / mxfp4::BLOCK;
+        let groups = columns.start / mx::BLOCK..columns.end / mx::BLOCK;
         decode::decode_row(&codes[bytes], &scales[groups], out);
     }
 
     /// The values of the columns from `at` on, which lie in one group and are at most [`COLUMNS`].
     fn piece(&self, row: usize, codes: &[u8], at: usize, out: &mut [f32]) {
         let group = self.scheme.group(self.shape.1);
-        let p = self.params(row, at / group, self.shape.1 / group);
+        let p = self.params(row, at / group, self.shape.1.div_ceil(group));
         let stored = at..at + out.len();
+        let unpacked = &mut [0i8; COLUMNS][..out.len()];
         match self.scheme.format() {
-            Format::Float => decode::e4m3(&codes[stored], p.scale, self.float, out),
+            Format::Float | Format::Naive | Format::Mxfp8 => decode::e4m3(&codes[stored], p.scale, self.float, out),
             Format::Int => decode::integers(bytemuck::cast_slice(&codes[stored]), p, self.float, out),
-            _ => {
-                let unpacked = &mut [0i8; COLUMNS][..out.len()];
+            Format::Packed => {
                 unpack_range(codes, at, u32::from(self.scheme.weights.bits()), unpacked);
                 decode::integers(unpacked, p, self.float, out);
             }
+            Format::Mxfp4 | Format::Nvfp4 => {
+                // Groups begin at even columns.
+                for (pair, byte) in unpacked.chunks_mut(2).zip(&codes[at / 2..]) {
+                    pair.iter_mut().zip([byte & 15, byte >> 4]).for_each(|(c, nibble)| *c = nibble as i8);
+                }
+                self.floats(unpacked, p, out);
+            }
+            Format::Mxfp6 => {
+                for (four, three) in unpacked.chunks_mut(4).zip(codes[at / 4 * 3..].as_chunks::<3>().0) {
+                    let word = u32::from_le_bytes([three[0], three[1], three[2], 0]);
+                    four.iter_mut().enumerate().for_each(|(i, c)| *c = (word >> (6 * i) & 63) as i8);
+                }
+                self.floats(unpacked, p, out);
+            }
         }
+    }
+
+    fn floats(&self, codes: &[i8], p: Params, out: &mut [f32]) {
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = self.scheme.weights.dequantize(c, p, self.float));
     }
 }
 
@@ -132,6 +192,10 @@ impl Rows for Quantized<'_> {
         self.scheme.activations
     }
 
+    fn input_scale(&self) -> f32 {
+        self.input_scale
+    }
+
     fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
         let group = self.scheme.group(self.shape.1);
         let row_bytes = self.codes.len() / self.shape.0;
@@ -158,30 +222,44 @@ impl Rows for Quantized<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::algorithms::rtn::{Codes, Target, rtn};
+    use crate::algorithms::rtn::{Codes, rtn};
     use crate::containers::compressed_tensors::Strategy as Sharing;
-    use crate::formats::NumberFormat;
     use crate::formats::int::IntFormat;
+    use crate::formats::{FP8, MXFP4, NumberFormat};
     use proptest::prelude::*;
 
     fn schemes() -> impl Strategy<Value = Scheme> {
         let activations = || prop_oneof![Just(Activations::Float), Just(Activations::DynamicTokenInt8)];
-        let ints =
-            (2u8..=8, any::<bool>(), 1usize..150, activations()).prop_map(|(bits, symmetric, n, activations)| {
-                let weights = NumberFormat::Int(IntFormat { num_bits: bits, symmetric });
-                Scheme { weights, strategy: if n > 140 { Sharing::Channel } else { Sharing::Group(n) }, activations }
-            });
-        let fp8 = Scheme {
-            weights: NumberFormat::Fp8,
-            strategy: Sharing::Channel,
-            activations: Activations::DynamicTokenFp8,
-        };
-        let mxfp4 = Scheme {
-            weights: NumberFormat::Mxfp4,
-            strategy: Sharing::Group(mxfp4::BLOCK),
+        let sharing = prop_oneof![
+            6 => (1usize..140).prop_map(Sharing::Group),
+            1 => Just(Sharing::Channel),
+            1 => Just(Sharing::Tensor),
+            1 => (1usize..50, 1usize..150).prop_map(|(rows, columns)| Sharing::Block(rows, columns)),
+        ];
+        let ints = (2u8..=8, any::<bool>(), sharing.clone(), activations()).prop_map(
+            |(bits, symmetric, strategy, activations)| Scheme {
+                weights: NumberFormat::Int(IntFormat { num_bits: bits, symmetric }),
+                strategy,
+                activations,
+            },
+        );
+        let fp8 = (sharing, any::<bool>()).prop_map(|(strategy, inputs)| Scheme {
+            weights: FP8,
+            strategy,
+            activations: if inputs { Activations::DynamicTokenFp8 } else { Activations::Float },
+        });
+        let blocks = prop::sample::select(vec![
+            (MXFP4, mx::BLOCK),
+            (NumberFormat::Mx(Minifloat::E2M3), mx::BLOCK),
+            (NumberFormat::Mx(Minifloat::E4M3), mx::BLOCK),
+            (NumberFormat::Nvfp4, 16),
+        ]);
+        let blocks = blocks.prop_map(|(weights, group)| Scheme {
+            weights,
+            strategy: Sharing::Group(group),
             activations: Activations::Float,
-        };
-        prop_oneof![4 => ints, 1 => Just(fp8), 1 => Just(mxfp4)]
+        });
+        prop_oneof![4 => ints, 1 => fp8, 2 => blocks]
     }
 
     proptest! {
@@ -193,35 +271,52 @@ mod tests {
             float in prop_oneof![Just(Float::Bf16), Just(Float::F16), Just(Float::F32)],
             seed in any::<u32>(),
         ) {
-            let group = if let Sharing::Group(n) = scheme.strategy { n } else { 32 };
-            let inp = group * groups;
+            // Blocks may be cut at the edge; groups divide a row.
+            let inp = match scheme.strategy {
+                Sharing::Group(n) => n * groups,
+                _ => 32 * groups + 5,
+            };
             let mut s = seed;
             let w: Vec<f32> = (0..out * inp)
                 .map(|i| {
                     s = s.wrapping_mul(1664525).wrapping_add(1013904223);
                     // Some groups of zeros, some rows much larger than others.
-                    let size = if i / group % 5 == 0 { 0.0 } else { 2f32.powi((i / inp % 13) as i32 - 9) };
+                    let size = if i / 32 % 5 == 0 { 0.0 } else { 2f32.powi((i / inp % 13) as i32 - 9) };
                     float.round((s >> 8) as f32 / (1u32 << 24) as f32 * size - size / 3.0)
                 })
                 .collect();
-            let float = if scheme.weights == NumberFormat::Mxfp4 { Float::Bf16 } else { float };
-            let target = Target { format: scheme.weights, group: scheme.group(inp), float };
+            let own = matches!(scheme.weights, NumberFormat::Mx(_) | NumberFormat::Nvfp4);
+            let float = if own { Float::Bf16 } else { float };
+            let extremes = crate::ops::round::extremes(&w);
+            let target = scheme.target(inp, float, extremes);
             let mut codes = Codes::default();
             rtn(&w, inp, target, Default::default(), &mut codes);
             let mut parts = Vec::new();
             scheme.encode(&codes, 0, (out, inp), float, &mut parts);
-            for (spec, part) in scheme.specs("m", (out, inp), float).iter().zip(&parts) {
+            let specs = scheme.specs("m", (out, inp), float);
+            prop_assert_eq!(specs.len(), parts.len());
+            for (spec, part) in specs.iter().zip(&parts) {
                 prop_assert_eq!(spec.byte_len(), part.len(), "{}", &spec.name);
             }
             let zero_points = (!scheme.weights.symmetric()).then(|| &parts[2][..]);
-            let rows = Quantized { scheme, shape: (out, inp), float, codes: &parts[0], scales: &parts[1], zero_points };
+            let rows = Quantized {
+                scheme,
+                shape: (out, inp),
+                float,
+                codes: &parts[0],
+                scales: &parts[1],
+                zero_points,
+                global: target.global,
+                input_scale: 1.0,
+            };
             let (first, from) = (out / 3, inp / 2 / COLUMNS * COLUMNS);
             let mut have = vec![0f32; (out - first) * (inp - from)];
             rows.read(first..out, from..inp, &mut have);
             for (i, have) in have.into_iter().enumerate() {
-                let at = (first + i / (inp - from)) * inp + from + i % (inp - from);
-                let want = scheme.weights.dequantize(codes.codes[at], codes.params[at / target.group], float);
-                prop_assert_eq!(have.to_bits(), want.to_bits(), "value {}", at);
+                let (row, column) = (first + i / (inp - from), from + i % (inp - from));
+                let p = codes.params[row * target.groups(inp) + column / target.group];
+                let want = scheme.weights.dequantize(codes.codes[row * inp + column], p, float);
+                prop_assert_eq!(have.to_bits(), want.to_bits(), "value {} {}", row, column);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Which tensors the linear layers become, and the units that make them.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::store::{Lane, Place, Store};
 use super::{LinearJob, Plan, Work};
@@ -9,7 +9,7 @@ use crate::checkpoint::header::TensorSpec;
 use crate::containers::dense::FLOATS;
 use crate::containers::{self, Weight};
 use crate::error::{Error, Result};
-use crate::formats::NumberFormat;
+use crate::formats::MXFP4;
 use crate::formats::float::Float;
 use crate::model::{self, Fused, Linear, Proj, Slot};
 use crate::pipeline::executor::Unit;
@@ -39,7 +39,7 @@ impl<'a> Plan<'a> {
             Experts::Stay
         } else if all.clone().all(|i| scheme(i).is_none()) {
             Experts::Fused
-        } else if all.all(|i| scheme(i).is_some_and(|s| s.weights == NumberFormat::Mxfp4)) {
+        } else if all.all(|i| scheme(i).is_some_and(|s| s.weights == MXFP4)) {
             Experts::Native
         } else {
             Experts::Modules
@@ -121,7 +121,14 @@ impl<'a> Plan<'a> {
 
     fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
         let store = Store { place, shape: linear.shape(&self.config), float };
-        self.jobs.push(LinearJob { linear, weight, float, scheme: self.scheme(&linear), store });
+        self.jobs.push(LinearJob {
+            linear,
+            weight,
+            float,
+            scheme: self.scheme(&linear),
+            extremes: OnceLock::new(),
+            store,
+        });
     }
 
     /// The units of `jobs`, which have one shape and one kind of store: the same rows of each, then the next.
@@ -170,6 +177,7 @@ impl<'a> Plan<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::FP8;
     use crate::recipe::Recipe;
     use crate::runtimes::{ExpertLayout, MainLayout};
     use serde_json::{Map, Value, json};
@@ -255,9 +263,9 @@ mod tests {
         let Value::Object(quantization) = &config["quantization_config"] else { panic!("an object") };
         let of = |module: &str| crate::containers::compressed_tensors::config::lookup(quantization, module).unwrap();
         assert_eq!(of("model.layers.0.mlp.experts.2.gate_proj"), None);
-        assert_eq!(of("model.layers.1.mlp.experts.1.gate_proj").unwrap().weights, NumberFormat::Mxfp4);
+        assert_eq!(of("model.layers.1.mlp.experts.1.gate_proj").unwrap().weights, MXFP4);
         assert_eq!(of("model.layers.1.mlp.experts.2.gate_proj").unwrap().weights.name(), "int4");
-        assert_eq!(of("model.layers.2.self_attn.v_proj").unwrap().weights, NumberFormat::Fp8);
+        assert_eq!(of("model.layers.2.self_attn.v_proj").unwrap().weights, FP8);
         assert_eq!(plan.layouts(), (ExpertLayout::PerExpert, MainLayout::CompressedTensors));
         assert_eq!(plan.layout_word(), "compressed-tensors+mxfp4");
     }

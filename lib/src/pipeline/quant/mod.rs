@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -16,15 +17,16 @@ mod store;
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
 use super::{Paths, Resources, copy, seal, side_files, source_notes};
-use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
+use crate::algorithms::rtn::{Codes, ErrorSums, rtn};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::layout::Planned;
 use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
-use crate::containers::Weight;
 use crate::containers::compressed_tensors::Scheme;
 use crate::containers::dense::{FLOATS, float_of};
+use crate::containers::{self, Weight};
 use crate::error::{Error, Result};
+use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
@@ -55,6 +57,8 @@ struct LinearJob<'a> {
     weight: Option<Weight<'a>>,
     float: Float,
     scheme: Option<Scheme>,
+    /// Least and greatest weight, once somebody asked.
+    extremes: OnceLock<(f32, f32)>,
     store: Store,
 }
 
@@ -144,6 +148,10 @@ impl<'a> Plan<'a> {
         for (linear, _) in modules {
             if let Some(layer) = rules.layer(&linear) {
                 let scheme = layer.resolve(&linear, &self.config)?;
+                if let Some(scheme) = scheme.filter(|s| s.stored().is_none()) {
+                    let (module, format) = (linear.module(), scheme.weights.name());
+                    return Err(Error::Refused(format!("{module}: compressed-tensors has no layout for {format}")));
+                }
                 let sparse = rules.sparse(&linear).cloned();
                 if scheme.is_some() || sparse.is_some() {
                     self.treated.insert(linear, Treatment { layer: layer.clone(), scheme, sparse });
@@ -288,6 +296,17 @@ impl<'a> Plan<'a> {
         columns
     }
 
+    /// The least and the greatest weight, for schemes that ask for them. Workers that ask at once all read them.
+    fn extremes(&self, job: &LinearJob, scheme: Scheme) -> Result<(f32, f32)> {
+        let Some(source) = self.source.filter(|_| scheme.needs_extremes()) else { return Ok((0.0, 0.0)) };
+        if let Some(found) = job.extremes.get() {
+            return Ok(*found);
+        }
+        let fused = scheme.weights == NumberFormat::Nvfp4;
+        let found = containers::extremes(source, &self.config, job.linear, fused, None)?;
+        Ok(*job.extremes.get_or_init(|| found))
+    }
+
     /// The error for the first NaN or infinity among rows that were just read, if there is one.
     fn not_finite(&self, job: &LinearJob, rows: &Range<usize>, scratch: &Scratch) -> Result<()> {
         let Some(at) = scratch.rows.iter().position(|v| !v.is_finite()) else { return Ok(()) };
@@ -360,7 +379,7 @@ impl<'a> Pipeline for Plan<'a> {
                 let job = &self.jobs[number];
                 let columns = self.read(job, rows, scratch);
                 let scheme = job.scheme.expect("planned for quantization");
-                let target = Target { format: scheme.weights, group: scheme.group(columns), float: job.float };
+                let target = scheme.target(columns, job.float, self.extremes(job, scheme)?);
                 let observer = self.treated[&job.linear].layer.observer;
                 let sums = rtn(&scratch.rows, columns, target, observer, &mut scratch.codes);
                 // The squares of finite f32 are finite in f64, so the sum tells without another look at the weights.

@@ -8,8 +8,8 @@ use super::linears::Experts;
 use super::{LinearJob, Plan};
 use crate::checkpoint::layout::Layout;
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
-use crate::formats::NumberFormat;
 use crate::formats::float::Float;
+use crate::formats::{MXFP4, NumberFormat};
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::{Class, Linear, Proj};
 use crate::recipe::Treatment;
@@ -205,7 +205,7 @@ impl Plan<'_> {
         manifest.runtimes = runtimes::report(experts, main);
         manifest.notes.extend(self.not_smoothed());
         let same = |(l, t): (&Linear, &Treatment)| {
-            let native = l.proj.class() == Class::Experts && t.scheme.is_some_and(|s| s.weights == NumberFormat::Mxfp4);
+            let native = l.proj.class() == Class::Experts && t.scheme.is_some_and(|s| s.weights == MXFP4);
             native && t.sparse.is_none() && !self.smooths(l.layer, Class::Experts)
         };
         if self.mxfp4 && self.treated.iter().any(same) {
@@ -226,12 +226,14 @@ impl Plan<'_> {
 /// `int4 g64`, `int8 channel asymmetric`, `mxfp4`, `bfloat16`.
 pub(super) fn stored_as(job: &LinearJob) -> String {
     let Some(s) = job.scheme else { return job.float.config_name().into() };
-    if s.weights == NumberFormat::Mxfp4 {
+    if matches!(s.weights, NumberFormat::Mx(_) | NumberFormat::Nvfp4) {
         return s.weights.name();
     }
     let sharing = match s.strategy {
         Strategy::Group(n) => format!("g{n}"),
         Strategy::Channel => "channel".into(),
+        Strategy::Tensor => "tensor".into(),
+        Strategy::Block(rows, columns) => format!("block {rows}x{columns}"),
     };
     let zero = if s.weights.symmetric() { "" } else { " asymmetric" };
     format!("{} {sharing}{zero}", s.weights.name())

@@ -120,7 +120,7 @@ impl Store {
         match rows.start {
             0 => 0,
             _ if rows.end == self.shape.0 => whole - bytes,
-            start => start / 32 * (bytes / (rows.len() / 32)),
+            start => start * bytes / rows.len(),
         }
     }
 
@@ -128,6 +128,7 @@ impl Store {
     pub fn unit_rows(&self) -> usize {
         match self.place {
             Place::Fused { .. } => self.shape.0,
+            Place::CompressedTensors { scheme, .. } => ROWS.next_multiple_of(scheme.step()),
             _ => ROWS,
         }
     }
@@ -195,7 +196,7 @@ mod tests {
     use crate::checkpoint::layout::{Layout, Planned};
     use crate::checkpoint::source::Checkpoint;
     use crate::containers;
-    use crate::formats::NumberFormat;
+    use crate::formats::MXFP4;
     use crate::model::{Fused, Linear, ModelConfig, mxfp4_specs};
     use proptest::prelude::*;
     use serde_json::json;
@@ -246,7 +247,7 @@ mod tests {
 
     /// Writes every store's layer in ranges of `step` rows, the last first for every other layer.
     fn write_all(stores: &[(Linear, Store)], native: bool, step: usize, sink: &Sink) {
-        let target = Target { format: NumberFormat::Mxfp4, group: BLOCK, float: Float::Bf16 };
+        let target = Target::new(MXFP4, BLOCK, Float::Bf16);
         let ranges = stores.iter().flat_map(|(linear, store)| {
             let (out, step) = (store.shape.0, if native { step } else { store.shape.0 });
             let mut ranges: Vec<_> = (0..out).step_by(step).map(|at| (linear, store, at..out.min(at + step))).collect();
@@ -289,7 +290,7 @@ mod tests {
                 prop_assert_eq!((rows.shape(), rows.float()), (store.shape, float));
                 let mut want = weights(linear, store.shape, float);
                 if native {
-                    let target = Target { format: NumberFormat::Mxfp4, group: BLOCK, float };
+                    let target = Target::new(MXFP4, BLOCK, float);
                     let mut codes = Codes::default();
                     rtn(&want, store.shape.1, target, Default::default(), &mut codes);
                     let value = |(i, &c)| target.format.dequantize(c, codes.params[i / BLOCK], float);

@@ -4,6 +4,7 @@ use super::super::keys::{Object, suggestion};
 use super::super::{ActOrder, GroupSize, LayerRecipe, Observer, SchemeName};
 use crate::algorithms::Algorithm;
 use crate::error::Result;
+use crate::formats::minifloat::Minifloat;
 
 /// Keys of every modifier that quantizes.
 pub const KEYS: [&str; 10] = [
@@ -20,7 +21,7 @@ pub const KEYS: [&str; 10] = [
 ];
 
 /// compressed-tensors' preset schemes that this version has, with their group size (-1 for the whole row) and symmetry.
-const PRESETS: [(&str, &str, i64, bool); 10] = [
+const PRESETS: [(&str, &str, i64, bool); 21] = [
     ("UNQUANTIZED", "keep", -1, true),
     ("W8A16", "w8a16", -1, true),
     ("W4A16", "w4a16", 128, true),
@@ -29,13 +30,23 @@ const PRESETS: [(&str, &str, i64, bool); 10] = [
     ("INT8", "w8a8", -1, true),
     ("W4A8", "w4a8", 128, true),
     ("INT4", "w4a8", 128, true),
+    ("W4AFP8", "w4afp8", 128, true),
+    ("W2A16", "w2a16", 128, true),
+    ("W3A16", "w3a16", 128, true),
+    ("W5A16", "w5a16", 128, true),
+    ("W6A16", "w6a16", 128, true),
+    ("W7A16", "w7a16", 128, true),
+    ("FP8", "fp8_static", -1, true),
     ("FP8_DYNAMIC", "fp8", -1, true),
+    ("FP8_BLOCK", "fp8_block", -1, true),
     ("MXFP4A16", "mxfp4", 32, true),
+    ("MXFP6A16", "mxfp6", 32, true),
+    ("MXFP8A16", "mxfp8", 32, true),
+    ("NVFP4A16", "nvfp4", 16, true),
 ];
 
 /// Those that it has not.
-const OTHER_PRESETS: [&str; 9] =
-    ["FP8", "FP8_BLOCK", "W4AFP8", "NVFP4", "NVFP4A16", "MXFP4", "MXFP8", "MXFP8A16", "NVFP4_MXFP4"];
+const OTHER_PRESETS: [&str; 5] = ["NVFP4", "MXFP4", "MXFP6", "MXFP8", "NVFP4_MXFP4"];
 
 /// Modules and what becomes of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -172,20 +183,34 @@ fn config_group(group: &Object, algorithm: Algorithm) -> Result<(Rule, Option<Ac
     let kind = |o: &Object| -> Result<(String, i64)> {
         Ok((o.text("type")?.unwrap_or("int").to_owned(), o.integer("num_bits")?.unwrap_or(8)))
     };
-    let input = inputs.as_ref().map(|i| checked_inputs(i).and_then(|()| kind(i))).transpose()?;
+    let of_inputs = |i: &Object| kind(i).and_then(|(name, bits)| Ok((name, bits, input_sharing(i)?)));
+    let input = inputs.as_ref().map(of_inputs).transpose()?;
     let group_size = sharing(&weights)?;
     let (name, bits) = kind(&weights)?;
-    let input = input.as_ref().map(|(name, bits)| (name.as_str(), *bits));
+    let input = input.as_ref().map(|(name, bits, shared)| (name.as_str(), *bits, *shared));
+    const TOKEN: InputSharing = InputSharing::Token;
     let scheme = match (name.as_str(), bits, input) {
         ("int", 2..=8, None) => SchemeName::weight_only(bits as u8),
-        ("int", 2..=8, Some(("int", 8))) => SchemeName::Int { bits: bits as u8, int8_activations: true },
-        ("float", 8, Some(("float", 8))) if group_size == GroupSize::Channel => SchemeName::Fp8,
-        ("float", 4, None) if group_size == GroupSize::Size(32) => SchemeName::Mxfp4,
+        ("int", 2..=8, Some(("int", 8, TOKEN))) => SchemeName::Int { bits: bits as u8, int8_activations: true },
+        ("float", 8, Some(("float", 8, TOKEN))) if group_size == GroupSize::Channel => SchemeName::Fp8,
+        ("float", 8, Some(("float", 8, InputSharing::Fixed))) if group_size == GroupSize::Tensor => {
+            SchemeName::Fp8Static
+        }
+        ("float", 8, Some(("float", 8, InputSharing::Groups))) if group_size == GroupSize::Block => {
+            SchemeName::Fp8Block
+        }
+        ("float", 8, None) if group_size == GroupSize::Size(32) => SchemeName::Mx(Minifloat::E4M3),
+        ("int", 4, Some(("float", 8, TOKEN))) => SchemeName::W4afp8,
+        ("float", 8, None) => SchemeName::Float(Minifloat::E4M3),
+        ("float", 6, None) if group_size == GroupSize::Size(32) => SchemeName::Mx(Minifloat::E2M3),
+        ("float", 4, None) if group_size == GroupSize::Size(32) => SchemeName::Mx(Minifloat::E2M1),
+        ("float", 4, None) if group_size == GroupSize::Size(16) => SchemeName::Nvfp4,
         _ => {
-            let inputs = input.map_or("none".into(), |(name, bits)| format!("{name}{bits}"));
+            let inputs = input.map_or("none".into(), |(name, bits, _)| format!("{name}{bits}"));
             return Err(group.refuse(format!(
-                "weights {name}{bits} with inputs {inputs} are not in this version; it has int2 to int8, with inputs int8 \
-                 too; float8 a channel with inputs float8; float4 in groups of 32 (MXFP4)"
+                "weights {name}{bits} with inputs {inputs} and these strategies are not in this version; it has int2 to int8, \
+                 with inputs int8 too, int4 with inputs float8; float8 alone, a channel, tensor or block of 128 by 128 with \
+                 inputs float8; float8, float6 and float4 in groups of 32 (MX), float4 in groups of 16 (NVFP4)"
             )));
         }
     };
@@ -217,8 +242,10 @@ const ARGUMENTS: [&str; 12] = [
 /// What all quantization arguments have in common.
 fn arguments(o: &Object) -> Result<()> {
     o.only(&ARGUMENTS)?;
-    o.without("block_structure", "blocks are not in this version; it has strategy group and channel")?;
-    o.without("scale_dtype", "scales are of the weight's own type")?;
+    // The type of scales follows from the format.
+    if !matches!(o.text("scale_dtype")?, None | Some("torch.uint8" | "torch.float8_e4m3fn")) {
+        return Err(o.error("scale_dtype", "scales are of the weight's own type, and bytes in MX and NVFP4"));
+    }
     o.without("zp_dtype", "zero points are of the codes' type")?;
     match o.object("observer_kwargs")? {
         Some(kwargs) => kwargs.only(&[]).map_err(|_| o.error("observer_kwargs", "an observer has no settings here")),
@@ -226,19 +253,32 @@ fn arguments(o: &Object) -> Result<()> {
     }
 }
 
-fn checked_inputs(inputs: &Object) -> Result<()> {
+/// Which inputs share a scale.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum InputSharing {
+    /// Those of a token, each its own.
+    Token,
+    /// 128 of a token.
+    Groups,
+    /// All, found by calibration.
+    Fixed,
+}
+
+fn input_sharing(inputs: &Object) -> Result<InputSharing> {
     arguments(inputs)?;
-    if inputs.flag("dynamic")? != Some(true) {
-        return Err(inputs.refuse("inputs with fixed scales are not in this version; dynamic: true is"));
-    }
-    if !matches!(inputs.text("strategy")?, None | Some("token")) {
-        return Err(inputs.error("strategy", "inputs are rounded a token at a time here; strategy: token"));
-    }
     if inputs.flag("symmetric")? == Some(false) {
         return Err(inputs.error("symmetric", "inputs are rounded symmetrically here"));
     }
-    inputs.without("group_size", "inputs are rounded a token at a time here")?;
-    inputs.without("actorder", "inputs have no order")
+    inputs.without("actorder", "inputs have no order")?;
+    match (inputs.flag("dynamic")? == Some(true), inputs.text("strategy")?, inputs.integer("group_size")?) {
+        (true, None | Some("token"), None) => Ok(InputSharing::Token),
+        (true, Some("group"), Some(128)) => Ok(InputSharing::Groups),
+        (false, None | Some("tensor"), None) => Ok(InputSharing::Fixed),
+        _ => Err(inputs.refuse(
+            "inputs are rounded a token (dynamic: true), in groups of 128 (dynamic: true, strategy: group), or all with one \
+             scale (dynamic: false, strategy: tensor)",
+        )),
+    }
 }
 
 /// Strategy and group size of weights; either says the other, as in compressed-tensors.
@@ -247,7 +287,18 @@ fn sharing(weights: &Object) -> Result<GroupSize> {
     if weights.flag("dynamic")? == Some(true) {
         return Err(weights.error("dynamic", "a weight's scales are fixed"));
     }
+    let block = match weights.get("block_structure") {
+        None | Some(serde_json::Value::Null) => false,
+        Some(sizes) if *sizes == serde_json::json!([128, 128]) => true,
+        Some(sizes) => {
+            return Err(weights.error("block_structure", format!("is {sizes}; blocks are of [128, 128] here")));
+        }
+    };
     match (weights.text("strategy")?, weights.integer("group_size")?) {
+        (Some("block"), None) if block => Ok(GroupSize::Block),
+        (Some("block"), _) => Err(weights.refuse("strategy block needs block_structure: [128, 128] and no group_size")),
+        (Some("tensor_group"), Some(n @ 1..)) => Ok(GroupSize::Size(n as usize)),
+        (Some("tensor") | None, None) => Ok(GroupSize::Tensor),
         (None | Some("group"), Some(n @ 1..)) => Ok(GroupSize::Size(n as usize)),
         (Some("group"), None) => Err(weights.refuse("strategy group needs a group_size")),
         (Some("channel"), None | Some(-1)) | (None, Some(-1)) => Ok(GroupSize::Channel),
@@ -256,8 +307,9 @@ fn sharing(weights: &Object) -> Result<GroupSize> {
             Err(weights.error("group_size", format!("is {n} beside strategy {}", strategy.unwrap_or("none"))))
         }
         (strategy, _) => {
-            let found = strategy.unwrap_or("tensor (which a missing one means)");
-            Err(weights.error("strategy", format!("{found} is not in this version; it has group and channel")))
+            let found = strategy.unwrap_or("none");
+            Err(weights
+                .error("strategy", format!("{found} is not in this version; it has group, channel, tensor and block")))
         }
     }
 }
