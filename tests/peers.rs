@@ -156,6 +156,11 @@ fn transformers_loads_quantized_attention_beside_plain_experts() {
         let said = judge("transformers_loads.py", &[&out, &golden, Path::new(bound)]);
         println!("{scheme}: {said}");
     }
+    // Floats that stand for codes are a checkpoint like any other; measured 6.0e-4.
+    let out = dir.path().join("dense");
+    let mut quant = command("gptoss-quant --quiet --algo rtn --experts fp6 --mw fp8a16 --container dense");
+    run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    println!("dense: {}", judge("transformers_loads.py", &[&out, &golden, Path::new("9e-4")]));
 }
 
 #[test]

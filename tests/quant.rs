@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use serde_json::Value;
 use support::{Shard, assert_same, command, files, root, run, run_with, tiny};
 
@@ -294,5 +296,54 @@ fn every_scheme_checks_and_its_error_is_what_the_comparison_finds() {
             let (a, b) = (t["error"]["rms"].as_f64().unwrap(), found["error"]["rms"].as_f64().unwrap());
             assert!((a - b).abs() <= 1e-12 * a, "{flags} {}: {a} and {b}", t["name"]);
         }
+    }
+}
+
+#[test]
+fn dense_output_is_what_the_codes_stand_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = format!("--nsamples 2 --max-seq-length 64 --calib-jsonl {}", tiny().join("calib.jsonl").display());
+    for (i, flags) in [
+        "--algo rtn --experts w4a16 --mw w8a8 --asymmetric --experts-group-size block",
+        "--algo rtn --experts mxfp4 --mw nvfp4",
+        "--algo gptq --experts w3a16 --mw fp8_static --extra-ignore layers.1.mlp.experts.3",
+        "--algo awq --experts w4a16 --mw w4a16",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let [coded, dense, back] = ["coded", "dense", "back"].map(|n| dir.path().join(format!("{n}{i}")));
+        let quant = |container: &str, out: &Path| {
+            let mut c = command(&format!("gptoss-quant --quiet {flags} {text} --container {container}"));
+            run(c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(out)).manifest()
+        };
+        quant("compressed-tensors", &coded);
+        let m = quant("dense", &dense);
+        let runtimes = m["runtimes"].as_array().unwrap().iter().filter(|r| r["status"] == "loads");
+        assert_eq!(runtimes.count(), 2, "{}", m["runtimes"]);
+        run(command("gptoss-dequant --quiet").arg("--src").arg(&coded).arg("--dst").arg(&back)).manifest();
+        let told = run(command("gptoss-verify against --quiet").arg(&back).arg(&dense)).manifest();
+        assert_eq!(told["verdict"]["total_error"]["max"], 0.0, "{flags}: {told}");
+        let check = run(command("gptoss-verify check --quiet").arg(&dense)).manifest();
+        assert_eq!(check["verdict"]["passed"], true, "{check}");
+    }
+    // Formats that no container has a layout for.
+    for (scheme, bound) in [
+        ("fp6", 0.008),
+        ("fp6_e3m2", 0.016),
+        ("fp4", 0.06),
+        ("fp8_e5m2", 0.016),
+        ("mxfp6_e3m2", 0.016),
+        ("mxfp8_e5m2", 0.016),
+    ] {
+        let out = dir.path().join(scheme);
+        let mut c =
+            command(&format!("gptoss-quant --quiet --algo rtn --experts {scheme} --mw {scheme} --container dense"));
+        let m = run(c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+        let told = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&out)).manifest();
+        let error = told["verdict"]["total_error"]["relative"].as_f64().unwrap();
+        println!("{scheme}: {error}");
+        assert!(error > 0.0 && error < bound, "{scheme}: {error}");
+        assert!(m["tensors"].to_string().contains(&format!("bfloat16 of {scheme}")), "{}", m["tensors"]);
     }
 }

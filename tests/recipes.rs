@@ -340,3 +340,67 @@ fn a_recipe_with_a_typing_error_is_refused_with_the_nearest_key() {
         assert!(ran.code == 2 && ran.err.contains(want), "{text}: {}", ran.err);
     }
 }
+
+/// The table of docs/SIZES.md, from plans over the published configs.
+fn sizes() -> String {
+    let mut table = String::from(
+        "# Sizes\n\nBytes of the output for every scheme, experts and the other weights alike (embedding, router and head stay BF16), \
+         as\n`gptoss-quant --dry-run --group-size auto` plans them from the published configs. GB are 10^9 bytes; bits are those of \
+         the\noutput over its parameters. `tests/recipes.rs` holds this table to what the plans say.\n\n\
+         | scheme | 20b, GB | bits | 120b, GB | bits |\n|---|---|---|---|---|\n",
+    );
+    let schemes = [
+        "keep",
+        "w2a16",
+        "w3a16",
+        "w4a16",
+        "w4a16 asymmetric",
+        "w5a16",
+        "w6a16",
+        "w7a16",
+        "w8a16",
+        "w4a8",
+        "w4afp8",
+        "w8a8",
+        "fp8",
+        "fp8_static",
+        "fp8_block",
+        "fp8a16",
+        "mxfp4",
+        "mxfp6",
+        "mxfp8",
+        "nvfp4",
+    ];
+    for scheme in schemes {
+        let (name, kind) = scheme.split_once(' ').unwrap_or((scheme, "symmetric"));
+        table += &format!("| {scheme} |");
+        for model in ["20b", "120b"] {
+            // Everything kept is no plan; what then stands is the published checkpoint.
+            let (bytes, parameters) = match (name, model) {
+                ("keep", "20b") => (13_761_264_768, 20_914_757_184u64),
+                ("keep", _) => (65_248_815_744, 116_829_156_672),
+                _ => {
+                    let flags =
+                        format!("--algo rtn --kernels present --experts {name} --mw {name} --{kind} --group-size auto");
+                    let planned = plan(&flags, &config(model));
+                    let parameters = if model == "20b" { 20_914_757_184 } else { 116_829_156_672 };
+                    (planned["plan"]["bytes"].as_u64().unwrap(), parameters)
+                }
+            };
+            table += &format!(" {:.2} | {:.2} |", bytes as f64 / 1e9, 8.0 * bytes as f64 / parameters as f64);
+        }
+        table += "\n";
+    }
+    table
+}
+
+#[test]
+fn the_table_of_sizes_is_what_the_plans_say() {
+    let file = root().join("docs/SIZES.md");
+    let (have, want) = (std::fs::read_to_string(&file).unwrap_or_default(), sizes());
+    if std::env::var_os("GPTOSS_BLESS").is_some() {
+        std::fs::write(&file, &want).unwrap();
+    } else {
+        assert_eq!(have, want, "run this test with GPTOSS_BLESS=1 to write {}", file.display());
+    }
+}

@@ -10,8 +10,8 @@ use gptoss::model::{ModelConfig, linears};
 use gptoss::pipeline::progress::Progress;
 use gptoss::recipe::pattern::Patterns;
 use gptoss::recipe::{
-    DEFAULT_IGNORE, GroupSize, LayerRecipe, Mask, Override, Recipe, SchemeName, SmoothQuant, Sparsity, alphaquant,
-    llm_compressor, settings, simplify,
+    Container, DEFAULT_IGNORE, GroupSize, LayerRecipe, Mask, Override, Recipe, SchemeName, SmoothQuant, Sparsity,
+    alphaquant, llm_compressor, settings, simplify,
 };
 
 pub use self::flags::{
@@ -32,6 +32,11 @@ pub struct RecipeArgs {
     statistics: StatisticsArgs,
     #[command(flatten)]
     kernels: KernelArgs,
+    /// What rounded weights are written as: compressed-tensors (experts that all are MXFP4 in OpenAI's own layout), or dense
+    /// (the floats that the codes stand for: as large as the source in BF16, loaded by whatever loads that; holds every
+    /// format) [default: compressed-tensors]
+    #[arg(long, value_name = "NAME", help_heading = "Recipe")]
+    container: Option<Container>,
     /// Most data in one shard
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
     shard_size: u64,
@@ -207,6 +212,7 @@ impl RecipeArgs {
         c.few_tokens = s.few_tokens.unwrap_or(c.few_tokens);
         c.few_tokens_threshold = s.few_tokens_threshold.unwrap_or(c.few_tokens_threshold);
         c.router_weighted |= s.router_weighted;
+        recipe.container = self.container.unwrap_or(recipe.container);
         recipe.shard_size = self.shard_size;
     }
 

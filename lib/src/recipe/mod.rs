@@ -19,7 +19,7 @@ use crate::model::{Class, Linear};
 use pattern::Patterns;
 pub use scheme::{GroupSize, SCHEMES, SchemeName};
 pub use settings::{
-    ActOrder, Awq, Calibration, FewTokens, Gptq, Kernels, Mask, Observer, Pruner, SmoothQuant, Sparsity,
+    ActOrder, Awq, Calibration, Container, FewTokens, Gptq, Kernels, Mask, Observer, Pruner, SmoothQuant, Sparsity,
 };
 pub use simplify::simplify;
 
@@ -101,6 +101,9 @@ pub struct Recipe {
     /// Whether the W4A8 kernels count as installed.
     #[serde(default)]
     pub kernels: Kernels,
+    /// What rounded weights are written as.
+    #[serde(default)]
+    pub container: Container,
     /// Most bytes of data in a shard.
     pub shard_size: u64,
     /// What was decided on the way to this recipe, such as a fallback; stands among the manifest's notes as well.
@@ -130,6 +133,7 @@ impl Recipe {
             awq: Awq::default(),
             calibration: Calibration::default(),
             kernels: Kernels::default(),
+            container: Container::default(),
             shard_size: SHARD_SIZE,
             notes: Vec::new(),
         }
@@ -174,7 +178,8 @@ impl Recipe {
         let tag = |c: &LayerRecipe| if c.scheme == SchemeName::Keep { "KEEP" } else { c.algorithm.tag() };
         let (e, m) = (&self.experts, &self.mw);
         let sparse = self.sparsity.as_ref().map_or(String::new(), |s| format!("-{}", s.mask.tag()));
-        format!("{model}{sparse}-{}-{}-experts-{}-mw-{}", tag(e), tag(m), e.scheme, m.scheme)
+        let floats = if self.container == Container::Dense { "-dense" } else { "" };
+        format!("{model}{sparse}-{}-{}-experts-{}-mw-{}{floats}", tag(e), tag(m), e.scheme, m.scheme)
     }
 }
 

@@ -220,6 +220,32 @@ pub enum FewTokens {
     Weighted,
 }
 
+/// What the rounded weights are written as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Container {
+    /// compressed-tensors; experts that all are MXFP4 in OpenAI's own layout.
+    #[default]
+    CompressedTensors,
+    /// The floats that the codes stand for, under the names of an unquantized checkpoint: as large as one, and loaded by
+    /// whatever loads one.
+    Dense,
+}
+
+impl FromStr for Container {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "compressed-tensors" => Ok(Self::CompressedTensors),
+            "dense" => Ok(Self::Dense),
+            other => {
+                Err(Error::Refused(format!("there is no container {other:?}; there are compressed-tensors and dense")))
+            }
+        }
+    }
+}
+
 /// How statistics are gathered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

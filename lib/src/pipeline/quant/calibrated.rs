@@ -84,7 +84,8 @@ impl Output for Taker<'_> {
     fn put(&self, linear: &Linear, first: usize, rounded: &Rounded) -> Result<()> {
         let job = &self.plan.jobs[self.jobs[linear]];
         let rows = first..first + rounded.values.len() / job.store.shape.1;
-        let values = rounded.codes.as_ref().map_or(Values::Numbers(&rounded.values), Values::Codes);
+        let codes = rounded.codes.as_ref().filter(|_| job.store.takes_codes());
+        let values = codes.map_or(Values::Numbers(&rounded.values), Values::Codes);
         job.store.write(rows, values, self.sink)?;
         self.sink.advance();
         Ok(())

@@ -32,8 +32,8 @@ impl<'a> Plan<'a> {
     pub(super) fn experts_of(&self, layer: usize) -> Experts {
         let projections = [Proj::Gate, Proj::Up, Proj::Down];
         let each = (0..self.config.experts).flat_map(|e| projections.map(|proj| Linear { proj, layer, expert: e }));
-        let treated: Vec<_> = each.map(|linear| self.treated.get(&linear)).collect();
-        let scheme = |i: usize| treated[i].and_then(|t| t.scheme);
+        let (each, treated): (Vec<_>, Vec<_>) = each.map(|linear| (linear, self.treated.get(&linear))).unzip();
+        let scheme = |i: usize| self.coded(&each[i]);
         let mut all = 0..treated.len();
         if treated.iter().all(Option::is_none) {
             Experts::Stay
@@ -94,7 +94,7 @@ impl<'a> Plan<'a> {
         let (weight, float) = self.open(&linear)?;
         let (module, shape) = (linear.module(), linear.shape(&self.config));
         let to = self.tensors.len();
-        let place = match self.scheme(&linear) {
+        let place = match self.coded(&linear) {
             Some(scheme) => {
                 for spec in scheme.specs(&module, shape, float) {
                     self.add(group, spec);

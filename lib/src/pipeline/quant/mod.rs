@@ -17,7 +17,7 @@ mod store;
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
 use super::{Paths, Resources, copy, seal, side_files, source_notes};
-use crate::algorithms::rtn::{Codes, ErrorSums, rtn};
+use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::layout::Planned;
 use crate::checkpoint::sink::Sink;
@@ -30,7 +30,7 @@ use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
-use crate::recipe::{Recipe, Rules, Treatment};
+use crate::recipe::{Container, Recipe, Rules, Treatment};
 use crate::text::Text;
 use crate::verify::errors::report;
 
@@ -148,9 +148,13 @@ impl<'a> Plan<'a> {
         for (linear, _) in modules {
             if let Some(layer) = rules.layer(&linear) {
                 let scheme = layer.resolve(&linear, &self.config)?;
-                if let Some(scheme) = scheme.filter(|s| s.stored().is_none()) {
+                let coded = self.recipe.container == Container::CompressedTensors;
+                if let Some(scheme) = scheme.filter(|s| coded && s.stored().is_none()) {
                     let (module, format) = (linear.module(), scheme.weights.name());
-                    return Err(Error::Refused(format!("{module}: compressed-tensors has no layout for {format}")));
+                    return Err(Error::Refused(format!(
+                        "{module}: compressed-tensors has no layout for {format}; --container dense writes the floats that its \
+                         codes stand for"
+                    )));
                 }
                 let sparse = rules.sparse(&linear).cloned();
                 if scheme.is_some() || sparse.is_some() {
@@ -166,8 +170,14 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// What the numbers of `linear` are rounded to.
     fn scheme(&self, linear: &Linear) -> Option<Scheme> {
         self.treated.get(linear).and_then(|t| t.scheme)
+    }
+
+    /// What its codes are stored as; `None` where floats are.
+    fn coded(&self, linear: &Linear) -> Option<Scheme> {
+        self.scheme(linear).filter(|_| self.recipe.container == Container::CompressedTensors)
     }
 
     fn slot(&mut self, slot: &Slot) -> Result<()> {
@@ -350,6 +360,18 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// What `codes` stand for, f32 [rows, columns].
+fn values_of(codes: &Codes, columns: usize, target: Target, values: &mut [f32]) {
+    let rows = codes.codes.chunks_exact(columns).zip(codes.params.chunks_exact(target.groups(columns)));
+    for ((codes, params), values) in rows.zip(values.chunks_exact_mut(columns)) {
+        let groups = codes.chunks(target.group).zip(values.chunks_mut(target.group)).zip(params);
+        for ((codes, values), p) in groups {
+            let one = |(v, &c): (&mut f32, &i8)| *v = target.format.dequantize(c, *p, target.float);
+            values.iter_mut().zip(codes).for_each(one);
+        }
+    }
+}
+
 impl<'a> Pipeline for Plan<'a> {
     type Work = Work<'a>;
     type Scratch = Scratch;
@@ -390,7 +412,12 @@ impl<'a> Pipeline for Plan<'a> {
                     let (module, float) = (job.linear.module(), job.float.config_name());
                     return Err(self.about(job, format!("{module} spans more than {float} can scale; is it damaged?")));
                 }
-                job.store.write(rows.clone(), Values::Codes(&scratch.codes), sink)?;
+                if job.store.takes_codes() {
+                    job.store.write(rows.clone(), Values::Codes(&scratch.codes), sink)?;
+                } else {
+                    values_of(&scratch.codes, columns, target, &mut scratch.rows);
+                    job.store.write(rows.clone(), Values::Numbers(&scratch.rows), sink)?;
+                }
                 return Ok(Some((number, sums)));
             }
         }

@@ -12,7 +12,7 @@ use crate::formats::float::Float;
 use crate::formats::{MXFP4, NumberFormat};
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::{Class, Linear, Proj};
-use crate::recipe::Treatment;
+use crate::recipe::{Container, Treatment};
 use crate::runtimes::{self, ExpertLayout, MainLayout};
 use crate::verify::errors::Family;
 
@@ -64,7 +64,7 @@ impl Plan<'_> {
         } else {
             ExpertLayout::Mixed
         };
-        let main = self.treated.iter().any(|(l, t)| l.proj.class() == Class::Main && t.scheme.is_some());
+        let main = self.treated.keys().any(|l| l.proj.class() == Class::Main && self.coded(l).is_some());
         (experts, if main { MainLayout::CompressedTensors } else { MainLayout::Dense })
     }
 
@@ -142,10 +142,10 @@ impl Plan<'_> {
     /// Modules by scheme. A projection whose layers all have one scheme is named by one expression.
     fn config_groups(&self) -> Vec<(Scheme, Vec<String>)> {
         let mut by_proj: BTreeMap<Proj, Vec<(Linear, Scheme)>> = BTreeMap::new();
-        for (linear, t) in &self.treated {
+        for linear in self.treated.keys() {
             // Experts in OpenAI's own layout are no modules of this container.
             let native = linear.proj.class() == Class::Experts && self.experts[linear.layer] == Experts::Native;
-            if let Some(scheme) = t.scheme.filter(|_| !native) {
+            if let Some(scheme) = self.coded(linear).filter(|_| !native) {
                 by_proj.entry(linear.proj).or_default().push((*linear, scheme));
             }
         }
@@ -204,6 +204,11 @@ impl Plan<'_> {
         let (experts, main) = self.layouts();
         manifest.runtimes = runtimes::report(experts, main);
         manifest.notes.extend(self.not_smoothed());
+        if self.recipe.container == Container::Dense && self.recipe.rounds_inputs() {
+            manifest
+                .notes
+                .push("floats say nothing of inputs: no runtime rounds them, as the schemes would have it".into());
+        }
         let same = |(l, t): (&Linear, &Treatment)| {
             let native = l.proj.class() == Class::Experts && t.scheme.is_some_and(|s| s.weights == MXFP4);
             native && t.sparse.is_none() && !self.smooths(l.layer, Class::Experts)
@@ -226,6 +231,9 @@ impl Plan<'_> {
 /// `int4 g64`, `int8 channel asymmetric`, `mxfp4`, `bfloat16`.
 pub(super) fn stored_as(job: &LinearJob) -> String {
     let Some(s) = job.scheme else { return job.float.config_name().into() };
+    if !job.store.takes_codes() {
+        return format!("{} of {}", job.float.config_name(), s.weights.name());
+    }
     if matches!(s.weights, NumberFormat::Mx(_) | NumberFormat::Nvfp4) {
         return s.weights.name();
     }

@@ -115,6 +115,11 @@ impl Store {
         }
     }
 
+    /// Whether [`Self::write`] wants codes, and not numbers.
+    pub fn takes_codes(&self) -> bool {
+        matches!(self.place, Place::CompressedTensors { .. } | Place::Native { .. })
+    }
+
     /// Where the bytes of `rows` lie in a tensor of `whole` bytes. They may be packed along the rows, 32 at a time.
     fn offset(&self, rows: &Range<usize>, bytes: usize, whole: usize) -> usize {
         match rows.start {
