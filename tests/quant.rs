@@ -299,6 +299,10 @@ fn every_scheme_checks_and_its_error_is_what_the_comparison_finds() {
     }
 }
 
+fn quant_manifest(dir: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(dir.join("gptoss-manifest.json")).unwrap()).unwrap()
+}
+
 #[test]
 fn dense_output_is_what_the_codes_stand_for() {
     let dir = tempfile::tempdir().unwrap();
@@ -321,6 +325,12 @@ fn dense_output_is_what_the_codes_stand_for() {
         let m = quant("dense", &dense);
         let runtimes = m["runtimes"].as_array().unwrap().iter().filter(|r| r["status"] == "loads");
         assert_eq!(runtimes.count(), 2, "{}", m["runtimes"]);
+        // A look at the folder finds the same.
+        for (out, maker) in [(&dense, m), (&coded, quant_manifest(&coded))] {
+            let seen = run(command("gptoss-verify runtimes --quiet").arg(out)).manifest();
+            assert_eq!(seen["runtimes"], maker["runtimes"], "{flags}");
+            assert!(seen["runtimes"].as_array().unwrap().iter().all(|r| r["source"].as_str().unwrap().len() > 10));
+        }
         run(command("gptoss-dequant --quiet").arg("--src").arg(&coded).arg("--dst").arg(&back)).manifest();
         let told = run(command("gptoss-verify against --quiet").arg(&back).arg(&dense)).manifest();
         assert_eq!(told["verdict"]["total_error"]["max"], 0.0, "{flags}: {told}");

@@ -60,6 +60,9 @@ pub fn table(m: &Manifest) -> String {
             Loads::DoesNotLoad => "does not load",
         };
         line(o, &r.runtime, &format!("{status}: {}", r.reason));
+        if matches!(m.job, Job::Runtimes) {
+            line(o, "", &format!("  read in {}", r.source));
+        }
     }
     for n in &m.notes {
         line(o, "note", n);

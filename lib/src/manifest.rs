@@ -119,6 +119,8 @@ pub enum Job {
         /// Tokens that were timed.
         tokens: usize,
     },
+    /// Which runtimes load a checkpoint.
+    Runtimes,
     /// The machine.
     Env,
 }
@@ -242,6 +244,9 @@ pub struct RuntimeReport {
     pub status: Loads,
     /// Why.
     pub reason: String,
+    /// Where that was read.
+    #[serde(default)]
+    pub source: String,
 }
 
 /// Whether a runtime loads a checkpoint.

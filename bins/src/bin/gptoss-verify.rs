@@ -10,6 +10,7 @@ use gptoss::checkpoint::digest::record;
 use gptoss::checkpoint::hub::Located;
 use gptoss::checkpoint::source::Checkpoint;
 use gptoss::manifest::{FileSet, Finding, Job, Manifest, Verdict};
+use gptoss::model::ModelConfig;
 use gptoss::pipeline::executor::map;
 use gptoss::pipeline::{Resources, meter::Meter};
 use gptoss::verify::against::{Detail, against};
@@ -58,6 +59,11 @@ enum Command {
     },
     /// Measure perplexity on a text and, against the source, KL divergence and agreement
     Quality(QualityArgs),
+    /// Say which runtimes load a checkpoint, whoever wrote it, and why
+    Runtimes {
+        /// The checkpoint's folder
+        dir: PathBuf,
+    },
     /// Describe processor, memory, driver, GPUs, nvcc and installed kernels
     Env,
     /// Print the JSON Schema of manifests
@@ -70,6 +76,7 @@ fn main() -> ExitCode {
         Some(Command::Check { dir }) => check_folder(dir, &args.common),
         Some(Command::Against { src, dir, each }) => compare(src, dir, *each, &args.common),
         Some(Command::Quality(quality)) => quality.run(&args.common),
+        Some(Command::Runtimes { dir }) => runtimes(dir, &args.common),
         Some(Command::Env) => environment(&args.common),
         Some(Command::Schema) => schema(),
         None => from_manifest(&args.common),
@@ -85,6 +92,16 @@ fn check_folder(dir: &Path, common: &Common) -> Result<ExitCode> {
         (manifest.source, manifest.output, manifest.runtimes) = (own.source, own.output, own.runtimes);
     }
     finish(manifest, verdict, None, dir, &resources, meter, common)
+}
+
+fn runtimes(dir: &Path, common: &Common) -> Result<ExitCode> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let config = ModelConfig::parse(dir, &checkpoint.config)?;
+    let (experts, main) = gptoss::runtimes::layouts(&checkpoint, &config)?;
+    let mut manifest = Manifest::new("gptoss-verify", Job::Runtimes);
+    manifest.runtimes = gptoss::runtimes::report(experts, main);
+    common.emit(&manifest)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn compare(src: &Path, dir: &Path, each: bool, common: &Common) -> Result<ExitCode> {

@@ -1,7 +1,10 @@
 //! Which runtime loads what. The rules are data: each line names a runtime, the layouts that it speaks of, and why.
 //! Sources: vLLM 0.33 `model_executor/models/gpt_oss.py`, transformers 5.23 `models/gpt_oss`, llama.cpp's gpt-oss loader.
 
+use crate::checkpoint::source::Checkpoint;
+use crate::error::{Error, Result};
 use crate::manifest::{Loads, RuntimeReport};
+use crate::model::{Class, Fused, Linear, ModelConfig, Proj, linears, mxfp4_specs};
 
 /// How the two classes of weights are stored, as far as runtimes care.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +34,7 @@ struct Rule {
     main: MainLayout,
     status: Loads,
     reason: &'static str,
+    source: &'static str,
 }
 
 use ExpertLayout::{Dense as DenseExperts, Mixed, Mxfp4, PerExpert};
@@ -43,9 +47,18 @@ const fn rule(
     main: MainLayout,
     status: Loads,
     reason: &'static str,
+    source: &'static str,
 ) -> Rule {
-    Rule { runtime, experts, main, status, reason }
+    Rule { runtime, experts, main, status, reason, source }
 }
+
+// Where a rule was read.
+const VLLM: &str = "vLLM 0.33, model_executor/models/gpt_oss.py";
+const VLLM_CT: &str = "vLLM 0.33, model_executor/layers/quantization/compressed_tensors";
+const TRANSFORMERS: &str = "transformers 5.23, models/gpt_oss/modeling_gpt_oss.py";
+const TRANSFORMERS_MXFP4: &str = "transformers 5.23, integrations/mxfp4.py";
+const TRANSFORMERS_CT: &str = "transformers 5.23, quantizers/quantizer_compressed_tensors.py";
+const LLAMA: &str = "llama.cpp, src/llama-model-loader.cpp";
 
 const LOST_NAMES: &str = "per-expert gate/up/down names are unknown to its loader, which drops them without a word";
 const KEPT: &str =
@@ -56,50 +69,105 @@ const NO_SAFETENSORS: &str = "reads GGUF, not safetensors; a GGUF can be made fr
 
 /// One line a combination; a test holds the table complete.
 const RULES: [Rule; 24] = [
-    rule("vllm", Mxfp4, Dense, Good, "the published layout"),
-    rule("transformers", Mxfp4, Dense, Good, "the published layout; without a GPU it dequantizes (needs accelerate)"),
-    rule("llama.cpp", Mxfp4, Dense, DoesNotLoad, NO_SAFETENSORS),
-    rule("vllm", DenseExperts, Dense, Good, "plain floats"),
-    rule("transformers", DenseExperts, Dense, Good, "plain floats"),
-    rule("llama.cpp", DenseExperts, Dense, DoesNotLoad, NO_SAFETENSORS),
-    rule("vllm", DenseExperts, Quantized, Good, "quantized attention beside plain experts (read in its code, not run)"),
-    rule("transformers", DenseExperts, Quantized, Good, "needs the compressed-tensors package"),
-    rule("llama.cpp", DenseExperts, Quantized, DoesNotLoad, NO_SAFETENSORS),
-    rule("vllm", Mxfp4, Quantized, DoesNotLoad, KEPT),
-    rule("transformers", Mxfp4, Quantized, LoadsWrongly, KEPT),
-    rule("llama.cpp", Mxfp4, Quantized, DoesNotLoad, NO_SAFETENSORS),
-    rule("vllm", Mixed, Dense, DoesNotLoad, MIXED),
-    rule("transformers", Mixed, Dense, DoesNotLoad, MIXED),
-    rule("llama.cpp", Mixed, Dense, DoesNotLoad, NO_SAFETENSORS),
-    rule("vllm", Mixed, Quantized, DoesNotLoad, MIXED),
-    rule("transformers", Mixed, Quantized, DoesNotLoad, MIXED),
-    rule("llama.cpp", Mixed, Quantized, DoesNotLoad, NO_SAFETENSORS),
-    rule("vllm", PerExpert, Dense, LoadsWrongly, LOST_NAMES),
+    rule("vllm", Mxfp4, Dense, Good, "the published layout", VLLM),
+    rule(
+        "transformers",
+        Mxfp4,
+        Dense,
+        Good,
+        "the published layout; without a GPU it dequantizes (needs accelerate)",
+        TRANSFORMERS_MXFP4,
+    ),
+    rule("llama.cpp", Mxfp4, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
+    rule("vllm", DenseExperts, Dense, Good, "plain floats", VLLM),
+    rule("transformers", DenseExperts, Dense, Good, "plain floats", TRANSFORMERS),
+    rule("llama.cpp", DenseExperts, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
+    rule(
+        "vllm",
+        DenseExperts,
+        Quantized,
+        Good,
+        "quantized attention beside plain experts (read in its code, not run)",
+        VLLM_CT,
+    ),
+    rule("transformers", DenseExperts, Quantized, Good, "needs the compressed-tensors package", TRANSFORMERS_CT),
+    rule("llama.cpp", DenseExperts, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
+    rule("vllm", Mxfp4, Quantized, DoesNotLoad, KEPT, VLLM_CT),
+    rule("transformers", Mxfp4, Quantized, LoadsWrongly, KEPT, TRANSFORMERS_CT),
+    rule("llama.cpp", Mxfp4, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
+    rule("vllm", Mixed, Dense, DoesNotLoad, MIXED, VLLM),
+    rule("transformers", Mixed, Dense, DoesNotLoad, MIXED, TRANSFORMERS_MXFP4),
+    rule("llama.cpp", Mixed, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
+    rule("vllm", Mixed, Quantized, DoesNotLoad, MIXED, VLLM_CT),
+    rule("transformers", Mixed, Quantized, DoesNotLoad, MIXED, TRANSFORMERS_CT),
+    rule("llama.cpp", Mixed, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
+    rule("vllm", PerExpert, Dense, LoadsWrongly, LOST_NAMES, VLLM),
     rule(
         "transformers",
         PerExpert,
         Dense,
         LoadsWrongly,
         "its experts are fused; per-expert names are missing or unexpected keys",
+        TRANSFORMERS,
     ),
-    rule("llama.cpp", PerExpert, Dense, DoesNotLoad, NO_SAFETENSORS),
-    rule("vllm", PerExpert, Quantized, LoadsWrongly, LOST_NAMES),
+    rule("llama.cpp", PerExpert, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
+    rule("vllm", PerExpert, Quantized, LoadsWrongly, LOST_NAMES, VLLM),
     rule(
         "transformers",
         PerExpert,
         Quantized,
         LoadsWrongly,
         "its experts are fused; per-expert names are missing or unexpected keys",
+        TRANSFORMERS,
     ),
-    rule("llama.cpp", PerExpert, Quantized, DoesNotLoad, NO_SAFETENSORS),
+    rule("llama.cpp", PerExpert, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
 ];
+
+/// How a checkpoint, whoever wrote it, stores its weights.
+///
+/// # Errors
+/// [`Error::MissingTensor`] where a layer's experts are in no layout that is known.
+pub fn layouts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(ExpertLayout, MainLayout)> {
+    let has = |name: &str| checkpoint.get(name).is_some();
+    let mut experts = Vec::new();
+    for layer in 0..config.layers {
+        let [blocks, fused] = [mxfp4_specs(Fused::GateUp, layer, config)[0].name.clone(), Fused::GateUp.name(layer)];
+        let module = Linear { proj: Proj::Gate, layer, expert: 0 }.module();
+        let one = ["weight", "weight_packed"].iter().any(|w| has(&format!("{module}.{w}")));
+        experts.push(match (has(&blocks), has(&fused), one) {
+            (true, ..) => Mxfp4,
+            (_, true, _) => DenseExperts,
+            (_, _, true) => PerExpert,
+            _ => {
+                return Err(Error::MissingTensor {
+                    dir: checkpoint.dir.clone(),
+                    tensor: blocks,
+                    reason: "the experts are in no layout that is known".into(),
+                });
+            }
+        });
+    }
+    let experts = match experts.first() {
+        _ if experts.contains(&PerExpert) => PerExpert,
+        Some(&first) if experts.iter().all(|e| *e == first) => first,
+        _ => Mixed,
+    };
+    let quantized =
+        linears(config).filter(|l| l.proj.class() == Class::Main).any(|l| has(&format!("{}.weight_scale", l.module())));
+    Ok((experts, if quantized { Quantized } else { Dense }))
+}
 
 /// What each runtime does with a checkpoint of this layout.
 pub fn report(experts: ExpertLayout, main: MainLayout) -> Vec<RuntimeReport> {
     RULES
         .iter()
         .filter(|r| r.experts == experts && r.main == main)
-        .map(|r| RuntimeReport { runtime: r.runtime.into(), status: r.status, reason: r.reason.into() })
+        .map(|r| RuntimeReport {
+            runtime: r.runtime.into(),
+            status: r.status,
+            reason: r.reason.into(),
+            source: r.source.into(),
+        })
         .collect()
 }
 
