@@ -5,8 +5,8 @@ use std::path::Path;
 
 use gptoss::device::Device;
 use gptoss::device::cpu::Cpu;
-use gptoss::model::forward::{self, Places, Session, unobserved};
-use gptoss::model::{Linear, Model, Proj, reference};
+use gptoss::model::forward::{self, Places, Session};
+use gptoss::model::{Model, reference};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
@@ -30,7 +30,7 @@ fn run(model: &Model, threads: usize, sequences: &[&[u32]]) -> (Vec<Vec<f32>>, V
     for l in 0..model.config.layers {
         let layer = model.layer(&device, l).unwrap();
         let mut caches: Vec<_> = lengths.iter().map(|_| device.cache(&layer.attention)).collect();
-        forward::layer(&device, model, &layer, &mut x, &places, &mut caches, &mut unobserved).unwrap();
+        forward::layer(&device, model, &layer, &mut x, &places, &mut caches).unwrap();
         states.push(device.download(x.clone()).unwrap());
     }
     let head = model.head(&device).unwrap();
@@ -141,47 +141,6 @@ fn the_plain_reference_agrees_on_the_tiny_model() {
     let plain = reference::logits(&model, ids).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let worst = farthest(&fast, &plain);
     assert!(worst < 1e-3, "a logit is off by {worst}");
-}
-
-#[test]
-fn an_observer_sees_what_each_linear_layer_reads() {
-    let (model, device) = (tiny(), Cpu::new(2).unwrap());
-    let ids = &Golden::open().words("input_ids", u32::from_le_bytes)[..100];
-    let layer = model.layer(&device, 0).unwrap();
-    let observe = |parts: &[&[u32]]| {
-        let (mut seen, mut tokens) = (std::collections::BTreeMap::new(), std::collections::BTreeMap::new());
-        for ids in parts {
-            let mut x = device.embed(&model.embedding(&device).unwrap(), ids).unwrap();
-            let places = Places::new(&device, &model, &[0], &[ids.len()]).unwrap();
-            let mut caches = [device.cache(&layer.attention)];
-            let mut observer = |proj: Proj, expert: usize, x: &gptoss::device::cpu::Tensor| {
-                let columns = Linear { proj, layer: 0, expert }.shape(&model.config).1;
-                let sums = seen.entry((proj, expert)).or_insert_with(|| device.sums(columns, None).unwrap());
-                device.accumulate(x, sums)?;
-                *tokens.entry((proj, expert)).or_insert(0) += device.download(x.clone())?.len() / columns;
-                Ok(())
-            };
-            forward::layer(&device, &model, &layer, &mut x, &places, &mut caches, &mut observer).unwrap();
-        }
-        (seen, tokens)
-    };
-    let (mut seen, tokens) = observe(&[ids]);
-    for proj in [Proj::Q, Proj::O, Proj::Router] {
-        assert_eq!(tokens[&(proj, 0)], 100);
-    }
-    for proj in [Proj::Gate, Proj::Down] {
-        let all: usize = tokens.iter().filter(|((p, _), _)| *p == proj).map(|(_, n)| n).sum();
-        assert_eq!(all, 100 * model.settings.top_k, "each token goes to its experts");
-    }
-    let upper = bits(&seen[&(Proj::Q, 0)].gram);
-    let moments = device.moments(seen.remove(&(Proj::Q, 0)).unwrap()).unwrap();
-    assert_eq!((moments.count, moments.abs.len(), moments.gram.len()), (100, 256, 256 * 256));
-    assert!((0..256).all(|i| moments.gram[i * 256 + i] > 0.0 && moments.gram[i] == moments.gram[i * 256]));
-    let (first, _) = observe(&[&ids[..50]]);
-    let (both, _) = observe(&[&ids[..50], &ids[50..]]);
-    // Q reads the normed embedding, where no token sees another: the same sums however they are cut.
-    assert_eq!(bits(&both[&(Proj::Q, 0)].gram), upper);
-    assert_eq!(first[&(Proj::Q, 0)].count + 50, both[&(Proj::Q, 0)].count);
 }
 
 /// A small gpt-oss at random. Widths are odd where the container allows it.

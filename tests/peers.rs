@@ -9,7 +9,7 @@ use std::process::Command;
 use gptoss::device::Device;
 use gptoss::device::cpu::Cpu;
 use gptoss::model::Model;
-use gptoss::model::forward::{self, Places, unobserved};
+use gptoss::model::forward::{self, Places};
 use gptoss::text::chat::ChatTemplate;
 use gptoss::text::clock::Clock;
 use support::{command, files, root, run, tiny};
@@ -111,7 +111,7 @@ fn write_states(model: &Path, golden: &Path, to: &Path) {
     let layer = model.layer(&device, 0).unwrap();
     let places = Places::new(&device, &model, &[0], &[ids.len()]).unwrap();
     let mut caches = [device.cache(&layer.attention)];
-    forward::layer(&device, &model, &layer, &mut x, &places, &mut caches, &mut unobserved).unwrap();
+    forward::layer(&device, &model, &layer, &mut x, &places, &mut caches).unwrap();
     let states = device.download(x).unwrap();
     std::fs::write(to, states.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
 }

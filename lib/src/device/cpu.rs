@@ -5,13 +5,12 @@ use std::path::Path;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::{Attention, Device, Experts, Heads, Moments, Observer};
+use super::{Attention, Device, Experts, Heads, Moments};
 use crate::containers::Weight;
 use crate::error::{Error, Result};
 use crate::evaluate::States;
 use crate::formats::activations::Activations;
 use crate::generate::Sampler;
-use crate::model::Proj;
 use crate::ops::attention::{Head, attend};
 use crate::ops::compare::{RowFigures, figures};
 use crate::ops::matmul::{Packed, matmul};
@@ -247,13 +246,7 @@ impl Device for Cpu {
         Ok(Routes { k, experts, weights })
     }
 
-    fn experts(
-        &self,
-        x: &Tensor,
-        routes: &Routes,
-        experts: &Experts<Matrix<'_>>,
-        observer: &mut Observer<Tensor>,
-    ) -> Result<Tensor> {
+    fn experts(&self, x: &Tensor, routes: &Routes, experts: &Experts<Matrix<'_>>) -> Result<Tensor> {
         let mut rows_of = vec![Vec::new(); experts.gate.len()];
         for (i, &expert) in routes.experts.iter().enumerate() {
             rows_of[expert as usize].push(i);
@@ -262,12 +255,10 @@ impl Device for Cpu {
         for (expert, places) in rows_of.iter().enumerate().filter(|(_, p)| !p.is_empty()) {
             let mut input = Tensor { columns: x.columns, values: Vec::with_capacity(places.len() * x.columns) };
             places.iter().for_each(|place| input.values.extend_from_slice(x.row(place / routes.k)));
-            observer(Proj::Gate, expert, &input)?;
             let mut hidden = self.linear(&input, &experts.gate[expert])?;
             let up = self.linear(&input, &experts.up[expert])?;
             let (alpha, limit) = (experts.alpha, experts.limit);
             self.pool.install(|| hidden.each_row(|i, row| elementwise::swiglu(row, up.row(i), alpha, limit)));
-            observer(Proj::Down, expert, &hidden)?;
             let result = self.linear(&hidden, &experts.down[expert])?;
             // Experts come in ascending order, and so are they added, whatever batch the row is in.
             for (i, &place) in places.iter().enumerate() {

@@ -9,7 +9,6 @@ use crate::containers::Weight;
 use crate::error::Result;
 use crate::evaluate::States;
 use crate::generate::Sampler;
-use crate::model::Proj;
 use crate::ops::compare::RowFigures;
 
 /// How the heads of a layer look at the past.
@@ -47,10 +46,6 @@ pub struct Heads<T> {
     /// [rows, kv_heads * head_dim].
     pub value: T,
 }
-
-/// Where the inputs of a linear layer go by: which projection reads them (Q stands for Q, K and V, Gate for gate and up),
-/// of which expert, and the inputs, before a scheme rounds them.
-pub type Observer<'o, T> = dyn FnMut(Proj, usize, &T) -> Result<()> + 'o;
 
 /// Sums over the inputs of a linear layer, from the first token to the last.
 pub struct Moments {
@@ -116,7 +111,6 @@ pub trait Device: Sync {
         x: &Self::Tensor,
         routes: &Self::Routes,
         experts: &Experts<Self::Matrix<'_>>,
-        observer: &mut Observer<Self::Tensor>,
     ) -> Result<Self::Tensor>;
     /// The next token after the last row of logits.
     fn sample(&self, logits: &Self::Tensor, sampler: &mut Sampler) -> Result<u32>;

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::forward::{self, Places, unobserved};
+use crate::model::forward::{self, Places};
 use crate::model::{Head, Model, ModelConfig};
 use crate::ops::compare::RowFigures;
 use crate::pipeline::progress::{Progress, Unit};
@@ -147,7 +147,7 @@ fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], roo
             let rows = batch.rows();
             let mut x = device.upload(states.get(rows.clone()).to_vec(), c.hidden)?;
             let mut caches = caches(device, &weights.attention, batch, past.take());
-            forward::layer(device, model, &weights, &mut x, places, &mut caches, &mut unobserved)?;
+            forward::layer(device, model, &weights, &mut x, places, &mut caches)?;
             past = caches.pop();
             states.put(rows.clone(), &device.download(x)?);
             room.progress.advance(rows.len() as u64 * layer_work(model));

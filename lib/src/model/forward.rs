@@ -6,9 +6,8 @@
 //! bits.
 
 use super::weights::{Head, Layer, Model};
-use crate::device::{Device, Heads, Observer};
+use crate::device::{Device, Heads};
 use crate::error::Result;
-use crate::model::Proj;
 
 /// Where the rows of a batch stand.
 pub struct Places<D: Device> {
@@ -36,19 +35,15 @@ pub fn layer<D: Device>(
     x: &mut D::Tensor,
     places: &Places<D>,
     caches: &mut [D::Cache],
-    observer: &mut Observer<D::Tensor>,
 ) -> Result<()> {
     let settings = &model.settings;
     let normed = device.norm(x, &w.attention_norm, settings.eps)?;
-    observer(Proj::Q, 0, &normed)?;
     let attended = attended(device, w, &normed, places, caches)?;
-    observer(Proj::O, 0, &attended)?;
     device.add(x, &device.linear(&attended, &w.o)?)?;
 
     let normed = device.norm(x, &w.mlp_norm, settings.eps)?;
-    observer(Proj::Router, 0, &normed)?;
     let routes = device.route(&device.linear(&normed, &w.router)?, settings.top_k)?;
-    device.add(x, &device.experts(&normed, &routes, &w.experts, observer)?)
+    device.add(x, &device.experts(&normed, &routes, &w.experts)?)
 }
 
 /// What the heads of a layer bring home from the normed hidden states [rows, H], before the output projection.
@@ -72,11 +67,6 @@ pub fn attended<D: Device>(
 /// Logits [rows, V] of hidden states that left the last layer.
 pub fn logits<D: Device>(device: &D, model: &Model, head: &Head<'_, D>, x: &D::Tensor) -> Result<D::Tensor> {
     device.linear(&device.norm(x, &head.norm, model.settings.eps)?, &head.output)
-}
-
-/// An observer that looks away.
-pub fn unobserved<T>(_: Proj, _: usize, _: &T) -> Result<()> {
-    Ok(())
 }
 
 /// A model with its weights at hand and the state of one sequence: text comes out a token at a time.
@@ -116,7 +106,7 @@ impl<'w, D: Device> Session<'w, D> {
         let places = Places::new(self.device, self.model, &[self.position], &[ids.len()])?;
         for (w, cache) in self.layers.iter().zip(&mut self.caches) {
             let caches = std::slice::from_mut(cache);
-            layer(self.device, self.model, w, &mut x, &places, caches, &mut unobserved)?;
+            layer(self.device, self.model, w, &mut x, &places, caches)?;
         }
         self.position += ids.len();
         Ok(x)
