@@ -28,6 +28,16 @@ for_this_cpu! {
 }
 
 for_this_cpu! {
+    /// The values of E2M1 codes, two a byte, low bits first, that share `scale`, rounded to `float`.
+    pub fn e2m1(packed: &[u8], scale: f32, float: Float, out: &mut [f32]) = e2m1_body
+}
+
+for_this_cpu! {
+    /// The values of E2M3 codes, four in three bytes, low bits first, that share `scale`, rounded to `float`.
+    pub fn e2m3(packed: &[u8], scale: f32, float: Float, out: &mut [f32]) = e2m3_body
+}
+
+for_this_cpu! {
     /// Codes of 2 to 7 bits, eight in as many bytes as a code has bits, stored with half their range added.
     pub fn eights(bits: u32, packed: &[u8], codes: &mut [i8]) = eights_body
 }
@@ -85,6 +95,52 @@ fn e4m3_body(codes: &[u8], scale: f32, float: Float, out: &mut [f32]) {
         Float::Bf16 => all(Float::Bf16),
         Float::F16 => all(Float::F16),
         Float::F32 => all(Float::F32),
+    }
+}
+
+/// The value of each E2M3 code.
+const E2M3: [f32; 64] = {
+    let mut values = [0f32; 64];
+    let mut code = 0;
+    while code < 32 {
+        // Eighths below 1; above, the exponent and three bits of the fraction as f32 has them.
+        let normal = f32::from_bits(((code as u32) << 20) + (126 << 23));
+        values[code] = if code < 8 { code as f32 / 8.0 } else { normal };
+        values[code + 32] = -values[code];
+        code += 1;
+    }
+    values
+};
+
+/// The values of a table under a scale: few beside the codes that look them up.
+#[inline(always)]
+fn scaled<const N: usize>(table: &[f32; N], scale: f32, float: Float) -> [f32; N] {
+    let mut out = [0f32; N];
+    match float {
+        Float::Bf16 => (0..N).for_each(|i| out[i] = Float::Bf16.round(table[i] * scale)),
+        Float::F16 => (0..N).for_each(|i| out[i] = Float::F16.round(table[i] * scale)),
+        Float::F32 => (0..N).for_each(|i| out[i] = table[i] * scale),
+    }
+    out
+}
+
+#[inline(always)]
+fn e2m1_body(packed: &[u8], scale: f32, float: Float, out: &mut [f32]) {
+    let table = scaled(&mxfp4::VALUES, scale, float);
+    for (pair, &b) in out.chunks_mut(2).zip(packed) {
+        pair[0] = table[usize::from(b & 15)];
+        if let Some(second) = pair.get_mut(1) {
+            *second = table[usize::from(b >> 4)];
+        }
+    }
+}
+
+#[inline(always)]
+fn e2m3_body(packed: &[u8], scale: f32, float: Float, out: &mut [f32]) {
+    let table = scaled(&E2M3, scale, float);
+    for (four, three) in out.chunks_mut(4).zip(packed.as_chunks::<3>().0) {
+        let word = u32::from_le_bytes([three[0], three[1], three[2], 0]) as usize;
+        four.iter_mut().enumerate().for_each(|(i, v)| *v = table[(word >> (6 * i)) & 63]);
     }
 }
 
@@ -161,6 +217,16 @@ mod avx2 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tables_hold_every_code() {
+        for code in 0..64u8 {
+            assert_eq!(E2M3[usize::from(code)].to_bits(), Minifloat::E2M3.value(code).to_bits(), "{code}");
+        }
+        for code in 0..16u8 {
+            assert_eq!(mxfp4::VALUES[usize::from(code)].to_bits(), Minifloat::E2M1.value(code).to_bits(), "{code}");
+        }
+    }
 
     #[test]
     fn fast_and_reference_agree_for_every_code_under_every_scale() {

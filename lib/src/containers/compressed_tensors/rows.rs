@@ -135,33 +135,18 @@ impl Quantized<'_> {
         let group = self.scheme.group(self.shape.1);
         let p = self.params(row, at / group, self.shape.1.div_ceil(group));
         let stored = at..at + out.len();
-        let unpacked = &mut [0i8; COLUMNS][..out.len()];
         match self.scheme.format() {
             Format::Float | Format::Naive | Format::Mxfp8 => decode::e4m3(&codes[stored], p.scale, self.float, out),
             Format::Int => decode::integers(bytemuck::cast_slice(&codes[stored]), p, self.float, out),
             Format::Packed => {
+                let unpacked = &mut [0i8; COLUMNS][..out.len()];
                 unpack_range(codes, at, u32::from(self.scheme.weights.bits()), unpacked);
                 decode::integers(unpacked, p, self.float, out);
             }
-            Format::Mxfp4 | Format::Nvfp4 => {
-                // Groups begin at even columns.
-                for (pair, byte) in unpacked.chunks_mut(2).zip(&codes[at / 2..]) {
-                    pair.iter_mut().zip([byte & 15, byte >> 4]).for_each(|(c, nibble)| *c = nibble as i8);
-                }
-                self.floats(unpacked, p, out);
-            }
-            Format::Mxfp6 => {
-                for (four, three) in unpacked.chunks_mut(4).zip(codes[at / 4 * 3..].as_chunks::<3>().0) {
-                    let word = u32::from_le_bytes([three[0], three[1], three[2], 0]);
-                    four.iter_mut().enumerate().for_each(|(i, c)| *c = (word >> (6 * i) & 63) as i8);
-                }
-                self.floats(unpacked, p, out);
-            }
+            // Groups begin at whole bytes.
+            Format::Mxfp4 | Format::Nvfp4 => decode::e2m1(&codes[at / 2..], p.scale, self.float, out),
+            Format::Mxfp6 => decode::e2m3(&codes[at / 4 * 3..], p.scale, self.float, out),
         }
-    }
-
-    fn floats(&self, codes: &[i8], p: Params, out: &mut [f32]) {
-        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = self.scheme.weights.dequantize(c, p, self.float));
     }
 }
 
