@@ -64,15 +64,17 @@ fn config(model: &str) -> std::path::PathBuf {
 fn the_recipes_are_readme_s() {
     let readme = include_str!("../README.md");
     let row = |name: &str| {
-        let line = readme.lines().find(|l| l.starts_with(&format!("| {name} |"))).unwrap_or_else(|| panic!("{name}"));
+        let named = |l: &&str| [" |", ","].iter().any(|end| l.starts_with(&format!("| {name}{end}")));
+        let line = readme.lines().find(named).unwrap_or_else(|| panic!("{name}"));
         line.split('`').skip(1).step_by(2).flat_map(str::split_whitespace).map(str::to_owned).collect::<Vec<_>>()
     };
-    // Rows that are short for others say so in words; the rest stands flag by flag.
-    for (name, flags) in recipes().into_iter().filter(|r| r.0 != "w4a8-all" && !r.0.starts_with("sparse")) {
+    for (name, flags) in recipes() {
         let said = row(name);
+        // Two rows are another's with some flags in front or instead.
+        let least = if name == "w4a8-all" || name.starts_with("sparse") { 2 } else { 9 };
         let ours: Vec<&str> = flags.split_whitespace().collect();
         assert!(
-            said.len() > 8 && said.iter().all(|word| ours.contains(&&word[..])),
+            said.len() >= least && said.iter().all(|word| ours.contains(&&word[..])),
             "{name}: README says {said:?}, the test {flags}"
         );
     }

@@ -4,6 +4,8 @@
 //!
 //!     cargo bench -p gptoss --bench gptq -- [threads]
 
+mod common;
+
 use std::time::{Duration, Instant};
 
 use gemm::Parallelism;
@@ -17,25 +19,13 @@ use gptoss::formats::int::IntFormat;
 use gptoss::ops::moments;
 use gptoss::recipe::{ActOrder, Observer};
 
+use common::{median, numbers};
+
 /// Width of gpt-oss, and the rows of gate and up together.
 const N: usize = 2880;
 const ROWS: usize = 5760;
 const TOKENS: usize = 4096;
 const ROUNDS: usize = 5;
-
-fn numbers(n: usize) -> Vec<f32> {
-    let mut s = 1u32;
-    let next = || {
-        s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (s >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    std::iter::repeat_with(next).take(n).collect()
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64()
-}
 
 fn product(x: &[f32], w: &[f32], out: &mut [f32], threads: usize) {
     let parallelism = if threads == 1 { Parallelism::None } else { Parallelism::Rayon(threads) };

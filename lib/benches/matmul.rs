@@ -3,6 +3,8 @@
 //!
 //!     cargo bench -p gptoss --bench matmul -- [threads]
 
+mod common;
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -11,17 +13,10 @@ use gemm::Parallelism;
 use gptoss::ops::matmul::{Dense, Packed, matmul};
 use rayon::prelude::*;
 
+use common::{median, numbers};
+
 const SHAPES: [(usize, usize); 2] = [(5760, 2880), (2880, 2880)];
 const ROWS: [usize; 4] = [1, 16, 256, 2048];
-
-fn numbers(n: usize) -> Vec<f32> {
-    let mut s = 1u32;
-    let next = || {
-        s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (s >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    std::iter::repeat_with(next).take(n).collect()
-}
 
 /// Reads every value once, as fast as vector loads go.
 fn read(weights: &[f32]) -> f32 {
@@ -33,11 +28,6 @@ fn read(weights: &[f32]) -> f32 {
         lanes.iter().sum::<f32>()
     };
     weights.par_chunks(1 << 18).map(sum).sum()
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64()
 }
 
 fn main() {

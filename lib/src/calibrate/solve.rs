@@ -212,8 +212,8 @@ fn round_off(
             .map(|factor| (inputs, factor))
     });
     let Some((inputs, factor)) = swept else {
-        // Round-to-nearest gets the same codes with a text and without.
-        let blocks = inputs.filter(|_| algorithm != Algorithm::Rtn && observer == Observer::Mse);
+        // Round-to-nearest gets the same codes with a text and without, GPTQ's where it fell back to that too.
+        let blocks = inputs.filter(|_| algorithm == Algorithm::Awq);
         let blocks = blocks.map(|i| Blocks::of(&i.moments.gram, *columns, target.group));
         let params = scales::fit(w, *columns, target, observer, blocks.as_ref());
         return nearest(w, *columns, target, params, problem.scaled || zeros.is_some());
@@ -242,5 +242,58 @@ fn nearest(w: &[f32], columns: usize, target: Target, params: Vec<Params>, exact
         codes: Some(Codes { codes, params, global: target.global, input_scale: 0.0 }),
         values,
         ..Rounded::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::algorithms::rtn::rtn;
+    use crate::containers::compressed_tensors::{Scheme, Strategy};
+    use crate::formats::NumberFormat;
+    use crate::formats::int::IntFormat;
+    use crate::recipe::{GroupSize, LayerRecipe, SchemeName};
+
+    #[test]
+    fn without_inputs_gptq_is_rounding_to_nearest_in_blocks_cut_at_the_edge_too() {
+        // 160 columns: a block of 128, and a part of one.
+        let (rows, columns) = (130, 160);
+        let w: Vec<f32> = (0..rows * columns).map(|i| Float::Bf16.round((i * 31 % 257) as f32 - 128.0)).collect();
+        let n = columns;
+        let moments = Moments {
+            count: 4,
+            abs: vec![0.0; n],
+            max: vec![0.0; n],
+            gram: crate::evaluate::States::new(n, n, u64::MAX, std::path::Path::new(".")).unwrap(),
+        };
+        let inputs = Inputs::new(moments);
+        for strategy in [Strategy::Block(128, 128), Strategy::Tensor, Strategy::Channel] {
+            let weights = NumberFormat::Int(IntFormat { num_bits: 4, symmetric: true });
+            let scheme = Scheme { weights, strategy, activations: Activations::Float };
+            let layer = LayerRecipe {
+                algorithm: Algorithm::Gptq,
+                group_size: GroupSize::Block,
+                observer: Observer::Mse,
+                ..LayerRecipe::new(SchemeName::weight_only(4))
+            };
+            let treatment = Treatment { layer: layer.clone(), scheme: Some(scheme), sparse: None };
+            let extremes = round::extremes(&w);
+            let problem = Problem {
+                module: "m",
+                w: w.clone(),
+                scaled: false,
+                columns,
+                float: Float::Bf16,
+                extremes,
+                treatment: &treatment,
+                inputs: Some(&inputs),
+            };
+            let solved = solve(problem, &Recipe::new(layer.clone(), layer)).unwrap();
+            assert!(solved.notes[0].contains("its inputs are all zero on this text, so it was rounded to nearest"));
+            let mut want = Codes::default();
+            rtn(&w, columns, scheme.target(columns, Float::Bf16, extremes), Observer::Mse, &mut want);
+            let have = solved.codes.unwrap();
+            assert_eq!((have.codes, have.params), (want.codes, want.params), "{strategy:?}");
+        }
     }
 }

@@ -45,17 +45,25 @@ for_this_cpu! {
     ) -> f64 = output_cost_body
 }
 
+/// Weights that are rounded at a time.
+const BLOCK: usize = 32;
+
+/// Codes and values of at most [`BLOCK`] weights that share `p`; behind the last stands what 0 becomes.
+#[inline(always)]
+fn block(w: &[f32], rule: (NumberFormat, Float, bool), p: Params) -> ([i8; BLOCK], [f32; BLOCK]) {
+    let (mut whole, mut codes, mut values) = ([0f32; BLOCK], [0i8; BLOCK], [0f32; BLOCK]);
+    whole[..w.len()].copy_from_slice(w);
+    lanes(rule, &whole, &[p.scale; BLOCK], &[f32::from(p.zero_point); BLOCK], &mut codes, &mut values);
+    (codes, values)
+}
+
 #[inline(always)]
 fn cost_body(w: &[f32], format: NumberFormat, p: Params, float: Float) -> f64 {
-    const BLOCK: usize = 32;
-    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
-    let (mut sums, mut codes, mut value) = ([0f32; BLOCK], [0i8; BLOCK], [0f32; BLOCK]);
+    let mut sums = [0f32; BLOCK];
     for w in w.chunks(BLOCK) {
-        let mut whole = [0f32; BLOCK];
-        whole[..w.len()].copy_from_slice(w);
-        lanes((format, float, false), &whole, &scale, &zero, &mut codes, &mut value);
-        for l in 0..w.len() {
-            let error = whole[l] - value[l];
+        let (_, values) = block(w, (format, float, false), p);
+        for (l, w) in w.iter().enumerate() {
+            let error = w - values[l];
             sums[l] = error.mul_add(error, sums[l]);
         }
     }
@@ -71,15 +79,10 @@ fn output_cost_body(
     d: &mut [f32],
     through: &mut [f32],
 ) -> f64 {
-    const BLOCK: usize = 32;
-    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
-    let (mut codes, mut value) = ([0i8; BLOCK], [0f32; BLOCK]);
     for (w, d) in w.chunks(BLOCK).zip(d.chunks_mut(BLOCK)) {
-        let mut whole = [0f32; BLOCK];
-        whole[..w.len()].copy_from_slice(w);
-        lanes(rule, &whole, &scale, &zero, &mut codes, &mut value);
+        let (_, values) = block(w, rule, p);
         for (l, d) in d.iter_mut().enumerate() {
-            *d = value[l] - whole[l];
+            *d = values[l] - w[l];
         }
     }
     through.fill(0.0);
@@ -111,28 +114,19 @@ fn extremes_body(w: &[f32]) -> (f32, f32) {
 
 #[inline(always)]
 fn group_body(w: &[f32], format: NumberFormat, p: Params, float: Float, q: &mut [i8], sums: &mut ErrorSums) {
-    const BLOCK: usize = 32;
-    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
-    let mut value = [0f32; BLOCK];
     for (w, q) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)) {
-        let (mut whole, mut codes) = ([0f32; BLOCK], [0i8; BLOCK]);
-        whole[..w.len()].copy_from_slice(w);
-        lanes((format, float, false), &whole, &scale, &zero, &mut codes, &mut value);
+        let (codes, values) = block(w, (format, float, false), p);
         q.copy_from_slice(&codes[..w.len()]);
-        measure_body(&value[..w.len()], w, sums);
+        measure_body(&values[..w.len()], w, sums);
     }
 }
 
 #[inline(always)]
 fn values_body(w: &[f32], rule: (NumberFormat, Float, bool), p: Params, q: &mut [i8], values: &mut [f32]) {
-    const BLOCK: usize = 32;
-    let (scale, zero) = ([p.scale; BLOCK], [f32::from(p.zero_point); BLOCK]);
-    for ((w, q), values) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)).zip(values.chunks_mut(BLOCK)) {
-        let (mut whole, mut codes, mut value) = ([0f32; BLOCK], [0i8; BLOCK], [0f32; BLOCK]);
-        whole[..w.len()].copy_from_slice(w);
-        lanes(rule, &whole, &scale, &zero, &mut codes, &mut value);
+    for ((w, q), out) in w.chunks(BLOCK).zip(q.chunks_mut(BLOCK)).zip(values.chunks_mut(BLOCK)) {
+        let (codes, values) = block(w, rule, p);
         q.copy_from_slice(&codes[..w.len()]);
-        values.copy_from_slice(&value[..w.len()]);
+        out.copy_from_slice(&values[..w.len()]);
     }
 }
 

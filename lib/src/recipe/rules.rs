@@ -1,6 +1,6 @@
 //! What a resolved recipe must hold to, whichever form it came in.
 
-use super::{GroupSize, Kernels, LayerRecipe, Mask, Recipe, SchemeName};
+use super::{Container, GroupSize, Kernels, LayerRecipe, Mask, Recipe, SchemeName};
 use crate::algorithms::Algorithm;
 use crate::error::{Error, Result};
 
@@ -29,7 +29,8 @@ impl Recipe {
 
     /// Whether any layer needs the W4A8 kernels.
     pub fn has_w4a8(&self) -> bool {
-        self.layers().any(|(_, l)| l.scheme == W4A8)
+        // Floats need no kernels, whatever they were rounded to.
+        self.container == Container::CompressedTensors && self.layers().any(|(_, l)| l.scheme == W4A8)
     }
 
     /// Settles whether the kernels count as installed, and what becomes of w4a8 where they do not.
@@ -182,6 +183,8 @@ mod tests {
         }
         let mut present = r.clone();
         present.settle(Kernels::Present, true).unwrap();
+        let mut dense = Recipe { container: Container::Dense, ..present.clone() };
+        dense.settle(Kernels::Absent, false).unwrap();
         assert_eq!((present.has_w4a8(), present.kernels, present.notes.len()), (true, Kernels::Present, 0));
         assert!(r.clone().settle(Kernels::Absent, false).is_err());
         r.settle(Kernels::Absent, true).unwrap();
