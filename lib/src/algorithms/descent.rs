@@ -56,7 +56,7 @@ pub fn descend(w: &[f32], q: &mut Quantized, quadratic: &Quadratic, target: Targ
             for (p, panel) in panels.iter_mut().enumerate() {
                 let of = |lane: usize, g: usize| params[(p * WIDTH + lane).min(rows - 1) * groups + g];
                 panel.step(t * HEIGHT, tile, n, target, |g| {
-                    (std::array::from_fn(|l| of(l, g).scale), std::array::from_fn(|l| f32::from(of(l, g).zero_point)))
+                    (std::array::from_fn(|l| of(l, g).scale), std::array::from_fn(|l| of(l, g).zero_point))
                 });
             }
         }

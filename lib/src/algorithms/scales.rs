@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::rtn::Target;
 use crate::formats::float::Float;
+use crate::formats::ggml::Ggml;
 use crate::formats::{NumberFormat, Params};
 use crate::ops::round;
 use crate::recipe::Observer;
@@ -122,7 +123,7 @@ fn exact<'w>(mut parts: impl Iterator<Item = &'w [f32]> + Clone, target: Target)
     if !(1e-7..1e4).contains(&scale) {
         return None;
     }
-    let p = Params { scale, zero_point: 0 };
+    let p = Params { scale, zero_point: 0.0 };
     let fits = |&w: &f32| target.format.dequantize(target.format.quantize(w, p, Float::F32), p, Float::F32) == w;
     parts.all(|w| w.iter().all(fits)).then_some(p)
 }
@@ -133,7 +134,7 @@ fn least<'w>(parts: impl Iterator<Item = &'w [f32]>, target: Target, mut cost: i
     let mut best = (f64::INFINITY, target.fit(min, max));
     // A scale that is a power of two changes only with a power of two.
     let factors: Vec<f32> = match target.format {
-        NumberFormat::Mx(_) => vec![1.0, 0.5, 2.0],
+        NumberFormat::Mx(_) | NumberFormat::Ggml(Ggml::Mxfp4) => vec![1.0, 0.5, 2.0],
         _ => (0..STEPS).map(|i| 1.0 - i as f32 * STEP).collect(),
     };
     for factor in factors {

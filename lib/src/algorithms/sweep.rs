@@ -254,8 +254,7 @@ impl<'a> Strip<'a> {
             let Rounding::Codes(target, params) = rounding else { return Vec::new() };
             let groups = target.groups(n);
             let of = |g: usize, lane: usize| params[row(panel, lane) * groups + g];
-            let one =
-                |g| (std::array::from_fn(|l| of(g, l).scale), std::array::from_fn(|l| f32::from(of(g, l).zero_point)));
+            let one = |g| (std::array::from_fn(|l| of(g, l).scale), std::array::from_fn(|l| of(g, l).zero_point));
             (0..groups).map(one).collect()
         };
         Self {

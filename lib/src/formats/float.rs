@@ -69,7 +69,7 @@ impl Float {
         match self {
             Self::F32 => x,
             Self::Bf16 => round_bf16(x),
-            Self::F16 => f16::from_f32(x).to_f32(),
+            Self::F16 => round_f16(x),
         }
     }
 
@@ -135,6 +135,18 @@ pub fn round_bf16(x: f32) -> f32 {
     f32::from_bits((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff_0000)
 }
 
+/// `x` rounded to F16, for finite `x`; without branches or calls, so that loops over it vectorize.
+#[inline(always)]
+pub fn round_f16(x: f32) -> f32 {
+    const LEAST_NORMAL: f32 = 6.103_515_6e-5;
+    let bits = x.to_bits();
+    let normal = f32::from_bits((bits + 0xfff + ((bits >> 13) & 1)) & 0xffff_e000);
+    // Below, numbers are 2^-24 apart, as they are between 0.5 and 1.
+    let small = f32::from_bits(((x.abs() + 0.5) - 0.5).to_bits() | (bits & 0x8000_0000));
+    let rounded = if x.abs() < LEAST_NORMAL { small } else { normal };
+    if rounded.abs() > 65504.0 { f32::INFINITY.copysign(x) } else { rounded }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,6 +158,21 @@ mod tests {
             let x = f32::from_bits(bits);
             prop_assume!(x.is_finite());
             prop_assert_eq!(round_bf16(x).to_bits(), bf16::from_f32(x).to_f32().to_bits());
+            prop_assert_eq!(round_f16(x).to_bits(), f16::from_f32(x).to_f32().to_bits());
+        }
+    }
+
+    #[test]
+    fn halves_round_as_they_do_at_every_edge() {
+        for half in 0..=0x7bffu16 {
+            let (a, b) = (f16::from_bits(half).to_f32(), f16::from_bits(half + 1).to_f32());
+            let b = if b.is_finite() { b } else { 65536.0 };
+            let middle = a + (b - a) / 2.0;
+            for x in [a, middle, middle.next_up(), middle.next_down()] {
+                for x in [x, -x] {
+                    assert_eq!(round_f16(x).to_bits(), f16::from_f32(x).to_f32().to_bits(), "{x:e}");
+                }
+            }
         }
     }
 

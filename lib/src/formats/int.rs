@@ -35,13 +35,13 @@ impl IntFormat {
         let (min, max) = (min.min(0.0), max.max(0.0));
         let range = (self.qmax() - self.qmin()) as f32;
         let (scale, zero_point) = if self.symmetric {
-            (float.round(max.max(-min) / (range / 2.0)), 0)
+            (float.round(max.max(-min) / (range / 2.0)), 0.0)
         } else {
             let scale = float.round(float.round(max - min) / range);
             // A group of zeros has scale 0 here; 0/0 is the NaN that turns into zero point 0.
             let zero = float.round(self.qmin() as f32 - float.round(min / scale));
             let zero = zero.max(self.qmin() as f32).min(self.qmax() as f32);
-            (scale, if scale == 0.0 { 0 } else { zero.round_ties_even() as i8 })
+            (scale, if scale == 0.0 { 0.0 } else { zero.round_ties_even() })
         };
         Params { scale: if scale == 0.0 { float.epsilon() } else { scale }, zero_point }
     }
@@ -50,7 +50,7 @@ impl IntFormat {
     #[inline(always)]
     pub fn quantize(self, w: f32, p: Params, float: Float) -> i8 {
         let scaled = float.round(w / p.scale);
-        let shifted = if self.symmetric { scaled } else { float.round(scaled + f32::from(p.zero_point)) };
+        let shifted = if self.symmetric { scaled } else { float.round(scaled + p.zero_point) };
         shifted.max(self.qmin() as f32).min(self.qmax() as f32).round_ties_even() as i8
     }
 }
@@ -58,5 +58,5 @@ impl IntFormat {
 /// The value of `code`, rounded to the type `float` of its scale.
 #[inline(always)]
 pub fn dequantize(code: i8, p: Params, float: Float) -> f32 {
-    float.round((i32::from(code) - i32::from(p.zero_point)) as f32 * p.scale)
+    float.round((f32::from(code) - p.zero_point) * p.scale)
 }

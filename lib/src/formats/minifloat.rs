@@ -77,7 +77,7 @@ impl Minifloat {
     #[inline(always)]
     pub fn fit(self, min: f32, max: f32, float: Float) -> Params {
         let scale = float.round(max.max(-min).max(0.0) / self.max());
-        Params { scale: if scale == 0.0 { float.epsilon() } else { scale }, zero_point: 0 }
+        Params { scale: if scale == 0.0 { float.epsilon() } else { scale }, zero_point: 0.0 }
     }
 
     /// The power of two that is the exponent of the greatest value.

@@ -3,6 +3,7 @@
 
 pub mod activations;
 pub mod float;
+pub mod ggml;
 pub mod int;
 pub mod minifloat;
 pub mod mx;
@@ -10,6 +11,7 @@ pub mod mxfp4;
 pub mod nvfp4;
 
 use float::Float;
+use ggml::Ggml;
 use int::IntFormat;
 use minifloat::Minifloat;
 
@@ -24,6 +26,8 @@ pub enum NumberFormat {
     Mx(Minifloat),
     /// E2M1 in groups of 16 under E4M3 scales under one number a tensor.
     Nvfp4,
+    /// One of ggml's block types.
+    Ggml(Ggml),
 }
 
 /// FP8 E4M3.
@@ -31,13 +35,15 @@ pub const FP8: NumberFormat = NumberFormat::Float(Minifloat::E4M3);
 /// E2M1 in MX blocks: what gpt-oss is published in.
 pub const MXFP4: NumberFormat = NumberFormat::Mx(Minifloat::E2M1);
 
-/// What a group's codes mean: for integers value = (code - zero_point) * scale, for floats value = table(code) * scale.
+/// What a group's codes mean: for integers value = (code - zero_point) * scale, for floats value = table(code) * scale, for
+/// ggml's value = code * scale + zero_point.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Params {
-    /// Positive, rounded to the type that it is stored in (for NVFP4 that number over the tensor's global scale).
+    /// Positive, rounded to the type that it is stored in (for NVFP4 that number over the tensor's global scale); for ggml's
+    /// types of any sign and rounded where it is used.
     pub scale: f32,
-    /// Between qmin and qmax; 0 where symmetric, and for floats.
-    pub zero_point: i8,
+    /// A code between qmin and qmax, or for ggml's the value of code 0; 0 where symmetric, and for floats.
+    pub zero_point: f32,
 }
 
 impl NumberFormat {
@@ -55,6 +61,7 @@ impl NumberFormat {
             Self::Float(m) => float(m).into(),
             Self::Mx(m) => format!("mx{}", float(m)),
             Self::Nvfp4 => "nvfp4".into(),
+            Self::Ggml(ty) => ty.name().into(),
         }
     }
 
@@ -64,6 +71,7 @@ impl NumberFormat {
             Self::Int(int) => int.num_bits,
             Self::Float(m) | Self::Mx(m) => m.bits() as u8,
             Self::Nvfp4 => 4,
+            Self::Ggml(ty) => ty.bits(),
         }
     }
 
@@ -71,7 +79,7 @@ impl NumberFormat {
     pub fn symmetric(self) -> bool {
         match self {
             Self::Int(int) => int.symmetric,
-            Self::Float(_) | Self::Mx(_) | Self::Nvfp4 => true,
+            Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) => true,
         }
     }
 
@@ -84,6 +92,7 @@ impl NumberFormat {
             Self::Float(m) => m.fit(min, max, float),
             Self::Mx(m) => mx::fit(m, min, max),
             Self::Nvfp4 => nvfp4::fit(min, max, float, global),
+            Self::Ggml(ty) => ty.fit(min, max),
         }
     }
 
@@ -95,6 +104,7 @@ impl NumberFormat {
             Self::Float(m) => m.code(m.round(float.round(w / p.scale))) as i8,
             Self::Mx(m) => m.code(m.round(w / p.scale)) as i8,
             Self::Nvfp4 => Minifloat::E2M1.code(Minifloat::E2M1.round(w / p.scale)) as i8,
+            Self::Ggml(ty) => ty.round(w, p.scale, p.zero_point).0,
         }
     }
 
@@ -107,6 +117,8 @@ impl NumberFormat {
             // A power of two rounds nothing.
             Self::Mx(m) => m.value(code as u8) * p.scale,
             Self::Nvfp4 => float.round(Minifloat::E2M1.value(code as u8) * p.scale),
+            // Their values are f32, whatever the weights were.
+            Self::Ggml(ty) => ty.value(code, p.scale, p.zero_point),
         }
     }
 }

@@ -37,7 +37,7 @@ pub fn fit(values: Minifloat, min: f32, max: f32) -> Params {
     };
     let bits = max.max(-min).max(0.0).to_bits() + half_step;
     let exponent = (bits >> 23).saturating_sub(values.max_exponent());
-    Params { scale: scale(exponent as u8), zero_point: 0 }
+    Params { scale: scale(exponent as u8), zero_point: 0.0 }
 }
 
 #[cfg(test)]

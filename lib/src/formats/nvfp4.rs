@@ -22,7 +22,7 @@ pub fn global(min: f32, max: f32, float: Float) -> f32 {
 #[inline(always)]
 pub fn fit(min: f32, max: f32, float: Float, global: f32) -> Params {
     let stored = E4M3.round(global * float.round(max.max(-min).max(0.0) / E2M1.max()));
-    Params { scale: (if stored == 0.0 { EPSILON } else { stored }) / global, zero_point: 0 }
+    Params { scale: (if stored == 0.0 { EPSILON } else { stored }) / global, zero_point: 0.0 }
 }
 
 /// The bits of the scale that [`fit`] divided by `global`.

@@ -3,6 +3,7 @@
 
 use crate::algorithms::rtn::{ErrorSums, LANES};
 use crate::formats::float::Float;
+use crate::formats::ggml::Ggml;
 use crate::formats::minifloat::Minifloat;
 use crate::formats::{NumberFormat, Params};
 use crate::ops::for_this_cpu;
@@ -53,7 +54,7 @@ const BLOCK: usize = 32;
 fn block(w: &[f32], rule: (NumberFormat, Float, bool), p: Params) -> ([i8; BLOCK], [f32; BLOCK]) {
     let (mut whole, mut codes, mut values) = ([0f32; BLOCK], [0i8; BLOCK], [0f32; BLOCK]);
     whole[..w.len()].copy_from_slice(w);
-    lanes(rule, &whole, &[p.scale; BLOCK], &[f32::from(p.zero_point); BLOCK], &mut codes, &mut values);
+    lanes(rule, &whole, &[p.scale; BLOCK], &[p.zero_point; BLOCK], &mut codes, &mut values);
     (codes, values)
 }
 
@@ -201,6 +202,14 @@ fn lanes_of<const N: usize>(
         NumberFormat::Mx(Minifloat::E4M3) => floats::<N>(Minifloat::E4M3, EXACT, w, scale, codes, values),
         NumberFormat::Mx(Minifloat::E5M2) => floats::<N>(Minifloat::E5M2, EXACT, w, scale, codes, values),
         NumberFormat::Nvfp4 => floats::<N>(Minifloat::E2M1, (Float::F32, float), w, scale, codes, values),
+        NumberFormat::Ggml(Ggml::Q4_0) => ggml::<N>(Ggml::Q4_0, w, scale, zero, codes, values),
+        NumberFormat::Ggml(Ggml::Q4_1) => ggml::<N>(Ggml::Q4_1, w, scale, zero, codes, values),
+        NumberFormat::Ggml(Ggml::Q5_0) => ggml::<N>(Ggml::Q5_0, w, scale, zero, codes, values),
+        NumberFormat::Ggml(Ggml::Q5_1) => ggml::<N>(Ggml::Q5_1, w, scale, zero, codes, values),
+        NumberFormat::Ggml(Ggml::Q8_0) => ggml::<N>(Ggml::Q8_0, w, scale, zero, codes, values),
+        NumberFormat::Ggml(Ggml::Tq1_0) => ggml::<N>(Ggml::Tq1_0, w, scale, zero, codes, values),
+        NumberFormat::Ggml(Ggml::Tq2_0) => ggml::<N>(Ggml::Tq2_0, w, scale, zero, codes, values),
+        NumberFormat::Ggml(Ggml::Mxfp4) => ggml::<N>(Ggml::Mxfp4, w, scale, zero, codes, values),
     }
 }
 
@@ -220,6 +229,20 @@ fn floats<const N: usize>(
         let value = table.round(quotient.round(w[i] / scale[i]));
         codes[i] = table.code(value) as i8;
         values[i] = float.round(value * scale[i]);
+    }
+}
+
+#[inline(always)]
+fn ggml<const N: usize>(
+    ty: Ggml,
+    w: &[f32; N],
+    scale: &[f32; N],
+    zero: &[f32; N],
+    codes: &mut [i8; N],
+    values: &mut [f32; N],
+) {
+    for i in 0..N {
+        (codes[i], values[i]) = ty.round(w[i], scale[i], zero[i]);
     }
 }
 
@@ -260,6 +283,7 @@ mod tests {
             2 => float.clone().prop_map(NumberFormat::Float),
             2 => float.prop_map(NumberFormat::Mx),
             1 => Just(NumberFormat::Nvfp4),
+            3 => prop::sample::select(&Ggml::ALL[..]).prop_map(NumberFormat::Ggml),
         ]
     }
 
@@ -274,7 +298,7 @@ mod tests {
             let w: Vec<f32> = w.into_iter().map(|x| float.round(x)).filter(|x| x.is_finite()).collect();
             let (min, max) = extremes(&w);
             let p = format.fit(min, max, float, 3.5);
-            prop_assume!(p.scale.is_finite());
+            prop_assume!(format.dequantize(1, p, float).is_finite());
             let (mut q, mut sums) = (vec![0; w.len()], ErrorSums::default());
             group(&w, format, p, float, &mut q, &mut sums);
             let want: Vec<i8> = w.iter().map(|&w| format.quantize(w, p, float)).collect();

@@ -4,6 +4,7 @@ use super::*;
 use crate::algorithms::gptq::gptq;
 use crate::algorithms::rtn::{Codes, rtn};
 use crate::formats::NumberFormat;
+use crate::formats::ggml::Ggml;
 use crate::formats::int::IntFormat;
 use crate::formats::minifloat::Minifloat;
 use crate::ops::moments;
@@ -57,6 +58,7 @@ fn formats() -> impl Strategy<Value = NumberFormat> {
         2 => float.clone().prop_map(NumberFormat::Float),
         2 => float.prop_map(NumberFormat::Mx),
         1 => Just(NumberFormat::Nvfp4),
+        2 => prop::sample::select(&Ggml::ALL[..]).prop_map(NumberFormat::Ggml),
     ]
 }
 

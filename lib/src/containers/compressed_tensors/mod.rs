@@ -85,7 +85,7 @@ impl Scheme {
             (NumberFormat::Mx(Minifloat::E2M3), _) => Format::Mxfp6,
             (NumberFormat::Mx(Minifloat::E4M3), _) => Format::Mxfp8,
             (NumberFormat::Nvfp4, _) => Format::Nvfp4,
-            (NumberFormat::Float(_) | NumberFormat::Mx(_), _) => return None,
+            (NumberFormat::Float(_) | NumberFormat::Mx(_) | NumberFormat::Ggml(_), _) => return None,
         })
     }
 
@@ -225,7 +225,7 @@ impl Scheme {
             }
         });
         if !self.weights.symmetric() {
-            let zero_points: Vec<i8> = once.iter().map(|p| p.zero_point).collect();
+            let zero_points: Vec<i8> = once.iter().map(|p| p.zero_point as i8).collect();
             to.push(match self.packs_zero_points() {
                 true => pack_columns(&zero_points, groups, bits),
                 false => zero_points.iter().map(|&z| z as u8).collect(),

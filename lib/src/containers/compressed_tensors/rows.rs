@@ -115,9 +115,9 @@ impl Quantized<'_> {
             }
         };
         let bits = u32::from(self.scheme.weights.bits());
-        let zero_point = self.zero_points.map_or(0, |z| match self.scheme.packs_zero_points() {
-            true => zero_point(z, row, group, groups, bits),
-            false => z[at] as i8,
+        let zero_point = self.zero_points.map_or(0.0, |z| match self.scheme.packs_zero_points() {
+            true => f32::from(zero_point(z, row, group, groups, bits)),
+            false => f32::from(z[at] as i8),
         });
         Params { scale, zero_point }
     }
