@@ -208,3 +208,37 @@ mod gptq {
         }
     }
 }
+
+#[test]
+fn ggml_s_block_types_are_gguf_py_s_bytes_and_values() {
+    use gptoss::algorithms::rtn::Target;
+    use gptoss::containers::gguf;
+    use gptoss::formats::ggml::Ggml;
+    use gptoss::ops::decode;
+
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/gguf/gguf.safetensors");
+    let bytes = std::fs::read(file).expect("the golden data is committed");
+    let golden = SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = golden.tensor("weight").unwrap();
+    let &[out, inp] = tensor.shape() else { panic!("a matrix") };
+    let mut w = vec![0f32; out * inp];
+    Float::F32.read(tensor.data(), &mut w);
+    for ty in Ggml::ALL {
+        let name = ty.name().to_uppercase();
+        let mut codes = Codes::default();
+        let target = Target::new(NumberFormat::Ggml(ty), ty.group(), Float::F32);
+        rtn(&w, inp, target, Observer::Minmax, &mut codes);
+        let packed = gguf::pack(&codes, ty);
+        let want = golden.tensor(&name).unwrap();
+        assert!(packed == want.data(), "{name}: {:?}", packed.iter().zip(want.data()).position(|(a, b)| a != b));
+        let (mut have, mut values) = (vec![0f32; out * inp], vec![0f32; out * inp]);
+        decode::ggml(ty, &packed, &mut have);
+        Float::F32.read(golden.tensor(&format!("{name}.dequantized")).unwrap().data(), &mut values);
+        assert!(have == values, "{name}");
+    }
+    for (name, float) in [("BF16", Float::Bf16), ("F16", Float::F16)] {
+        let mut ours = Vec::new();
+        w.iter().for_each(|&w| float.write(w, &mut ours));
+        assert!(ours == golden.tensor(name).unwrap().data(), "{name}");
+    }
+}

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::source::is_side_file;
-use super::{CONFIG, INDEX, JOURNAL, MANIFEST};
+use super::{CONFIG, GGUF, INDEX, JOURNAL, MANIFEST};
 use crate::error::{Error, Result};
 
 /// Where an unfinished output for `dst` lies.
@@ -84,7 +84,7 @@ pub(super) fn check_occupant(dst: &Path, force: bool) -> Result<()> {
     if !force {
         return Err(Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display())));
     }
-    let weights = dst.join(INDEX).exists() || dst.join("model.safetensors").exists();
+    let weights = [INDEX, "model.safetensors", GGUF].iter().any(|name| dst.join(name).exists());
     let is_checkpoint = dst.join(MANIFEST).exists() || (dst.join(CONFIG).exists() && weights);
     if !is_checkpoint {
         return Err(Error::Refused(format!(
@@ -106,7 +106,7 @@ pub(super) fn is_checkpoint_file(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let known = [CONFIG, INDEX, MANIFEST, JOURNAL, "README.md", ".gitattributes"].contains(&&*name);
     let known = known || name.starts_with(crate::calibrate::STATES_PREFIX);
-    path.is_file() && (known || name.ends_with(".safetensors") || is_side_file(&name))
+    path.is_file() && (known || name.ends_with(".safetensors") || name.ends_with(".gguf") || is_side_file(&name))
 }
 
 /// Refuses where the output, of `needed` bytes, does not fit.

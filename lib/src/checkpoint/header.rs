@@ -11,6 +11,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::formats::ggml::Ggml;
 
 /// Bytes of the length field.
 const LEN: usize = 8;
@@ -28,6 +29,9 @@ pub struct TensorInfo {
     pub start: usize,
     /// One past the last byte.
     pub end: usize,
+    /// The blocks that its rows consist of, where they are no single numbers: extents still count numbers then, and the type
+    /// is U8. GGUF alone has such tensors.
+    pub blocks: Option<Ggml>,
 }
 
 /// Bytes that `dtype` and `shape` take; `None` where that overflows or does not fill whole bytes.
@@ -122,7 +126,7 @@ fn entry(file: &Path, name: &str, value: Value, data_start: usize, data_len: usi
     if end > data_len {
         return Err(bad(format!("ends at data byte {end}, the file has {data_len}: truncated?")));
     }
-    Ok(TensorInfo { dtype: e.dtype, shape: e.shape, start: data_start + start, end: data_start + end })
+    Ok(TensorInfo { dtype: e.dtype, shape: e.shape, start: data_start + start, end: data_start + end, blocks: None })
 }
 
 fn no_gaps(file: &Path, tensors: &BTreeMap<String, TensorInfo>, data_start: usize, file_len: usize) -> Result<()> {

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::digest;
 use super::header::{self, TensorSpec};
+use super::{GGUF, digest, gguf};
 
 /// A planned tensor: what it is and the group (layer) whose end completes it.
 #[derive(Debug, Clone)]
@@ -30,6 +30,8 @@ pub(super) struct ShardLayout {
     pub(super) name: String,
     pub(super) header: Vec<u8>,
     pub(super) len: u64,
+    /// Zeros between tensors: start to end.
+    pub(super) gaps: Vec<(u64, u64)>,
 }
 
 impl Layout {
@@ -57,13 +59,27 @@ impl Layout {
                 places[i] = (s, at);
                 at += tensors[i].spec.byte_len() as u64;
             }
-            shards.push(ShardLayout { name: String::new(), header, len: at });
+            shards.push(ShardLayout { name: String::new(), header, len: at, gaps: Vec::new() });
         }
         let n = shards.len();
         for (s, shard) in shards.iter_mut().enumerate() {
             shard.name = format!("model-{:05}-of-{n:05}.safetensors", s + 1);
         }
         Self { tensors, places, shards }
+    }
+
+    /// One GGUF file of `tensors`, which `gguf` describes in the same order.
+    pub fn gguf(tensors: Vec<Planned>, metadata: &[(String, gguf::Value)], described: &[gguf::Tensor]) -> Self {
+        let (header, starts) = gguf::encode(metadata, described);
+        let (mut at, mut gaps) = (header.len() as u64, Vec::new());
+        for (t, &start) in tensors.iter().zip(&starts) {
+            if at < start {
+                gaps.push((at, start));
+            }
+            at = start + t.spec.byte_len() as u64;
+        }
+        let places = starts.into_iter().map(|start| (0, start)).collect();
+        Self { tensors, places, shards: vec![ShardLayout { name: GGUF.into(), header, len: at, gaps }] }
     }
 
     /// Bytes of all shards, headers included.
@@ -85,8 +101,11 @@ impl Layout {
         digest::hex(&hash.finalize())
     }
 
-    /// The index file's content.
-    pub(super) fn index(&self) -> Value {
+    /// The index file's content, where there is an index.
+    pub(super) fn index(&self) -> Option<Value> {
+        if self.shards[0].name == GGUF {
+            return None;
+        }
         let total: u64 = self.tensors.iter().map(|t| t.spec.byte_len() as u64).sum();
         let map: BTreeMap<&str, &str> = self
             .tensors
@@ -94,6 +113,6 @@ impl Layout {
             .zip(&self.places)
             .map(|(t, &(s, _))| (t.spec.name.as_str(), self.shards[s].name.as_str()))
             .collect();
-        json!({"metadata": {"total_size": total}, "weight_map": map})
+        Some(json!({"metadata": {"total_size": total}, "weight_map": map}))
     }
 }

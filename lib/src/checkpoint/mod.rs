@@ -3,6 +3,7 @@
 
 pub mod destination;
 pub mod digest;
+pub mod gguf;
 pub mod header;
 pub mod hub;
 pub mod journal;
@@ -12,6 +13,8 @@ pub mod source;
 
 /// Name of the index that every sharded checkpoint has.
 pub const INDEX: &str = "model.safetensors.index.json";
+/// Name of the weights of an output that is a GGUF file.
+pub const GGUF: &str = "model.gguf";
 /// Name of the model's configuration.
 pub const CONFIG: &str = "config.json";
 /// Name under which a manifest lies in the folder that it describes.

@@ -226,8 +226,8 @@ impl Sink {
                 sha256: digest::hex(&state.hasher.finalize()),
             });
         }
-        let index = to_text(&self.layout.index());
-        for (name, text) in [(INDEX.to_owned(), index.into_bytes())].into_iter().chain(files) {
+        let index = self.layout.index().map(|index| (INDEX.to_owned(), to_text(&index).into_bytes()));
+        for (name, text) in index.into_iter().chain(files) {
             write_file(&self.partial.join(&name), &text)?;
             records.push(FileRecord { bytes: text.len() as u64, sha256: digest::sha256(&text), name });
         }
@@ -340,7 +340,13 @@ fn open_shard(partial: &Path, layout: &ShardLayout) -> Result<OpenShard> {
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
     let written = BTreeMap::from([(0, layout.header.len() as u64)]);
     let hash = HashState { hasher: Sha256::new(), at: 0 };
-    Ok(OpenShard { path, file, map, written: Mutex::new(written), hash: Mutex::new(hash) })
+    let shard = OpenShard { path, file, map, written: Mutex::new(written), hash: Mutex::new(hash) };
+    for &(start, end) in &layout.gaps {
+        let zeros = vec![0; (end - start) as usize];
+        shard.file.write_all_at(&zeros, start).map_err(Error::io("write", &shard.path))?;
+        shard.mark(start, end);
+    }
+    Ok(shard)
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {

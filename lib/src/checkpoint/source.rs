@@ -9,8 +9,9 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::header::{self, TensorInfo};
-use super::{CONFIG, INDEX, MANIFEST, digest};
+use super::{CONFIG, INDEX, MANIFEST, digest, gguf};
 use crate::error::{Error, Result};
+use crate::model;
 
 /// One mapped shard.
 pub struct Shard {
@@ -75,6 +76,8 @@ pub struct Checkpoint {
     pub shards: Vec<Shard>,
     /// Tensor name to shard number.
     index: BTreeMap<String, usize>,
+    /// True for a GGUF file: its tensors have the model's names here, where they are the model's.
+    gguf: bool,
     /// What is wrong with the index without making the tensors unreadable; `verify check` reports it.
     pub index_findings: Vec<String>,
 }
@@ -104,10 +107,13 @@ pub fn read_config(dir: &Path) -> Result<serde_json::Map<String, Value>> {
         ));
     }
     let path = dir.join(CONFIG);
-    if !path.exists() {
-        return Err(Error::file(dir, "has no config.json, so it is no checkpoint"));
+    if path.exists() {
+        return read_object(&path);
     }
-    read_object(&path)
+    match gguf_file(dir)? {
+        Some(file) => model::gguf::config(&file, &gguf::parse(&file, &digest::map(&file)?)?.0),
+        None => Err(Error::file(dir, "has no config.json, so it is no checkpoint")),
+    }
 }
 
 impl Checkpoint {
@@ -117,6 +123,9 @@ impl Checkpoint {
     /// Where a file is missing, truncated or contradicts itself; names the file and, where there is one, the tensor.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = read_config(dir)?;
+        if let Some(path) = gguf_file(dir)? {
+            return Self::open_gguf(dir, config, path);
+        }
         let listed = listed_shards(dir)?;
         let names: BTreeSet<&String> = listed.values().collect();
         let mut shards = Vec::new();
@@ -127,7 +136,23 @@ impl Checkpoint {
             shards.push(open_shard(dir, "model.safetensors")?);
         }
         let (index, index_findings) = join(dir, &listed, &shards)?;
-        Ok(Self { dir: dir.to_path_buf(), config, shards, index, index_findings })
+        Ok(Self { dir: dir.to_path_buf(), config, shards, index, gguf: false, index_findings })
+    }
+
+    fn open_gguf(dir: &Path, config: serde_json::Map<String, Value>, path: PathBuf) -> Result<Self> {
+        let map = digest::map(&path)?;
+        let (_, tensors) = gguf::parse(&path, &map)?;
+        let named = |(name, info): (String, TensorInfo)| (model::gguf::to_model(&name).unwrap_or(name), info);
+        let tensors: BTreeMap<String, TensorInfo> = tensors.into_iter().map(named).collect();
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let index = tensors.keys().map(|t| (t.clone(), 0)).collect();
+        let shards = vec![Shard { name, path, map, tensors }];
+        Ok(Self { dir: dir.to_path_buf(), config, shards, index, gguf: true, index_findings: Vec::new() })
+    }
+
+    /// Whether it is a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        self.gguf
     }
 
     /// The tensor called `name`, if there is one.
@@ -202,6 +227,34 @@ pub fn is_side_file(name: &str) -> bool {
     ];
     let tables = [CONFIG, INDEX, MANIFEST];
     !tables.contains(&name) && STARTS.iter().any(|s| name.starts_with(s))
+}
+
+/// Whether `dir` holds weights, in whatever files.
+pub fn has_weights(dir: &Path) -> Result<bool> {
+    Ok(dir.is_dir() && (is_safetensors(dir) || gguf_file(dir)?.is_some()))
+}
+
+fn is_safetensors(dir: &Path) -> bool {
+    [INDEX, "model.safetensors"].iter().any(|name| dir.join(name).exists())
+}
+
+/// The GGUF file in `dir`, where that is what holds the weights.
+fn gguf_file(dir: &Path) -> Result<Option<PathBuf>> {
+    if is_safetensors(dir) {
+        return Ok(None);
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let path = entry.map_err(Error::io("list", dir))?.path();
+        if path.extension().is_some_and(|e| e == "gguf") {
+            found.push(path);
+        }
+    }
+    found.sort();
+    match found.len() {
+        0 | 1 => Ok(found.pop()),
+        n => Err(Error::file(dir, format!("holds {n} GGUF files; keep the one that is meant in a folder of its own"))),
+    }
 }
 
 /// Tensor to shard, from the index; empty where there is none and `model.safetensors` is the whole model.

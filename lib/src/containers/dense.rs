@@ -29,10 +29,11 @@ pub fn read(tensor: &TensorRef, shape: &[usize]) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-struct RowMajor<'a> {
-    bytes: &'a [u8],
-    float: Float,
-    shape: (usize, usize),
+/// [out, in], as it stands.
+pub(super) struct RowMajor<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) float: Float,
+    pub(super) shape: (usize, usize),
 }
 
 /// One expert inside the fused, transposed tensor: element (o, i) lies at i * stride + first + o * step.

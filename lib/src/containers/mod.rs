@@ -3,16 +3,18 @@
 
 pub mod compressed_tensors;
 pub mod dense;
+pub mod gguf;
 pub mod openai;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 
+use crate::algorithms::rtn::Codes;
 use crate::checkpoint::source::Checkpoint;
 use crate::error::{Error, Result};
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
-use crate::model::{self, Fused, Linear, ModelConfig, Role};
+use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role};
 use crate::ops::round;
 
 /// Where a range of columns may begin.
@@ -35,6 +37,10 @@ pub trait Rows: Send + Sync {
     /// The values at `rows` and `columns` into `out`, f32 [rows, columns]. `columns` begins at a multiple of
     /// [`COLUMNS`] and ends at one or with the row, so that no block that shares a byte is cut.
     fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]);
+    /// The codes of whole rows and what they mean, as they are stored; false where numbers are.
+    fn codes(&self, _rows: Range<usize>, _out: &mut Codes) -> bool {
+        false
+    }
     /// The whole weight [out_features, in_features] where it lies in memory as f32.
     fn values(&self) -> Option<&[f32]> {
         None
@@ -50,7 +56,7 @@ pub type Weight<'a> = Box<dyn Rows + 'a>;
 
 type Reader = for<'a> fn(&'a Checkpoint, &ModelConfig, &Linear) -> Result<Option<Weight<'a>>>;
 
-const READERS: [Reader; 3] = [openai::open, compressed_tensors::open, dense::open];
+const READERS: [Reader; 4] = [gguf::open, openai::open, compressed_tensors::open, dense::open];
 
 /// The least and the greatest weight of `linear`, of all that runtimes fuse with it where `fused`; each column times its
 /// scale where a transform has some.
@@ -118,6 +124,12 @@ pub fn known_names(config: &ModelConfig) -> BTreeSet<String> {
         }
         others.push(slot.name);
     }
+    for layer in 0..config.layers {
+        for proj in [Proj::Gate, Proj::Up, Proj::Down] {
+            let fused = gguf::module(&Linear { proj, layer, expert: 0 });
+            others.extend(["weight", "bias"].map(|t| format!("{fused}.{t}")));
+        }
+    }
     known.extend(others);
     known
 }
@@ -137,6 +149,14 @@ pub fn expert_biases(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused
     if let Some(tensor) = checkpoint.get(&whole) {
         tensor.expect(&dense::FLOATS, &[config.experts, out])?;
         dense::float_of(&tensor)?.read(tensor.bytes, &mut all);
+        return Ok(all);
+    }
+    if checkpoint.is_gguf() {
+        for &(proj, first, step) in fused.parts() {
+            let name = format!("{}.bias", gguf::module(&Linear { proj, layer, expert: 0 }));
+            let values = dense::read(&checkpoint.tensor(&name)?, &[config.experts, out / step])?;
+            all.iter_mut().skip(first).step_by(step).zip(values).for_each(|(o, v)| *o = v);
+        }
         return Ok(all);
     }
     for (expert, biases) in all.chunks_exact_mut(out).enumerate() {

@@ -201,6 +201,7 @@ impl Ggml {
     }
 
     /// The codes of a block of [`Self::bytes`], and what they mean.
+    #[inline(always)]
     pub fn unpack(self, block: &[u8], codes: &mut [i8]) -> Params {
         let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
         let offset = self.range().1 as i8;

@@ -6,6 +6,7 @@
 
 mod config;
 pub mod forward;
+pub mod gguf;
 pub mod reference;
 pub mod rope;
 mod settings;

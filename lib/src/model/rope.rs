@@ -25,6 +25,10 @@ pub struct Rope {
     pub frequencies: Vec<f32>,
     /// Factor on cos and sin.
     pub factor: f64,
+    /// rope_theta.
+    pub theta: f64,
+    /// What stretches the context, if anything.
+    pub yarn: Option<Yarn>,
 }
 
 impl Rope {
@@ -40,7 +44,7 @@ impl Rope {
             }
         };
         let frequencies = (0..dim / 2).map(|i| frequency(i) as f32).collect();
-        Self { frequencies, factor: yarn.map_or(1.0, |y| y.attention_factor) }
+        Self { frequencies, factor: yarn.map_or(1.0, |y| y.attention_factor), theta, yarn: yarn.cloned() }
     }
 
     /// cos and sin [positions, head_dim / 2].

@@ -3,6 +3,7 @@
 
 use crate::formats::Params;
 use crate::formats::float::Float;
+use crate::formats::ggml::Ggml;
 use crate::formats::minifloat::Minifloat;
 use crate::formats::{int, mxfp4};
 use crate::ops::for_this_cpu;
@@ -42,6 +43,11 @@ for_this_cpu! {
     pub fn eights(bits: u32, packed: &[u8], codes: &mut [i8]) = eights_body
 }
 
+for_this_cpu! {
+    /// The values of whole `blocks` of ggml's type `ty`.
+    pub fn ggml(ty: Ggml, blocks: &[u8], out: &mut [f32]) = ggml_body
+}
+
 /// Asks for bytes that will be read soon.
 #[inline]
 pub fn prefetch(bytes: &[u8]) {
@@ -62,6 +68,33 @@ fn nibbles_body(packed: &[u8], codes: &mut [i8]) {
     }
     let odd = pairs.len();
     last.iter_mut().for_each(|c| *c = (packed[odd] & 15) as i8 - 8);
+}
+
+#[inline(always)]
+fn ggml_body(ty: Ggml, blocks: &[u8], out: &mut [f32]) {
+    // The type is a constant in each arm, so that loops have no choices left.
+    match ty {
+        Ggml::Q4_0 => blocks_of(Ggml::Q4_0, blocks, out),
+        Ggml::Q4_1 => blocks_of(Ggml::Q4_1, blocks, out),
+        Ggml::Q5_0 => blocks_of(Ggml::Q5_0, blocks, out),
+        Ggml::Q5_1 => blocks_of(Ggml::Q5_1, blocks, out),
+        Ggml::Q8_0 => blocks_of(Ggml::Q8_0, blocks, out),
+        Ggml::Tq1_0 => blocks_of(Ggml::Tq1_0, blocks, out),
+        Ggml::Tq2_0 => blocks_of(Ggml::Tq2_0, blocks, out),
+        Ggml::Mxfp4 => blocks_of(Ggml::Mxfp4, blocks, out),
+    }
+}
+
+#[inline(always)]
+fn blocks_of(ty: Ggml, blocks: &[u8], out: &mut [f32]) {
+    let mut codes = [0i8; 256];
+    let codes = &mut codes[..ty.group()];
+    for (block, out) in blocks.chunks_exact(ty.bytes()).zip(out.chunks_exact_mut(ty.group())) {
+        let p = ty.unpack(block, codes);
+        for (o, &c) in out.iter_mut().zip(&*codes) {
+            *o = ty.value(c, p.scale, p.zero_point);
+        }
+    }
 }
 
 #[inline(always)]

@@ -9,7 +9,7 @@ use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
 use super::{Paths, Resources, copy, seal, side_files, source_notes};
 use crate::checkpoint::header::TensorSpec;
-use crate::checkpoint::layout::Planned;
+use crate::checkpoint::layout::{Layout, Planned};
 use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::float_of;
@@ -185,8 +185,7 @@ impl<'a> Plan<'a> {
             job: &job,
             text: "",
             scratch_bytes: self.scratch_bytes(),
-            tensors: std::mem::take(&mut self.tensors),
-            shard_size: self.options.shard_size,
+            layout: Layout::new(std::mem::take(&mut self.tensors), self.options.shard_size),
             units: std::mem::take(&mut self.units),
         };
         let done = task::run(&self, task, paths, resources)?;

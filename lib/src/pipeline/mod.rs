@@ -61,6 +61,9 @@ pub struct Paths {
 /// How a checkpoint stores its weights, in a word.
 pub fn layout_name(checkpoint: &Checkpoint) -> String {
     use safetensors::Dtype;
+    if checkpoint.is_gguf() {
+        return "gguf".into();
+    }
     let mut parts = Vec::new();
     let ends = |s: &str| checkpoint.names().any(|n| n.ends_with(s));
     if ends(".weight_packed") || ends(".weight_scale") {

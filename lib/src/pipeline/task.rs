@@ -11,7 +11,7 @@ use super::executor::{self, Unit};
 use super::progress::Progress;
 use super::{Paths, Resources, layout_name};
 use crate::checkpoint::destination::check_destination;
-use crate::checkpoint::layout::{Layout, Planned};
+use crate::checkpoint::layout::Layout;
 use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::Checkpoint;
 use crate::checkpoint::{CONFIG, INDEX, digest};
@@ -63,8 +63,7 @@ pub(super) struct Task<'a, W> {
     pub(super) job: &'a Job,
     /// A hash of the calibration text, empty where there is none.
     pub(super) text: &'a str,
-    pub(super) tensors: Vec<Planned>,
-    pub(super) shard_size: u64,
+    pub(super) layout: Layout,
     pub(super) units: Vec<Unit<W>>,
     /// Working memory of one worker.
     pub(super) scratch_bytes: u64,
@@ -114,7 +113,7 @@ impl<'a, W: Sync> Opened<'a, W> {
     pub(super) fn new(task: Task<'a, W>, paths: &Paths, resources: &Resources) -> Result<Self> {
         let dst = check_destination(&paths.src, &paths.dst, paths.force)?;
         let workers = resources.workers(task.scratch_bytes)?;
-        let layout = Layout::new(task.tensors, task.shard_size);
+        let layout = task.layout;
         let fingerprint = fingerprint(task.job, task.text, &layout.fingerprint(), task.source)?;
         let sink = Sink::open(&dst, layout, &fingerprint, paths.force)?;
         if !sink.resumed.is_empty() {

@@ -178,8 +178,12 @@ impl Recipe {
         let tag = |c: &LayerRecipe| if c.scheme == SchemeName::Keep { "KEEP" } else { c.algorithm.tag() };
         let (e, m) = (&self.experts, &self.mw);
         let sparse = self.sparsity.as_ref().map_or(String::new(), |s| format!("-{}", s.mask.tag()));
-        let floats = if self.container == Container::Dense { "-dense" } else { "" };
-        format!("{model}{sparse}-{}-{}-experts-{}-mw-{}{floats}", tag(e), tag(m), e.scheme, m.scheme)
+        let container = match self.container {
+            Container::CompressedTensors => "",
+            Container::Dense => "-dense",
+            Container::Gguf => "-gguf",
+        };
+        format!("{model}{sparse}-{}-{}-experts-{}-mw-{}{container}", tag(e), tag(m), e.scheme, m.scheme)
     }
 }
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::LayerRecipe;
 use crate::containers::compressed_tensors::{Activations, Scheme, Strategy};
 use crate::error::{Error, Result};
+use crate::formats::ggml::Ggml;
 use crate::formats::int::IntFormat;
 use crate::formats::minifloat::Minifloat;
 use crate::formats::{FP8, NumberFormat, mx, nvfp4};
@@ -49,10 +50,12 @@ pub enum SchemeName {
     Mx(Minifloat),
     /// NVFP4, floating inputs.
     Nvfp4,
+    /// One of ggml's block types.
+    Ggml(Ggml),
 }
 
 /// Names that are no pattern.
-const NAMES: [(&str, SchemeName); 17] = [
+const NAMES: [(&str, SchemeName); 24] = [
     ("keep", SchemeName::Keep),
     ("dense", SchemeName::Dense),
     ("w4afp8", SchemeName::W4afp8),
@@ -70,6 +73,13 @@ const NAMES: [(&str, SchemeName); 17] = [
     ("mxfp6_e3m2", SchemeName::Mx(Minifloat::E3M2)),
     ("mxfp4", SchemeName::Mx(Minifloat::E2M1)),
     ("nvfp4", SchemeName::Nvfp4),
+    ("q4_0", SchemeName::Ggml(Ggml::Q4_0)),
+    ("q4_1", SchemeName::Ggml(Ggml::Q4_1)),
+    ("q5_0", SchemeName::Ggml(Ggml::Q5_0)),
+    ("q5_1", SchemeName::Ggml(Ggml::Q5_1)),
+    ("q8_0", SchemeName::Ggml(Ggml::Q8_0)),
+    ("tq1_0", SchemeName::Ggml(Ggml::Tq1_0)),
+    ("tq2_0", SchemeName::Ggml(Ggml::Tq2_0)),
 ];
 
 /// Other tools' names for the same.
@@ -83,7 +93,7 @@ const ALIASES: [(&str, &str); 5] = [
 
 /// All schemes, for messages.
 pub const SCHEMES: &str = "w2a16 to w8a16, w4a8, w8a8, w4afp8, fp8, fp8_static, fp8_block, fp8a16, fp8_e5m2, fp6, fp6_e3m2, \
-fp4, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, nvfp4, dense and keep";
+fp4, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, nvfp4, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, dense and keep";
 
 impl FromStr for SchemeName {
     type Err = Error;
@@ -144,6 +154,7 @@ impl SchemeName {
             Self::Fp8Block => Some(GroupSize::Block),
             Self::Mx(_) => Some(GroupSize::Size(mx::BLOCK)),
             Self::Nvfp4 => Some(GroupSize::Size(nvfp4::GROUP)),
+            Self::Ggml(ty) => Some(GroupSize::Size(ty.group())),
             Self::Int { .. } | Self::W4afp8 | Self::Float(_) => None,
         }
     }
@@ -153,7 +164,7 @@ impl SchemeName {
         match self {
             Self::Int { int8_activations, .. } => int8_activations,
             Self::W4afp8 | Self::Fp8 | Self::Fp8Static | Self::Fp8Block => true,
-            Self::Keep | Self::Dense | Self::Float(_) | Self::Mx(_) | Self::Nvfp4 => false,
+            Self::Keep | Self::Dense | Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) => false,
         }
     }
 
@@ -241,6 +252,7 @@ impl LayerRecipe {
             }
             SchemeName::Mx(table) => blocks(NumberFormat::Mx(table), mx::BLOCK),
             SchemeName::Nvfp4 => blocks(NumberFormat::Nvfp4, nvfp4::GROUP),
+            SchemeName::Ggml(ty) => blocks(NumberFormat::Ggml(ty), ty.group()),
             SchemeName::W4afp8 => scheme(int(4), self.strategy(linear, inp)?, Activations::DynamicTokenFp8),
             SchemeName::Int { bits, int8_activations } => {
                 let activations = if int8_activations { Activations::DynamicTokenInt8 } else { Activations::Float };

@@ -230,6 +230,8 @@ pub enum Container {
     /// The floats that the codes stand for, under the names of an unquantized checkpoint: as large as one, and loaded by
     /// whatever loads one.
     Dense,
+    /// One GGUF file with the tokenizer in it, for llama.cpp.
+    Gguf,
 }
 
 impl FromStr for Container {
@@ -239,9 +241,10 @@ impl FromStr for Container {
         match s {
             "compressed-tensors" => Ok(Self::CompressedTensors),
             "dense" => Ok(Self::Dense),
-            other => {
-                Err(Error::Refused(format!("there is no container {other:?}; there are compressed-tensors and dense")))
-            }
+            "gguf" => Ok(Self::Gguf),
+            other => Err(Error::Refused(format!(
+                "there is no container {other:?}; there are compressed-tensors, dense and gguf"
+            ))),
         }
     }
 }

@@ -17,6 +17,8 @@ pub enum ExpertLayout {
     Mixed,
     /// compressed-tensors, a module an expert.
     PerExpert,
+    /// A GGUF file.
+    Gguf,
 }
 
 /// How the other weights are stored.
@@ -58,6 +60,8 @@ const VLLM_CT: &str = "vLLM 0.33, model_executor/layers/quantization/compressed_
 const TRANSFORMERS: &str = "transformers 5.23, models/gpt_oss/modeling_gpt_oss.py";
 const TRANSFORMERS_MXFP4: &str = "transformers 5.23, integrations/mxfp4.py";
 const TRANSFORMERS_CT: &str = "transformers 5.23, quantizers/quantizer_compressed_tensors.py";
+const TRANSFORMERS_GGUF: &str = "transformers 5.23, integrations/ggml.py";
+const LLAMA_GPT_OSS: &str = "llama.cpp, src/models/openai-moe.cpp";
 const LLAMA: &str = "llama.cpp, src/llama-model-loader.cpp";
 
 const LOST_NAMES: &str = "per-expert gate/up/down names are unknown to its loader, which drops them without a word";
@@ -68,7 +72,10 @@ const MIXED: &str =
 const NO_SAFETENSORS: &str = "reads GGUF, not safetensors; a GGUF can be made from it";
 
 /// One line a combination; a test holds the table complete.
-const RULES: [Rule; 24] = [
+const RULES: [Rule; 27] = [
+    rule("vllm", ExpertLayout::Gguf, Dense, DoesNotLoad, "reads no gpt-oss from GGUF", VLLM),
+    rule("transformers", ExpertLayout::Gguf, Dense, DoesNotLoad, "reads no gpt-oss from GGUF", TRANSFORMERS_GGUF),
+    rule("llama.cpp", ExpertLayout::Gguf, Dense, Good, "tensors and metadata as its gpt-oss has them", LLAMA_GPT_OSS),
     rule("vllm", Mxfp4, Dense, Good, "the published layout", VLLM),
     rule(
         "transformers",
@@ -128,6 +135,9 @@ const RULES: [Rule; 24] = [
 /// # Errors
 /// [`Error::MissingTensor`] where a layer's experts are in no layout that is known.
 pub fn layouts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(ExpertLayout, MainLayout)> {
+    if checkpoint.is_gguf() {
+        return Ok((ExpertLayout::Gguf, Dense));
+    }
     let has = |name: &str| checkpoint.get(name).is_some();
     let mut experts = Vec::new();
     for layer in 0..config.layers {
@@ -177,8 +187,12 @@ mod tests {
 
     #[test]
     fn every_layout_has_one_rule_a_runtime() {
-        for experts in [Mxfp4, DenseExperts, Mixed, PerExpert] {
+        for experts in [Mxfp4, DenseExperts, Mixed, PerExpert, ExpertLayout::Gguf] {
             for main in [Dense, Quantized] {
+                // A GGUF file is one thing.
+                if (experts, main) == (ExpertLayout::Gguf, Quantized) {
+                    continue;
+                }
                 let runtimes: Vec<String> = report(experts, main).into_iter().map(|r| r.runtime).collect();
                 assert_eq!(runtimes, ["vllm", "transformers", "llama.cpp"], "{experts:?} {main:?}");
             }

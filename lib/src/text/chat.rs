@@ -87,6 +87,11 @@ fn with_reasoning(message: &Value) -> Value {
     Value::Object(all)
 }
 
+/// The template's text, as it stands.
+pub fn source(dir: &Path) -> Result<Option<String>> {
+    find(dir).map(|found| found.map(|f| f.1))
+}
+
 /// The template's text and the file that it stands in.
 fn find(dir: &Path) -> Result<Option<(PathBuf, String)>> {
     let file = dir.join(CHAT_TEMPLATE);

@@ -8,6 +8,7 @@ pub mod chat;
 pub mod clock;
 pub mod config;
 pub mod dataset;
+pub mod gguf;
 mod parquet;
 mod python;
 pub mod reader;

@@ -104,7 +104,7 @@ impl<'a> Plan<'a> {
             None => {
                 self.add(group, TensorSpec::new(format!("{module}.weight"), float.dtype(), [shape.0, shape.1]));
                 self.unquantized.push(module);
-                Place::Plain { to }
+                Place::Plain { to, first: 0 }
             }
         };
         let job = self.jobs.len();
@@ -113,13 +113,13 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    fn open(&self, linear: &Linear) -> Result<(Option<Weight<'a>>, Float)> {
+    pub(super) fn open(&self, linear: &Linear) -> Result<(Option<Weight<'a>>, Float)> {
         let weight = self.source.map(|s| containers::open(s, &self.config, linear)).transpose()?;
         let float = weight.as_ref().map_or(Float::Bf16, |w| w.float());
         Ok((weight, float))
     }
 
-    fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
+    pub(super) fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
         let store = Store { place, shape: linear.shape(&self.config), float };
         self.jobs.push(LinearJob {
             linear,
@@ -132,7 +132,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The units of `jobs`, which have one shape and one kind of store: the same rows of each, then the next.
-    fn units_of(&mut self, group: usize, jobs: Range<usize>) {
+    pub(super) fn units_of(&mut self, group: usize, jobs: Range<usize>) {
         let store = &self.jobs[jobs.start].store;
         let (out, step, bytes) = (store.shape.0, store.unit_rows(), store.bytes());
         // Without weights there is nothing to do, only to plan.

@@ -10,6 +10,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 mod calibrated;
+mod gguf;
 mod linears;
 mod output;
 mod store;
@@ -18,8 +19,9 @@ use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
 use super::{Paths, Resources, copy, seal, side_files, source_notes};
 use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
+use crate::checkpoint::gguf as gguf_file;
 use crate::checkpoint::header::TensorSpec;
-use crate::checkpoint::layout::Planned;
+use crate::checkpoint::layout::{Layout, Planned};
 use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::compressed_tensors::Scheme;
@@ -29,7 +31,8 @@ use crate::error::{Error, Result};
 use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
-use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
+use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
+use crate::ops::dequantize::Blocks;
 use crate::recipe::{Container, Recipe, Rules, Treatment};
 use crate::text::Text;
 use crate::verify::errors::report;
@@ -47,6 +50,12 @@ pub(super) enum Work<'a> {
     Quantize { job: usize, rows: Range<usize> },
     /// Write rows of a layer that gets no codes.
     Plain { job: usize, rows: Range<usize> },
+    /// Pass a byte range on as another float.
+    Convert { to: usize, tensor: TensorRef<'a>, range: Range<usize>, float: Float },
+    /// One projection of an expert that stays MXFP4, as ggml's blocks.
+    Blocks { to: usize, blocks: Blocks<'a>, scales: TensorRef<'a>, expert: usize, proj: Proj },
+    /// The biases of all experts of a layer; tensor `to` is the first part of all.
+    SplitBiases { to: usize, fused: Fused, layer: usize },
     /// Split the fused biases of a layer's experts; tensor `to` is the first expert's first part.
     Biases { to: usize, tensor: TensorRef<'a>, fused: Fused },
 }
@@ -72,6 +81,9 @@ pub struct Plan<'a> {
     jobs: Vec<LinearJob<'a>>,
     units: Vec<Unit<Work<'a>>>,
     tensors: Vec<Planned>,
+    /// The same tensors as a GGUF file describes them, and its metadata; empty for others.
+    described: Vec<gguf_file::Tensor>,
+    metadata: Vec<(String, gguf_file::Value)>,
     /// What becomes of each linear layer that does not stay.
     treated: BTreeMap<Linear, Treatment>,
     /// How each layer's experts are written.
@@ -119,6 +131,8 @@ impl<'a> Plan<'a> {
             jobs: Vec::new(),
             units: Vec::new(),
             tensors: Vec::new(),
+            described: Vec::new(),
+            metadata: Vec::new(),
             treated: BTreeMap::new(),
             experts: Vec::new(),
             unquantized: Vec::new(),
@@ -129,10 +143,26 @@ impl<'a> Plan<'a> {
         plan.treat()?;
         plan.calibrated = plan.recipe.needs_text();
         plan.experts = (0..plan.config.layers).map(|l| plan.experts_of(l)).collect();
+        if plan.is_gguf() {
+            plan.metadata = plan.gguf_metadata(dir)?;
+        }
         for slot in model::slots(&plan.config) {
-            plan.slot(&slot)?;
+            if plan.is_gguf() { plan.gguf_slot(&slot)? } else { plan.slot(&slot)? }
         }
         Ok(plan)
+    }
+
+    /// Whether the output is a GGUF file.
+    fn is_gguf(&self) -> bool {
+        self.recipe.container == Container::Gguf
+    }
+
+    /// Where every byte of the output lies.
+    fn layout(&self) -> Layout {
+        match self.is_gguf() {
+            true => self.gguf_layout(),
+            false => Layout::new(self.tensors.clone(), self.recipe.shard_size),
+        }
     }
 
     /// Whether [`Self::run`] needs a text.
@@ -147,13 +177,21 @@ impl<'a> Plan<'a> {
         rules.every_pattern_hits(modules.iter().map(|m| &m.1[..]))?;
         for (linear, _) in modules {
             if let Some(layer) = rules.layer(&linear) {
-                let scheme = layer.resolve(&linear, &self.config)?;
+                let mut scheme = layer.resolve(&linear, &self.config)?;
+                if self.is_gguf() {
+                    scheme = scheme.map(|s| gguf::scheme(&linear, s)).transpose()?;
+                }
                 let coded = self.recipe.container == Container::CompressedTensors;
                 if let Some(scheme) = scheme.filter(|s| coded && s.stored().is_none()) {
                     let (module, format) = (linear.module(), scheme.weights.name());
                     return Err(Error::Refused(format!(
-                        "{module}: compressed-tensors has no layout for {format}; --container dense writes the floats that its \
-                         codes stand for"
+                        "{module}: compressed-tensors has no layout for {format}; {}--container dense writes the floats that \
+                         its codes stand for",
+                        if matches!(scheme.weights, NumberFormat::Ggml(_)) {
+                            "--container gguf has one, and "
+                        } else {
+                            ""
+                        }
                     )));
                 }
                 let sparse = rules.sparse(&linear).cloned();
@@ -162,7 +200,8 @@ impl<'a> Plan<'a> {
                 }
             }
         }
-        if self.treated.is_empty() {
+        // To a GGUF file there is something to do all the same.
+        if self.treated.is_empty() && !self.is_gguf() {
             return Err(Error::Refused(
                 "the recipe ignores or keeps every linear layer: nothing is left to quantize".into(),
             ));
@@ -273,8 +312,7 @@ impl<'a> Plan<'a> {
             job: &job,
             text: &text.map_or(String::new(), calibrated::hash_of),
             scratch_bytes: self.scratch_bytes(),
-            tensors: std::mem::take(&mut self.tensors),
-            shard_size: self.recipe.shard_size,
+            layout: self.layout(),
             units: std::mem::take(&mut self.units),
         };
         let done = match text {
@@ -379,7 +417,14 @@ impl<'a> Pipeline for Plan<'a> {
 
     fn shard_of(&self, work: &Work) -> Option<usize> {
         match work {
-            Work::Copy { tensor, .. } | Work::Biases { tensor, .. } => Some(tensor.shard),
+            Work::Copy { tensor, .. } | Work::Biases { tensor, .. } | Work::Convert { tensor, .. } => {
+                Some(tensor.shard)
+            }
+            Work::Blocks { scales, .. } => Some(scales.shard),
+            Work::SplitBiases { fused, layer, .. } => {
+                let source = self.source?;
+                source.get(&format!("{}_bias", fused.name(*layer))).map(|t| t.shard)
+            }
             Work::Quantize { job, .. } | Work::Plain { job, .. } => {
                 self.source_tensor(&self.jobs[*job].linear).map(|t| t.shard)
             }
@@ -389,6 +434,13 @@ impl<'a> Pipeline for Plan<'a> {
     fn work(&self, work: &Work<'a>, scratch: &mut Scratch, sink: &Sink) -> Result<Self::Found> {
         match work {
             Work::Copy { to, tensor, range } => copy::copy(sink, *to, tensor, range)?,
+            Work::Convert { to, tensor, range, float } => {
+                copy::convert(sink, *to, tensor, range, float_of(tensor)?, *float)?;
+            }
+            Work::Blocks { to, blocks, scales, expert, proj } => {
+                gguf::write_blocks(*to, (blocks, scales), *expert, *proj, sink)?;
+            }
+            Work::SplitBiases { to, fused, layer } => self.write_split_biases(*to, *fused, *layer, sink)?,
             Work::Biases { to, tensor, fused } => self.split_biases(*to, tensor, *fused, sink)?,
             Work::Plain { job, rows } => {
                 let job = &self.jobs[*job];

@@ -6,7 +6,6 @@ use serde_json::{Map, Value, json};
 
 use super::linears::Experts;
 use super::{LinearJob, Plan};
-use crate::checkpoint::layout::Layout;
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
 use crate::formats::float::Float;
 use crate::formats::{MXFP4, NumberFormat};
@@ -45,15 +44,19 @@ pub fn says_blocks(config: &Map<String, Value>, layer: usize) -> bool {
 impl Plan<'_> {
     /// True where a layer's experts are MXFP4 blocks in the output.
     fn has_blocks(&self, layer: usize) -> bool {
-        match self.experts[layer] {
-            Experts::Native => true,
-            Experts::Stay => self.mxfp4,
-            Experts::Fused | Experts::Modules => false,
-        }
+        !self.is_gguf()
+            && match self.experts[layer] {
+                Experts::Native => true,
+                Experts::Stay => self.mxfp4,
+                Experts::Fused | Experts::Modules => false,
+            }
     }
 
     /// How the output stores experts and main weights.
     pub(super) fn layouts(&self) -> (ExpertLayout, MainLayout) {
+        if self.is_gguf() {
+            return (ExpertLayout::Gguf, MainLayout::Dense);
+        }
         let blocks = (0..self.config.layers).filter(|&l| self.has_blocks(l)).count();
         let experts = if self.experts.contains(&Experts::Modules) {
             ExpertLayout::PerExpert
@@ -70,6 +73,9 @@ impl Plan<'_> {
 
     /// The output's layout in a word.
     pub(super) fn layout_word(&self) -> String {
+        if self.is_gguf() {
+            return "gguf".into();
+        }
         let blocks = (0..self.config.layers).any(|l| self.has_blocks(l));
         match (self.config_groups().is_empty(), blocks) {
             (false, false) => "compressed-tensors".into(),
@@ -168,7 +174,7 @@ impl Plan<'_> {
     /// What the plan says without running: the manifest of a dry run.
     pub fn preview(&self) -> Manifest {
         let mut manifest = Manifest::new("gptoss-quant", Job::Quantize { recipe: self.recipe.clone() });
-        let layout = Layout::new(self.tensors.clone(), self.recipe.shard_size);
+        let layout = self.layout();
         manifest.plan = Some(PlanReport {
             bytes: layout.total_bytes(),
             shards: layout.shard_count() as u64,
@@ -234,7 +240,7 @@ pub(super) fn stored_as(job: &LinearJob) -> String {
     if !job.store.takes_codes() {
         return format!("{} of {}", job.float.config_name(), s.weights.name());
     }
-    if matches!(s.weights, NumberFormat::Mx(_) | NumberFormat::Nvfp4) {
+    if matches!(s.weights, NumberFormat::Mx(_) | NumberFormat::Nvfp4 | NumberFormat::Ggml(_)) {
         return s.weights.name();
     }
     let sharing = match s.strategy {

@@ -11,6 +11,7 @@ use crate::checkpoint::sink::Sink;
 use crate::containers::compressed_tensors::Scheme;
 use crate::error::Result;
 use crate::formats::float::Float;
+use crate::formats::ggml::Ggml;
 use crate::formats::mxfp4::{self, BLOCK};
 use crate::ops::transpose;
 use crate::pipeline::copy::PIECE;
@@ -36,8 +37,10 @@ pub(super) enum Place {
     Native { to: usize, lane: Lane },
     /// One expert's columns in the fused floats that transformers loads. Takes numbers, whole matrices only.
     Fused { to: usize, lane: Lane },
-    /// `<module>.weight`. Takes numbers.
-    Plain { to: usize },
+    /// Rows of `<module>.weight` from the first on. Takes numbers.
+    Plain { to: usize, first: usize },
+    /// Rows of a tensor of ggml's blocks from the first on. Takes codes.
+    Blocks { to: usize, first: usize, ty: Ggml },
 }
 
 /// One projection's share of a tensor that holds all experts of a layer. Gate and up alternate there, by rows or by
@@ -92,10 +95,13 @@ impl Store {
                 }
                 Ok(())
             }
-            (Place::Plain { to }, Values::Numbers(numbers)) => {
+            (&Place::Blocks { to, first, ty }, Values::Codes(codes)) => {
+                self.write_ggml((to, first, ty), rows.start, codes, sink)
+            }
+            (Place::Plain { to, first }, Values::Numbers(numbers)) => {
                 let mut bytes = Vec::with_capacity(numbers.len() * self.float.size());
                 numbers.iter().for_each(|&v| self.float.write(v, &mut bytes));
-                sink.write(*to, rows.start * self.shape.1 * self.float.size(), &bytes)
+                sink.write(*to, (first + rows.start) * self.shape.1 * self.float.size(), &bytes)
             }
             (Place::Native { to, lane }, Values::Codes(codes)) => {
                 let scales = codes.params.iter().map(|p| mxfp4::scale_byte(p.scale)).collect();
@@ -117,7 +123,7 @@ impl Store {
 
     /// Whether [`Self::write`] wants codes, and not numbers.
     pub fn takes_codes(&self) -> bool {
-        matches!(self.place, Place::CompressedTensors { .. } | Place::Native { .. })
+        matches!(self.place, Place::CompressedTensors { .. } | Place::Native { .. } | Place::Blocks { .. })
     }
 
     /// Where the bytes of `rows` lie in a tensor of `whole` bytes. They may be packed along the rows, 32 at a time.
@@ -144,7 +150,7 @@ impl Store {
         let each = match self.place {
             Place::Fused { .. } => 4 + 2 * self.float.size(),
             Place::Native { .. } => 4 + 1 + 1 + 1 + 1,
-            Place::CompressedTensors { .. } | Place::Plain { .. } => 4 + 1 + 1 + 1,
+            Place::CompressedTensors { .. } | Place::Plain { .. } | Place::Blocks { .. } => 4 + 1 + 1 + 1,
         };
         (numbers * each + PIECE) as u64
     }
@@ -157,6 +163,7 @@ impl Store {
                 scheme.specs("", self.shape, self.float).iter().map(TensorSpec::byte_len).sum()
             }
             Place::Native { .. } => numbers / 2 + numbers / BLOCK,
+            Place::Blocks { ty, .. } => self.shape.0 * ty.row_bytes(self.shape.1),
             Place::Fused { .. } | Place::Plain { .. } => numbers * self.float.size(),
         }
     }
