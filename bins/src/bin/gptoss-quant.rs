@@ -11,7 +11,7 @@ use gptoss::checkpoint::destination::{check_destination, check_room};
 use gptoss::checkpoint::hub::{Located, Wanted, locate};
 use gptoss::checkpoint::source::{Checkpoint, has_weights, read_config, read_object};
 use gptoss::manifest::Manifest;
-use gptoss::model::ModelConfig;
+use gptoss::model::{ModelConfig, padding::Padding};
 use gptoss::pipeline::progress::Progress;
 use gptoss::pipeline::quant::Plan;
 use gptoss::pipeline::{Paths, meter::Meter, model_name};
@@ -89,7 +89,10 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     if let (Some(id), true) = (&args.model_in, located.hub.is_some()) {
         located = locate(id, Wanted::Everything, progress)?;
     }
-    let checkpoint = Checkpoint::open(&located.dir)?;
+    let mut checkpoint = Checkpoint::open(&located.dir)?;
+    if let Some(padding) = padding(&recipe, &config)? {
+        checkpoint.pad(padding);
+    }
     let plan = Plan::new(&located.dir, &checkpoint.config, recipe.clone(), Some(&checkpoint))?;
     let dst = args.destination(&recipe, &located.dir, &config);
     let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force };
@@ -122,8 +125,12 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let config = ModelConfig::parse(dir, &raw_config)?;
     let recipe = args.recipe.resolve(&config, true, progress)?;
     args.check_resources(&recipe, &config)?;
-    let checkpoint = if has_weights { Some(Checkpoint::open(path)?) } else { None };
+    let mut checkpoint = if has_weights { Some(Checkpoint::open(path)?) } else { None };
+    if let (Some(checkpoint), Some(padding)) = (&mut checkpoint, padding(&recipe, &config)?) {
+        checkpoint.pad(padding);
+    }
     let dst = args.destination(&recipe, dir, &config);
+    let raw_config = checkpoint.as_ref().map_or(raw_config, |c| c.config.clone());
     let manifest = Plan::new(dir, &raw_config, recipe, checkpoint.as_ref())?.preview();
     if has_weights {
         let dst = check_destination(dir, &dst, args.force)?;
@@ -131,6 +138,11 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     }
     args.common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the recipe's widths come to for this model.
+fn padding(recipe: &Recipe, config: &ModelConfig) -> Result<Option<Padding>> {
+    Ok(recipe.pad_to.map(|n| Padding::to_multiple(config, n)).transpose()?.flatten())
 }
 
 impl Args {

@@ -37,6 +37,10 @@ pub struct RecipeArgs {
     /// format) [default: compressed-tensors]
     #[arg(long, value_name = "NAME", help_heading = "Recipe")]
     container: Option<Container>,
+    /// Widen hidden and intermediate size to multiples of N with zeros: the same function, in which group size 128 (N = 128)
+    /// and 256-wide formats (N = 256) fit a gpt-oss
+    #[arg(long, value_name = "N", help_heading = "Recipe")]
+    pad_to: Option<usize>,
     /// Most data in one shard
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
     shard_size: u64,
@@ -213,6 +217,7 @@ impl RecipeArgs {
         c.few_tokens_threshold = s.few_tokens_threshold.unwrap_or(c.few_tokens_threshold);
         c.router_weighted |= s.router_weighted;
         recipe.container = self.container.unwrap_or(recipe.container);
+        recipe.pad_to = self.pad_to.or(recipe.pad_to);
         recipe.shard_size = self.shard_size;
     }
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::smooth::Smoothing;
 use super::{Calibrator, Held, Inputs, LayerReport, Output, Problem, Rounded, solve};
-use crate::containers::{self, dense};
+use crate::containers;
 use crate::device::cpu::Cpu;
 use crate::device::{Device, Moments};
 use crate::error::Result;
@@ -173,7 +173,7 @@ impl<'a> Calibrator<'a> {
         let c = &self.model.config;
         let weights = self.model.layer(self.device, l)?;
         let name = format!("model.layers.{l}.post_attention_layernorm.weight");
-        let mut norm = dense::read(&self.model.checkpoint.tensor(&name)?, &[c.hidden])?;
+        let mut norm = containers::vector(&self.model.checkpoint, &name, &[c.hidden])?.0;
         let router = Linear { proj: Proj::Router, layer: l, expert: 0 };
         let readers: Vec<Linear> = (0..c.experts)
             .flat_map(|expert| [Proj::Gate, Proj::Up].map(|proj| Linear { proj, layer: l, expert }))

@@ -3,7 +3,7 @@
 
 use crate::algorithms::awq::{self, Reader};
 use crate::algorithms::{Algorithm, smoothquant};
-use crate::containers::{self, dense};
+use crate::containers;
 use crate::device::Moments;
 use crate::error::Result;
 use crate::formats::float::Float;
@@ -48,9 +48,7 @@ impl Calibrator<'_> {
         output: &dyn Output,
         report: &mut LayerReport,
     ) -> Result<Smoothing> {
-        let tensor = self.model.checkpoint.tensor(name)?;
-        let float = dense::float_of(&tensor)?;
-        let mut norm = dense::read(&tensor, &[self.model.config.hidden])?;
+        let (mut norm, float) = containers::vector(&self.model.checkpoint, name, &[self.model.config.hidden])?;
         let exact = |scales: &mut [f32]| {
             norm.iter().zip(scales).for_each(|(n, s)| *s = power_of_two(*n, *s, float));
         };

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::header::{self, TensorInfo};
 use super::{CONFIG, INDEX, MANIFEST, digest, gguf};
 use crate::error::{Error, Result};
-use crate::model;
+use crate::model::{self, padding::Padding};
 
 /// One mapped shard.
 pub struct Shard {
@@ -78,6 +78,8 @@ pub struct Checkpoint {
     index: BTreeMap<String, usize>,
     /// True for a GGUF file: its tensors have the model's names here, where they are the model's.
     gguf: bool,
+    /// Wider widths that its linear layers and vectors are read at.
+    padding: Option<Padding>,
     /// What is wrong with the index without making the tensors unreadable; `verify check` reports it.
     pub index_findings: Vec<String>,
 }
@@ -136,7 +138,7 @@ impl Checkpoint {
             shards.push(open_shard(dir, "model.safetensors")?);
         }
         let (index, index_findings) = join(dir, &listed, &shards)?;
-        Ok(Self { dir: dir.to_path_buf(), config, shards, index, gguf: false, index_findings })
+        Ok(Self { dir: dir.to_path_buf(), config, shards, index, gguf: false, padding: None, index_findings })
     }
 
     fn open_gguf(dir: &Path, config: serde_json::Map<String, Value>, path: PathBuf) -> Result<Self> {
@@ -147,7 +149,27 @@ impl Checkpoint {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let index = tensors.keys().map(|t| (t.clone(), 0)).collect();
         let shards = vec![Shard { name, path, map, tensors }];
-        Ok(Self { dir: dir.to_path_buf(), config, shards, index, gguf: true, index_findings: Vec::new() })
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            config,
+            shards,
+            index,
+            gguf: true,
+            padding: None,
+            index_findings: Vec::new(),
+        })
+    }
+
+    /// From here on it is read as the wider model that `padding` makes of it. Its tensors stay what they are; what
+    /// [`crate::containers`] gives of them, and the config, is padded.
+    pub fn pad(&mut self, padding: Padding) {
+        padding.apply(&mut self.config);
+        self.padding = Some(padding);
+    }
+
+    /// What [`Self::pad`] was given.
+    pub fn padding(&self) -> Option<Padding> {
+        self.padding
     }
 
     /// Whether it is a GGUF file.

@@ -5,15 +5,18 @@ pub mod compressed_tensors;
 pub mod dense;
 pub mod gguf;
 pub mod openai;
+mod padded;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::source::Checkpoint;
+use crate::containers::compressed_tensors::Scheme;
 use crate::error::{Error, Result};
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
+use crate::model::padding::Vector;
 use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role};
 use crate::ops::round;
 
@@ -37,9 +40,16 @@ pub trait Rows: Send + Sync {
     /// The values at `rows` and `columns` into `out`, f32 [rows, columns]. `columns` begins at a multiple of
     /// [`COLUMNS`] and ends at one or with the row, so that no block that shares a byte is cut.
     fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]);
-    /// The codes of whole rows and what they mean, as they are stored; false where numbers are.
-    fn codes(&self, _rows: Range<usize>, _out: &mut Codes) -> bool {
-        false
+    /// What its codes mean; `None` where numbers are stored, and for codes that [`Self::codes`] cannot give.
+    fn stored(&self) -> Option<Scheme> {
+        None
+    }
+    /// The codes of whole rows as they are stored, and their parameters.
+    ///
+    /// # Panics
+    /// Where [`Self::stored`] is `None`.
+    fn codes(&self, _rows: Range<usize>, _out: &mut Codes) {
+        panic!("no codes are stored");
     }
     /// The whole weight [out_features, in_features] where it lies in memory as f32.
     fn values(&self) -> Option<&[f32]> {
@@ -92,9 +102,10 @@ pub fn extremes(
 /// # Errors
 /// [`Error::MissingTensor`] where no container has it; [`Error::BadTensor`] where its tensors do not fit the config.
 pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linear) -> Result<Weight<'a>> {
+    let narrow = checkpoint.padding().map(|p| p.narrow(config));
     for reader in READERS {
-        if let Some(weight) = reader(checkpoint, config, linear)? {
-            return Ok(weight);
+        if let Some(weight) = reader(checkpoint, narrow.as_ref().unwrap_or(config), linear)? {
+            return Ok(padded::pad(weight, linear.shape(config)));
         }
     }
     Err(Error::MissingTensor {
@@ -143,6 +154,34 @@ pub fn foreign_tensors<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig) -> 
 /// The biases of all experts of a layer, f32 [E, out] with gate and up interleaved, from the fused tensor or from one
 /// tensor an expert.
 pub fn expert_biases(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused, layer: usize) -> Result<Vec<f32>> {
+    let Some(padding) = checkpoint.padding() else { return stored_biases(checkpoint, config, fused, layer) };
+    let narrow = padding.narrow(config);
+    let biases = stored_biases(checkpoint, &narrow, fused, layer)?;
+    let (own, wide) = (fused.shape(&narrow).0, fused.shape(config).0);
+    let padded = |row: &[f32]| row.iter().copied().chain(std::iter::repeat_n(0.0, wide - own)).collect::<Vec<_>>();
+    Ok(biases.chunks_exact(own).flat_map(padded).collect())
+}
+
+/// A tensor of the model that is no linear layer's weight, and the type that it is to be stored in.
+pub fn vector(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<(Vec<f32>, Float)> {
+    let tensor = checkpoint.tensor(name)?;
+    let kind = checkpoint.padding().map_or(Vector::Same, |p| p.vector(name));
+    let Some(padding) = checkpoint.padding().filter(|_| kind != Vector::Same) else {
+        let values = dense::read(&tensor, shape)?;
+        return Ok((values, dense::float_of(&tensor)?));
+    };
+    let mut values = dense::read(&tensor, &[padding.hidden.0])?;
+    let mut float = dense::float_of(&tensor)?;
+    if kind == Vector::Norm {
+        let factor = padding.norm_factor();
+        values.iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
+        float = Float::F32;
+    }
+    values.resize(padding.hidden.1, 0.0);
+    Ok((values, float))
+}
+
+fn stored_biases(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused, layer: usize) -> Result<Vec<f32>> {
     let (out, _) = fused.shape(config);
     let mut all = vec![0f32; config.experts * out];
     let whole = format!("{}_bias", fused.name(layer));

@@ -6,10 +6,13 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use super::{Rows, Weight};
+use crate::algorithms::rtn::Codes;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::containers::compressed_tensors::{Activations, Scheme, Strategy};
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::formats::mxfp4::{BLOCK, BLOCK_BYTES};
+use crate::formats::{MXFP4, Params, mx};
 use crate::model::{self, Fused, Linear, ModelConfig};
 use crate::ops::decode;
 use crate::ops::dequantize::Blocks;
@@ -86,6 +89,22 @@ impl Rows for ExpertRows<'_> {
             let at = (self.first + row * self.step) * self.blocks.groups + columns.start / BLOCK;
             let codes = &self.blocks.codes[at * BLOCK_BYTES..][..groups * BLOCK_BYTES];
             decode::decode_row(codes, &self.blocks.scales[at..][..groups], out);
+        }
+    }
+
+    fn stored(&self) -> Option<Scheme> {
+        Some(Scheme { weights: MXFP4, strategy: Strategy::Group(BLOCK), activations: Activations::Float })
+    }
+
+    fn codes(&self, rows: Range<usize>, out: &mut Codes) {
+        out.codes.clear();
+        out.params.clear();
+        for row in rows {
+            let at = (self.first + row * self.step) * self.blocks.groups;
+            let bytes = &self.blocks.codes[at * BLOCK_BYTES..(at + self.blocks.groups) * BLOCK_BYTES];
+            out.codes.extend(bytes.iter().flat_map(|b| [(b & 15) as i8, (b >> 4) as i8]));
+            let scales = &self.blocks.scales[at..at + self.blocks.groups];
+            out.params.extend(scales.iter().map(|&e| Params { scale: mx::scale(e), zero_point: 0.0 }));
         }
     }
 }

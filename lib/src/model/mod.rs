@@ -7,6 +7,7 @@
 mod config;
 pub mod forward;
 pub mod gguf;
+pub mod padding;
 pub mod reference;
 pub mod rope;
 mod settings;

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use super::padding::Padding;
 use super::{Fused, Linear, ModelConfig, Proj, Settings};
 use crate::checkpoint::source::Checkpoint;
-use crate::containers::{self, dense};
+use crate::containers;
 use crate::device::{Attention, Device, Experts};
 use crate::error::Result;
 use crate::formats::activations::Activations;
@@ -52,7 +53,13 @@ pub struct Head<'w, D: Device> {
 impl Model {
     /// Opens the checkpoint in `dir`; weights are read when they are used.
     pub fn open(dir: &Path) -> Result<Self> {
-        let checkpoint = Checkpoint::open(dir)?;
+        Self::open_padded(dir, None)
+    }
+
+    /// The same, as the wider model that [`Padding`] makes of it.
+    pub fn open_padded(dir: &Path, padding: Option<Padding>) -> Result<Self> {
+        let mut checkpoint = Checkpoint::open(dir)?;
+        padding.into_iter().for_each(|p| checkpoint.pad(p));
         let config = ModelConfig::parse(dir, &checkpoint.config)?;
         let settings = Settings::parse(dir, &checkpoint.config, &config)?;
         if let Some(head) = checkpoint.get("lm_head.weight").filter(|_| config.tied) {
@@ -177,6 +184,6 @@ impl Model {
     }
 
     fn plain(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        dense::read(&self.checkpoint.tensor(name)?, shape)
+        containers::vector(&self.checkpoint, name, shape).map(|v| v.0)
     }
 }

@@ -104,6 +104,9 @@ pub struct Recipe {
     /// What rounded weights are written as.
     #[serde(default)]
     pub container: Container,
+    /// Hidden and intermediate width grow to multiples of this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pad_to: Option<usize>,
     /// Most bytes of data in a shard.
     pub shard_size: u64,
     /// What was decided on the way to this recipe, such as a fallback; stands among the manifest's notes as well.
@@ -134,6 +137,7 @@ impl Recipe {
             calibration: Calibration::default(),
             kernels: Kernels::default(),
             container: Container::default(),
+            pad_to: None,
             shard_size: SHARD_SIZE,
             notes: Vec::new(),
         }
@@ -183,7 +187,8 @@ impl Recipe {
             Container::Dense => "-dense",
             Container::Gguf => "-gguf",
         };
-        format!("{model}{sparse}-{}-{}-experts-{}-mw-{}{container}", tag(e), tag(m), e.scheme, m.scheme)
+        let wide = self.pad_to.map_or(String::new(), |n| format!("-pad{n}"));
+        format!("{model}{wide}{sparse}-{}-{}-experts-{}-mw-{}{container}", tag(e), tag(m), e.scheme, m.scheme)
     }
 }
 

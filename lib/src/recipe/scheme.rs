@@ -234,7 +234,7 @@ impl LayerRecipe {
         let blocks = |weights: NumberFormat, group: usize| {
             if !inp.is_multiple_of(group) {
                 return Err(Error::Refused(format!(
-                    "in_features {inp} of {} is no multiple of {}'s block, {group}",
+                    "in_features {inp} of {} is no multiple of {}'s block, {group}; use --pad-to {group}",
                     linear.module(),
                     weights.name()
                 )));

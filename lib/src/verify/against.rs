@@ -5,9 +5,10 @@ use std::path::Path;
 
 use crate::algorithms::rtn::ErrorSums;
 use crate::checkpoint::source::Checkpoint;
-use crate::containers::{self, dense};
+use crate::containers;
 use crate::error::{Error, Result};
 use crate::manifest::{ErrorReport, TensorReport};
+use crate::model::padding::Padding;
 use crate::model::{self, Linear, ModelConfig, Proj, Role};
 use crate::ops::round;
 use crate::pipeline::executor;
@@ -53,9 +54,14 @@ type Moved = BTreeMap<String, Vec<f32>>;
 /// # Errors
 /// Where one of them cannot be read, or where they are of different models.
 pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress: &Progress) -> Result<Comparison> {
-    let (a, b) = (Checkpoint::open(src)?, Checkpoint::open(dir)?);
-    let config = ModelConfig::parse(src, &a.config)?;
+    let (mut a, b) = (Checkpoint::open(src)?, Checkpoint::open(dir)?);
+    let mut config = ModelConfig::parse(src, &a.config)?;
     let other = ModelConfig::parse(dir, &b.config)?;
+    let padding = Padding::between(&config, &other);
+    if let Some(padding) = padding {
+        a.pad(padding);
+        config = ModelConfig::parse(src, &a.config)?;
+    }
     if config != other {
         let (s, d) = (src.display(), dir.display());
         return Err(Error::Refused(format!("{s} and {d} are of different shapes ({config:?} and {other:?})")));
@@ -102,14 +108,18 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
         let stored = b.get(&name).map_or_else(|| "split".into(), |t| t.info.dtype.to_string().to_lowercase());
         tensors.push(TensorReport { name, tensors: 1, parameters: s.count, stored, error: Some(summary(s, None)) });
     }
-    let notes = (!moved.is_empty()).then(|| {
+    let mut notes: Vec<String> = padding.iter().map(|p| {
+        let ((h, wide_h), (i, wide_i)) = (p.hidden, p.intermediate);
+        format!("the source is compared as the wider model that it was padded to: hidden size {h} as {wide_h}, intermediate size {i} as {wide_i}")
+    }).collect();
+    notes.extend((!moved.is_empty()).then(|| {
         let names: Vec<&str> = moved.keys().map(String::as_str).collect();
         format!(
             "scales went from norms into what reads them, and are taken back in this comparison: {}",
             names.join(", ")
         )
-    });
-    Ok(Comparison { tensors, total: summary(&total, None), notes: notes.into_iter().collect() })
+    }));
+    Ok(Comparison { tensors, total: summary(&total, None), notes })
 }
 
 /// Norms that differ by powers of two alone, as AWQ and SmoothQuant here make them.
@@ -118,7 +128,7 @@ fn moved(a: &Checkpoint, b: &Checkpoint, config: &ModelConfig) -> Result<Moved> 
     for name in
         (0..config.layers).flat_map(|l| [Proj::Q, Proj::Gate].into_iter().filter_map(move |p| norm_before(p, l)))
     {
-        let read = |c: &Checkpoint| dense::read(&c.tensor(&name)?, &[config.hidden]);
+        let read = |c: &Checkpoint| containers::vector(c, &name, &[config.hidden]).map(|v| v.0);
         let (was, is) = (read(a)?, read(b)?);
         let ratio = |(was, is): (&f32, &f32)| if was == is { 1.0 } else { was / is };
         let scales: Vec<f32> = was.iter().zip(&is).map(ratio).collect();
@@ -186,7 +196,8 @@ impl Pair {
                 }
             }
             Self::Plain(name, shape) => {
-                let (mut x, mut y) = (dense::read(&a.tensor(name)?, shape)?, dense::read(&b.tensor(name)?, shape)?);
+                let mut x = containers::vector(a, name, shape)?.0;
+                let mut y = containers::vector(b, name, shape)?.0;
                 if let Some(scales) = moved.get(name) {
                     y.iter_mut().zip(scales).for_each(|(y, s)| *y *= s);
                 }

@@ -12,10 +12,12 @@ use crate::algorithms::rtn::Codes;
 use crate::checkpoint::gguf::{Storage, Tensor};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::containers::compressed_tensors::{Activations, Scheme, Strategy};
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::formats::ggml::Ggml;
 use crate::formats::mxfp4::BLOCK_BYTES;
+use crate::formats::{MXFP4, NumberFormat};
 use crate::model::{self, Linear, ModelConfig, Proj};
 use crate::ops::decode;
 
@@ -123,7 +125,13 @@ impl Rows for BlockRows<'_> {
         }
     }
 
-    fn codes(&self, rows: Range<usize>, out: &mut Codes) -> bool {
+    fn stored(&self) -> Option<Scheme> {
+        // What gpt-oss is published in is the same in every container.
+        let weights = if self.ty == Ggml::Mxfp4 { MXFP4 } else { NumberFormat::Ggml(self.ty) };
+        Some(Scheme { weights, strategy: Strategy::Group(self.ty.group()), activations: Activations::Float })
+    }
+
+    fn codes(&self, rows: Range<usize>, out: &mut Codes) {
         let width = self.ty.row_bytes(self.shape.1);
         out.codes.resize(rows.len() * self.shape.1, 0);
         out.params.clear();
@@ -131,7 +139,6 @@ impl Rows for BlockRows<'_> {
         for (block, codes) in blocks.zip(out.codes.chunks_exact_mut(self.ty.group())) {
             out.params.push(self.ty.unpack(block, codes));
         }
-        true
     }
 }
 

@@ -33,7 +33,7 @@ pub(super) fn hash_of(text: &Text) -> String {
 
 /// Runs a plan whose recipe looks at a text.
 pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Resources, text: &Text) -> Result<Done> {
-    let model = Model::open(&paths.src)?;
+    let model = Model::open_padded(&paths.src, plan.padding)?;
     crate::evaluate::fits(&model, &model, &text.sequences)?;
     let device = Cpu::new(resources.threads)?;
     check_memory(resources.max_memory, &model.config)?;

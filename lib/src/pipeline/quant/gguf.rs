@@ -13,8 +13,8 @@ use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::TensorRef;
 use crate::containers::compressed_tensors::{Activations, Scheme};
 use crate::containers::dense::FLOATS;
+use crate::containers::gguf;
 use crate::containers::openai::Experts as Blocks;
-use crate::containers::{self, gguf};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::formats::ggml::Ggml;
@@ -77,7 +77,7 @@ impl<'a> Plan<'a> {
         let settings = Settings::parse(dir, &self.raw_config, &self.config)?;
         let mut keys = model::gguf::metadata(&self.config, &settings, &model_name(dir, &self.config))?;
         keys.push(("general.file_type".into(), Value::U32(self.file_type())));
-        if self.source.is_some() || dir.is_dir() {
+        if self.source.is_some() || dir.join(text::tokenizer::TOKENIZER).exists() {
             keys.extend(text::gguf::metadata(dir, &self.raw_config, self.config.vocab)?);
         }
         Ok(keys)
@@ -137,8 +137,14 @@ impl<'a> Plan<'a> {
     /// A tensor of floats that stay, or become F32.
     fn gguf_floats(&mut self, slot: &Slot, dtype: Dtype) -> Result<()> {
         let to = self.add_gguf(slot.group, &slot.name, Storage::Float(dtype), &slot.shape);
-        self.stay(slot, if dtype == Dtype::F32 { "float32" } else { self.float_of(&slot.name)?.config_name() });
+        self.stay(slot, Float::of(dtype).expect("a float type").config_name());
         let Some(source) = self.source else { return Ok(()) };
+        if self.is_padded() {
+            return match slot.role {
+                Role::Weight(linear) => self.gguf_rows(slot.group, linear, to),
+                _ => self.vector(slot, to),
+            };
+        }
         let tensor = source.tensor(&slot.name)?;
         tensor.expect(&FLOATS, &slot.shape)?;
         let float = Float::of(dtype).expect("a float type");
@@ -173,6 +179,16 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// The rows of a float matrix of a wider model, in the type of tensor `to`.
+    fn gguf_rows(&mut self, group: usize, linear: Linear, to: usize) -> Result<()> {
+        let weight = self.open(&linear)?.0;
+        let float = Float::of(self.tensors[to].spec.dtype).expect("a float type");
+        let job = self.jobs.len();
+        self.job(linear, weight, float, Place::Plain { to, first: 0 });
+        self.units_of(group, job..job + 1);
+        Ok(())
+    }
+
     /// One projection of all experts of a layer.
     fn gguf_experts(&mut self, slot: &Slot, fused: Fused, layer: usize, proj: Proj) -> Result<()> {
         let each: Vec<Linear> = (0..self.config.experts).map(|expert| Linear { proj, layer, expert }).collect();
@@ -184,6 +200,16 @@ impl<'a> Plan<'a> {
             let to = self.add_gguf(slot.group, &name, Storage::Blocks(Ggml::Mxfp4), &shape);
             let report = Slot { name: gguf::module(&each[0]), shape: shape.to_vec(), ..slot.clone() };
             self.stay(&report, "mxfp4");
+            if self.is_padded() {
+                for linear in each {
+                    let weight = self.open(&linear)?;
+                    let job = self.jobs.len();
+                    let place = Place::Blocks { to, first: linear.expert * out, ty: Ggml::Mxfp4 };
+                    self.job(linear, weight.0, weight.1, place);
+                    self.units_of(slot.group, job..job + 1);
+                }
+                return Ok(());
+            }
             let Some(source) = self.source else { return Ok(()) };
             let blocks = Blocks::open(source, &self.config, fused, layer)?;
             let blocks = blocks.ok_or_else(|| Error::Refused(format!("{} has no MXFP4 blocks", slot.name)))?;
@@ -218,20 +244,12 @@ impl<'a> Plan<'a> {
             self.add_gguf(slot.group, &name, Storage::Float(Dtype::F32), &[self.config.experts, out / step]);
         }
         self.stay(slot, "float32");
-        let Some(source) = self.source else { return Ok(()) };
-        containers::expert_biases(source, &self.config, fused, layer)?;
-        let bytes = slot.shape.iter().product::<usize>() as u64 * 4;
-        self.units.push(Unit { group: Some(slot.group), bytes, work: Work::SplitBiases { to, fused, layer } });
-        Ok(())
+        self.bias_unit(slot, fused, layer, Work::SplitBiases { to, fused, layer })
     }
 
     /// Writes the biases that [`Self::gguf_biases`] planned.
     pub(super) fn write_split_biases(&self, to: usize, fused: Fused, layer: usize, sink: &Sink) -> Result<()> {
-        let source = self.source.expect("weights are there in a run");
-        let all = containers::expert_biases(source, &self.config, fused, layer)?;
-        if let Some(tensor) = source.get(&format!("{}_bias", fused.name(layer))) {
-            copy::check(&tensor, &(0..tensor.bytes.len()))?;
-        }
+        let all = self.biases_of(fused, layer)?;
         for (i, &(_, first, step)) in fused.parts().iter().enumerate() {
             let part: Vec<u8> = all.iter().skip(first).step_by(step).flat_map(|v| v.to_le_bytes()).collect();
             sink.write(to + i, 0, &part)?;

@@ -6,7 +6,6 @@ use std::sync::{Arc, OnceLock};
 use super::store::{Lane, Place, Store};
 use super::{LinearJob, Plan, Work};
 use crate::checkpoint::header::TensorSpec;
-use crate::containers::dense::FLOATS;
 use crate::containers::{self, Weight};
 use crate::error::{Error, Result};
 use crate::formats::MXFP4;
@@ -36,7 +35,11 @@ impl<'a> Plan<'a> {
         let scheme = |i: usize| self.coded(&each[i]);
         let mut all = 0..treated.len();
         if treated.iter().all(Option::is_none) {
-            Experts::Stay
+            match (self.is_padded(), self.mxfp4) {
+                (false, _) => Experts::Stay,
+                (true, true) => Experts::Native,
+                (true, false) => Experts::Fused,
+            }
         } else if all.clone().all(|i| scheme(i).is_none()) {
             Experts::Fused
         } else if all.all(|i| scheme(i).is_some_and(|s| s.weights == MXFP4)) {
@@ -49,6 +52,12 @@ impl<'a> Plan<'a> {
     /// The weights of all experts of a layer, which do not stay.
     pub(super) fn experts(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
         let kind = self.experts[layer];
+        let treated = |expert, proj| self.treated.contains_key(&Linear { proj, layer, expert });
+        if (0..self.config.experts).all(|expert| fused.parts().iter().all(|p| !treated(expert, p.0))) {
+            let one = Linear { proj: fused.parts()[0].0, layer, expert: 0 };
+            let float = self.open(&one)?.1.config_name();
+            self.stay(slot, if kind == Experts::Native { "mxfp4" } else { float });
+        }
         let one = Linear { proj: fused.parts()[0].0, layer, expert: 0 };
         let to = match kind {
             Experts::Native => {
@@ -121,10 +130,12 @@ impl<'a> Plan<'a> {
 
     pub(super) fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
         let store = Store { place, shape: linear.shape(&self.config), float };
+        let kept = store.takes_codes() && !self.treated.contains_key(&linear);
         self.jobs.push(LinearJob {
             linear,
             weight,
             float,
+            kept,
             scheme: self.scheme(&linear),
             extremes: OnceLock::new(),
             store,
@@ -146,6 +157,7 @@ impl<'a> Plan<'a> {
                 }
                 let (rows, bytes) = (rows.clone(), (bytes * rows.len() / out) as u64);
                 let work = match self.jobs[job].scheme {
+                    _ if self.jobs[job].kept => Work::Keep { job, rows },
                     Some(_) => Work::Quantize { job, rows },
                     None => Work::Plain { job, rows },
                 };
@@ -165,11 +177,23 @@ impl<'a> Plan<'a> {
             }
         }
         self.stay(slot, float.config_name());
+        self.bias_unit(slot, fused, layer, Work::Biases { to, fused, layer, float })
+    }
+
+    /// The biases of a layer's experts as they were, but wider.
+    pub(super) fn fused_biases(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
+        let float = self.float_of(&slot.name)?;
+        let to = self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()));
+        self.stay(slot, float.config_name());
+        self.bias_unit(slot, fused, layer, Work::FusedBiases { to, fused, layer, float })
+    }
+
+    /// The unit that does `work`, where biases are there.
+    pub(super) fn bias_unit(&mut self, slot: &Slot, fused: Fused, layer: usize, work: Work<'a>) -> Result<()> {
         let Some(source) = self.source else { return Ok(()) };
-        let tensor = source.tensor(&slot.name)?;
-        tensor.expect(&FLOATS, &slot.shape)?;
-        let work = Work::Biases { to, tensor, fused };
-        self.units.push(Unit { group: Some(slot.group), bytes: tensor.bytes.len() as u64, work });
+        containers::expert_biases(source, &self.config, fused, layer)?;
+        let bytes = slot.shape.iter().product::<usize>() as u64 * 2;
+        self.units.push(Unit { group: Some(slot.group), bytes, work });
         Ok(())
     }
 }

@@ -31,6 +31,7 @@ use crate::error::{Error, Result};
 use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
+use crate::model::padding::{Padding, Vector};
 use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
 use crate::ops::dequantize::Blocks;
 use crate::recipe::{Container, Recipe, Rules, Treatment};
@@ -56,8 +57,14 @@ pub(super) enum Work<'a> {
     Blocks { to: usize, blocks: Blocks<'a>, scales: TensorRef<'a>, expert: usize, proj: Proj },
     /// The biases of all experts of a layer; tensor `to` is the first part of all.
     SplitBiases { to: usize, fused: Fused, layer: usize },
-    /// Split the fused biases of a layer's experts; tensor `to` is the first expert's first part.
-    Biases { to: usize, tensor: TensorRef<'a>, fused: Fused },
+    /// The biases of all experts of a layer, an expert and projection a tensor, from `to` on.
+    Biases { to: usize, fused: Fused, layer: usize, float: Float },
+    /// The biases of all experts of a layer in one tensor.
+    FusedBiases { to: usize, fused: Fused, layer: usize, float: Float },
+    /// A norm's weight or a bias.
+    Vector { to: usize, name: String },
+    /// Rows of a linear layer whose codes stay what they are.
+    Keep { job: usize, rows: Range<usize> },
 }
 
 /// One linear layer that is opened and rewritten.
@@ -66,6 +73,8 @@ struct LinearJob<'a> {
     weight: Option<Weight<'a>>,
     float: Float,
     scheme: Option<Scheme>,
+    /// Whether the source's codes go where codes go.
+    kept: bool,
     /// Least and greatest weight, once somebody asked.
     extremes: OnceLock<(f32, f32)>,
     store: Store,
@@ -78,6 +87,7 @@ pub struct Plan<'a> {
     config: ModelConfig,
     recipe: Recipe,
     mxfp4: bool,
+    padding: Option<Padding>,
     jobs: Vec<LinearJob<'a>>,
     units: Vec<Unit<Work<'a>>>,
     tensors: Vec<Planned>,
@@ -109,7 +119,18 @@ impl<'a> Plan<'a> {
         recipe: Recipe,
         source: Option<&'a Checkpoint>,
     ) -> Result<Self> {
-        let config = ModelConfig::parse(dir, raw_config)?;
+        let mut raw_config = raw_config.clone();
+        let mut config = ModelConfig::parse(dir, &raw_config)?;
+        // A source is padded by whoever opened it.
+        let padding = match (source, recipe.pad_to) {
+            (Some(source), _) => source.padding(),
+            (None, Some(n)) => Padding::to_multiple(&config, n)?,
+            (None, None) => None,
+        };
+        if let Some(p) = padding.filter(|_| source.is_none()) {
+            p.apply(&mut raw_config);
+            config = ModelConfig::parse(dir, &raw_config)?;
+        }
         let method =
             raw_config.get("quantization_config").map(|q| q["quant_method"].as_str().unwrap_or("?").to_owned());
         if let Some(m) = method.as_deref().filter(|&m| m != "mxfp4") {
@@ -124,10 +145,11 @@ impl<'a> Plan<'a> {
         };
         let mut plan = Self {
             source,
-            raw_config: raw_config.clone(),
+            raw_config,
             config,
             recipe,
             mxfp4,
+            padding,
             jobs: Vec::new(),
             units: Vec::new(),
             tensors: Vec::new(),
@@ -200,8 +222,8 @@ impl<'a> Plan<'a> {
                 }
             }
         }
-        // To a GGUF file there is something to do all the same.
-        if self.treated.is_empty() && !self.is_gguf() {
+        // A GGUF file, or a wider model, is something to make all the same.
+        if self.treated.is_empty() && !self.is_gguf() && !self.is_padded() {
             return Err(Error::Refused(
                 "the recipe ignores or keeps every linear layer: nothing is left to quantize".into(),
             ));
@@ -230,7 +252,12 @@ impl<'a> Plan<'a> {
             Role::ExpertBias(fused, layer) if self.experts[layer] == Experts::Modules => {
                 self.biases(slot, fused, layer)
             }
+            Role::ExpertBias(fused, layer) if self.is_padded() => self.fused_biases(slot, fused, layer),
             Role::Weight(linear) if self.treated.contains_key(&linear) => self.linear(slot.group, linear),
+            Role::Weight(linear) if self.is_padded() && !self.is_changed(&slot.name, &slot.role) => {
+                self.stay(slot, self.float_of(&slot.name)?.config_name());
+                self.linear(slot.group, linear)
+            }
             _ => {
                 if let Role::Weight(linear) = slot.role {
                     self.unquantized.push(linear.module());
@@ -242,13 +269,60 @@ impl<'a> Plan<'a> {
                     self.changed.insert(slot.name.clone(), (to, float));
                     return Ok(());
                 }
+                if self.is_padded() {
+                    let to = self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()));
+                    return self.vector(slot, to);
+                }
                 self.copy(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()), &FLOATS)
             }
         }
     }
 
+    /// The type in which a float tensor that stays is written.
     fn float_of(&self, tensor: &str) -> Result<Float> {
-        self.source.map_or(Ok(Float::Bf16), |s| float_of(&s.tensor(tensor)?))
+        let scaled = self.padding.is_some_and(|p| p.vector(tensor) == Vector::Norm);
+        match self.source {
+            _ if scaled => Ok(Float::F32),
+            Some(source) => float_of(&source.tensor(tensor)?),
+            None => Ok(Float::Bf16),
+        }
+    }
+
+    /// Whether the model becomes wider.
+    fn is_padded(&self) -> bool {
+        self.padding.is_some()
+    }
+
+    /// A norm's weight or a bias of a wider model.
+    fn vector(&mut self, slot: &Slot, to: usize) -> Result<()> {
+        let Some(source) = self.source else { return Ok(()) };
+        containers::vector(source, &slot.name, &slot.shape)?;
+        let bytes = self.tensors[to].spec.byte_len() as u64;
+        let work = Work::Vector { to, name: slot.name.clone() };
+        self.units.push(Unit { group: Some(slot.group), bytes, work });
+        Ok(())
+    }
+
+    /// Writes a norm's weight or a bias.
+    fn write_vector(&self, to: usize, name: &str, sink: &Sink) -> Result<()> {
+        let source = self.source.expect("weights are there in a run");
+        let spec = &sink.layout().tensors[to].spec;
+        let tensor = source.tensor(name)?;
+        copy::check(&tensor, &(0..tensor.bytes.len()))?;
+        let (values, _) = containers::vector(source, name, &spec.shape)?;
+        let float = Float::of(spec.dtype).expect("floats were planned");
+        let mut bytes = Vec::with_capacity(spec.byte_len());
+        values.iter().for_each(|&v| float.write(v, &mut bytes));
+        sink.write(to, 0, &bytes)
+    }
+
+    /// The biases of a layer's experts, gate and up interleaved.
+    fn biases_of(&self, fused: Fused, layer: usize) -> Result<Vec<f32>> {
+        let source = self.source.expect("weights are there in a run");
+        if let Some(tensor) = source.get(&format!("{}_bias", fused.name(layer))) {
+            copy::check(&tensor, &(0..tensor.bytes.len()))?;
+        }
+        containers::expert_biases(source, &self.config, fused, layer)
     }
 
     fn stay(&mut self, slot: &Slot, stored: &str) {
@@ -382,19 +456,29 @@ impl<'a> Plan<'a> {
         }
     }
 
-    fn split_biases(&self, to: usize, tensor: &TensorRef, fused: Fused, sink: &Sink) -> Result<()> {
-        copy::check(tensor, &(0..tensor.bytes.len()))?;
-        let size = float_of(tensor)?.size();
+    fn split_biases(&self, to: usize, fused: Fused, layer: usize, float: Float, sink: &Sink) -> Result<()> {
         let (out, _) = fused.shape(&self.config);
         let mut number = to;
-        for expert in tensor.bytes.chunks_exact(out * size) {
+        for expert in self.biases_of(fused, layer)?.chunks_exact(out) {
             for &(_, first, step) in fused.parts() {
-                let part: Vec<u8> = expert.chunks_exact(size).skip(first).step_by(step).flatten().copied().collect();
+                let mut part = Vec::new();
+                expert.iter().skip(first).step_by(step).for_each(|&v| float.write(v, &mut part));
                 sink.write(number, 0, &part)?;
                 number += 1;
             }
         }
         Ok(())
+    }
+
+    /// Writes rows whose codes stay what they are.
+    fn keep(&self, job: &LinearJob, rows: &Range<usize>, codes: &mut Codes, sink: &Sink) -> Result<()> {
+        let weight = job.weight.as_ref().expect("weights are there in a run");
+        weight.codes(rows.clone(), codes);
+        if let Some(at) = codes.params.iter().position(|p| !p.scale.is_finite() || !p.zero_point.is_finite()) {
+            let (module, row) = (job.linear.module(), rows.start + at * rows.len() / codes.params.len());
+            return Err(self.about(job, format!("{module} has a scale that is NaN or infinite at row {row}")));
+        }
+        job.store.write(rows.clone(), Values::Codes(codes), sink)
     }
 }
 
@@ -417,15 +501,16 @@ impl<'a> Pipeline for Plan<'a> {
 
     fn shard_of(&self, work: &Work) -> Option<usize> {
         match work {
-            Work::Copy { tensor, .. } | Work::Biases { tensor, .. } | Work::Convert { tensor, .. } => {
-                Some(tensor.shard)
-            }
+            Work::Copy { tensor, .. } | Work::Convert { tensor, .. } => Some(tensor.shard),
             Work::Blocks { scales, .. } => Some(scales.shard),
-            Work::SplitBiases { fused, layer, .. } => {
+            Work::Vector { name, .. } => self.source?.get(name).map(|t| t.shard),
+            Work::SplitBiases { fused, layer, .. }
+            | Work::Biases { fused, layer, .. }
+            | Work::FusedBiases { fused, layer, .. } => {
                 let source = self.source?;
                 source.get(&format!("{}_bias", fused.name(*layer))).map(|t| t.shard)
             }
-            Work::Quantize { job, .. } | Work::Plain { job, .. } => {
+            Work::Quantize { job, .. } | Work::Plain { job, .. } | Work::Keep { job, .. } => {
                 self.source_tensor(&self.jobs[*job].linear).map(|t| t.shard)
             }
         }
@@ -441,7 +526,14 @@ impl<'a> Pipeline for Plan<'a> {
                 gguf::write_blocks(*to, (blocks, scales), *expert, *proj, sink)?;
             }
             Work::SplitBiases { to, fused, layer } => self.write_split_biases(*to, *fused, *layer, sink)?,
-            Work::Biases { to, tensor, fused } => self.split_biases(*to, tensor, *fused, sink)?,
+            Work::Biases { to, fused, layer, float } => self.split_biases(*to, *fused, *layer, *float, sink)?,
+            Work::FusedBiases { to, fused, layer, float } => {
+                let mut bytes = Vec::new();
+                self.biases_of(*fused, *layer)?.iter().for_each(|&v| float.write(v, &mut bytes));
+                sink.write(*to, 0, &bytes)?;
+            }
+            Work::Vector { to, name } => self.write_vector(*to, name, sink)?,
+            Work::Keep { job, rows } => self.keep(&self.jobs[*job], rows, &mut scratch.codes, sink)?,
             Work::Plain { job, rows } => {
                 let job = &self.jobs[*job];
                 self.read(job, rows, scratch);

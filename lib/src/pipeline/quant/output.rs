@@ -1,6 +1,6 @@
 //! What a quantization says of itself: the output's config.json, the plan's manifest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
@@ -10,6 +10,7 @@ use crate::containers::compressed_tensors::{Scheme, Strategy, config};
 use crate::formats::float::Float;
 use crate::formats::{MXFP4, NumberFormat};
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
+use crate::model::gguf::TOKENS;
 use crate::model::{Class, Linear, Proj};
 use crate::recipe::{Container, Treatment};
 use crate::runtimes::{self, ExpertLayout, MainLayout};
@@ -182,7 +183,13 @@ impl Plan<'_> {
             weights_read: self.source.is_some(),
         });
         let mut families: BTreeMap<(usize, String), TensorReport> = BTreeMap::new();
-        for job in &self.jobs {
+        // What stays is in a list of its own.
+        let told: BTreeSet<&str> = self.stays.iter().map(|s| s.1.name.as_str()).collect();
+        let is_told = |l: &Linear| {
+            let fused = l.proj.fused().map(|f| f.name(l.layer));
+            told.contains(&*format!("{}.weight", l.module())) || fused.is_some_and(|f| told.contains(&*f))
+        };
+        for job in self.jobs.iter().filter(|j| !j.kept && !is_told(&j.linear)) {
             let (out, inp) = job.linear.shape(&self.config);
             let family = Family::of(&job.linear);
             let group = job.linear.layer + 1;
@@ -226,10 +233,35 @@ impl Plan<'_> {
                     .into(),
             );
         }
+        if self.is_gguf() && self.metadata.iter().all(|(key, _)| key != TOKENS) {
+            manifest
+                .notes
+                .push("planned from a config alone: the size is without the tokenizer, which a run needs".into());
+        }
+        if self.recipe.pad_to.is_some() {
+            manifest.notes.push(self.said_of_padding());
+        }
         if self.layout_word() == "compressed-tensors+mxfp4" {
             manifest.notes.push(format!(
                 "experts are MXFP4 blocks and scales beside compressed-tensors modules; a runtime must read {KEPT} in config.json"
             ));
+        }
+    }
+}
+
+impl Plan<'_> {
+    fn said_of_padding(&self) -> String {
+        let (h, i) = (self.config.hidden, self.config.intermediate);
+        match self.padding {
+            None => format!("hidden size {h} and intermediate size {i} are multiples of --pad-to already"),
+            Some(p) if p.hidden.0 == p.hidden.1 => {
+                format!("intermediate size is padded from {} to {i}", p.intermediate.0)
+            }
+            Some(p) => format!(
+                "hidden size is padded from {} to {h}, intermediate size from {} to {i}; norms' weights are F32, and a runtime \
+                 that rounds them to BF16 changes outputs by a little",
+                p.hidden.0, p.intermediate.0
+            ),
         }
     }
 }
