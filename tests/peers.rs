@@ -138,6 +138,59 @@ fn compressed_tensors_rounds_activations_as_our_forward_does() {
     }
 }
 
+/// Logits of the golden sequences by the library's forward, with the ids, as safetensors.
+fn write_logits(model: &Path, golden: &Path, to: &Path) {
+    let bytes = std::fs::read(golden).unwrap();
+    let ids = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let ids = ids.tensor("input_ids").unwrap();
+    let &[sequences, length] = ids.shape() else { panic!("a matrix") };
+    let (model, device) = (Model::open(model).unwrap(), Cpu::new(2).unwrap());
+    let all: Vec<u32> = ids.data().chunks(8).map(|b| u32::from_le_bytes(b[..4].try_into().unwrap())).collect();
+    let mut logits = Vec::new();
+    for sequence in all.chunks(length) {
+        let mut session = forward::Session::new(&device, &model).unwrap();
+        let hidden = session.advance(sequence).unwrap();
+        let all = session.logits(&hidden).unwrap();
+        logits.extend(device.download(all).unwrap().iter().flat_map(|v| v.to_le_bytes()));
+    }
+    let shape = vec![sequences, length, model.config.vocab];
+    let views = [
+        (
+            "input_ids",
+            safetensors::tensor::TensorView::new(safetensors::Dtype::I64, ids.shape().to_vec(), ids.data()).unwrap(),
+        ),
+        ("logits", safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, &logits).unwrap()),
+    ];
+    safetensors::serialize_to_file(views, None, to).unwrap();
+}
+
+#[test]
+fn llama_cpp_loads_every_type_and_computes_our_logits() {
+    let golden = root().join("tests/golden/tiny-logits/tiny-logits.safetensors");
+    for (experts, mw, more) in [
+        ("keep", "keep", ""),
+        ("mxfp4", "q8_0", ""),
+        ("q8_0", "q8_0", ""),
+        ("q4_0", "q4_0", ""),
+        ("q4_1", "q5_1", ""),
+        ("q5_0", "q4_1", ""),
+        ("tq2_0", "tq2_0", "--pad-to 256"),
+        ("tq1_0", "q8_0", "--pad-to 256"),
+        ("keep", "keep", "--pad-to 160"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, logits) = (dir.path().join("out"), dir.path().join("logits.safetensors"));
+        let mut quant = command("gptoss-quant --quiet --algo rtn --container gguf --experts");
+        quant.args([experts, "--mw", mw]).args(more.split_whitespace());
+        run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+        write_logits(&out, &golden, &logits);
+        let file = out.join("model.gguf");
+        let said = judge("llama_logits.py", &[&file, &tiny().join("tokenizer.json"), &logits, Path::new("0.01")]);
+        println!("{experts} {mw} {more}: {said}");
+        assert!(said.contains("tokens equal"), "{said}");
+    }
+}
+
 #[test]
 fn transformers_loads_quantized_attention_beside_plain_experts() {
     let dir = tempfile::tempdir().unwrap();

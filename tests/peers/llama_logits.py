@@ -1,6 +1,6 @@
 """llama.cpp loads a GGUF file, tokenizes text as tokenizer.json does, and its logits are near ours.
 
-usage: llama_cpp.py MODEL.gguf TOKENIZER.json LOGITS.safetensors GREATEST_MEAN_KL
+usage: llama_logits.py MODEL.gguf TOKENIZER.json LOGITS.safetensors GREATEST_MEAN_KL
 """
 
 import sys
