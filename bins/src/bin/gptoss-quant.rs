@@ -13,7 +13,7 @@ use gptoss::checkpoint::source::{Checkpoint, has_weights, read_config, read_obje
 use gptoss::manifest::Manifest;
 use gptoss::model::{ModelConfig, padding::Padding};
 use gptoss::pipeline::progress::Progress;
-use gptoss::pipeline::quant::Plan;
+use gptoss::pipeline::quant::{Plan, target::settle};
 use gptoss::pipeline::{Paths, meter::Meter, model_name};
 use gptoss::recipe::Recipe;
 use gptoss::text::{Text, TextRequest, dataset::Split, load, tokenizer::Tokenizer};
@@ -83,8 +83,10 @@ fn quantize(args: &Args) -> Result<ExitCode> {
         return dry_run(args, progress);
     }
     let mut located = source(args.model_in.as_deref(), "--model-in", Wanted::ConfigOnly, progress)?;
-    let config = ModelConfig::parse(&located.dir, &read_config(&located.dir)?)?;
-    let recipe = args.recipe.resolve(&config, false, progress)?;
+    let raw_config = read_config(&located.dir)?;
+    let config = ModelConfig::parse(&located.dir, &raw_config)?;
+    let mut recipe = args.recipe.resolve(&config, false, progress)?;
+    settle(&located.dir, &raw_config, &mut recipe, args.recipe.wish())?;
     args.check_resources(&recipe, &config)?;
     if let (Some(id), true) = (&args.model_in, located.hub.is_some()) {
         located = locate(id, Wanted::Everything, progress)?;
@@ -111,7 +113,8 @@ fn quantize(args: &Args) -> Result<ExitCode> {
 fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let Some(located) = args.model_of_dry_run(progress)? else {
         let (dir, config) = (Path::new(PUBLISHED), ModelConfig::published(PUBLISHED).expect("it is published"));
-        let recipe = args.recipe.resolve(&ModelConfig::parse(dir, &config)?, true, progress)?;
+        let mut recipe = args.recipe.resolve(&ModelConfig::parse(dir, &config)?, true, progress)?;
+        settle(dir, &config, &mut recipe, args.recipe.wish())?;
         let mut manifest = Plan::new(dir, &config, recipe, None)?.preview();
         manifest.notes.push(format!("no model was given: this is planned for {PUBLISHED}"));
         args.common.emit(&manifest)?;
@@ -123,7 +126,8 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let dir = if file { path.parent().unwrap_or(path) } else { path };
     let raw_config = if file { read_object(path)? } else { read_config(path)? };
     let config = ModelConfig::parse(dir, &raw_config)?;
-    let recipe = args.recipe.resolve(&config, true, progress)?;
+    let mut recipe = args.recipe.resolve(&config, true, progress)?;
+    settle(dir, &raw_config, &mut recipe, args.recipe.wish())?;
     args.check_resources(&recipe, &config)?;
     let mut checkpoint = if has_weights { Some(Checkpoint::open(path)?) } else { None };
     if let (Some(checkpoint), Some(padding)) = (&mut checkpoint, padding(&recipe, &config)?) {

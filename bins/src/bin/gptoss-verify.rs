@@ -97,9 +97,9 @@ fn check_folder(dir: &Path, common: &Common) -> Result<ExitCode> {
 fn runtimes(dir: &Path, common: &Common) -> Result<ExitCode> {
     let checkpoint = Checkpoint::open(dir)?;
     let config = ModelConfig::parse(dir, &checkpoint.config)?;
-    let (experts, main) = gptoss::runtimes::layouts(&checkpoint, &config)?;
+    let facts = gptoss::runtimes::facts(&checkpoint, &config)?;
     let mut manifest = Manifest::new("gptoss-verify", Job::Runtimes);
-    manifest.runtimes = gptoss::runtimes::report(experts, main);
+    manifest.runtimes = gptoss::runtimes::report(&facts);
     common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
 }

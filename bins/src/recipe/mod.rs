@@ -8,11 +8,13 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use gptoss::model::{ModelConfig, linears};
 use gptoss::pipeline::progress::Progress;
+use gptoss::pipeline::quant::target::Wish;
 use gptoss::recipe::pattern::Patterns;
 use gptoss::recipe::{
     Container, DEFAULT_IGNORE, GroupSize, LayerRecipe, Mask, Override, Recipe, SchemeName, SmoothQuant, Sparsity,
     alphaquant, llm_compressor, settings, simplify,
 };
+use gptoss::runtimes::Runtime;
 
 pub use self::flags::{
     AlgorithmArgs, FileArgs, Installed, KernelArgs, LayerArgs, StatisticsArgs, Symmetry, WeightType,
@@ -32,11 +34,21 @@ pub struct RecipeArgs {
     statistics: StatisticsArgs,
     #[command(flatten)]
     kernels: KernelArgs,
-    /// What rounded weights are written as: compressed-tensors (experts that all are MXFP4 in OpenAI's own layout), or dense
-    /// (the floats that the codes stand for: as large as the source in BF16, loaded by whatever loads that; holds every
-    /// format) [default: compressed-tensors]
+    /// The runtime that must load the output: vllm, transformers, llama.cpp or native (gptoss-run). It chooses container,
+    /// names and, where nothing else would do, padding; or says by which rule it cannot be, and what comes nearest [default:
+    /// vllm where a rule allows the recipe, else none]
+    #[arg(long, value_name = "RUNTIME", help_heading = "Recipe")]
+    target: Option<Runtime>,
+    /// What the output is: compressed-tensors (experts that all are MXFP4 in OpenAI's own layout), openai (MXFP4 experts in
+    /// that layout, floats beside them, nothing else), dense (the floats that the codes stand for: as large as the source in
+    /// BF16, holds every format), gguf (one file for llama.cpp, tokenizer and all), vllm-int (int4 or int8 experts as w13_*
+    /// and w2_*), vllm-fp8 (FP8 experts in quark's words) [default: what the target asks for]
     #[arg(long, value_name = "NAME", help_heading = "Recipe")]
     container: Option<Container>,
+    /// Change the container alone: codes and scales stay what they are (compressed-tensors int4 or int8 to vllm-int and back,
+    /// MXFP4 to gguf and back)
+    #[arg(long, requires = "container", conflicts_with_all = ["algo", "experts", "mw", "config", "recipe", "pad_to", "target"], help_heading = "Recipe")]
+    keep_codes: bool,
     /// Widen hidden and intermediate size to multiples of N with zeros: the same function, in which group size 128 (N = 128)
     /// and 256-wide formats (N = 256) fit a gpt-oss
     #[arg(long, value_name = "N", help_heading = "Recipe")]
@@ -114,8 +126,16 @@ impl RecipeArgs {
         .into_iter()
     }
 
+    /// Where the output is to go.
+    pub fn wish(&self) -> Wish {
+        Wish { target: self.target, container: self.container }
+    }
+
     /// The recipe for a model of these shapes. What depends on the machine, the kernels, is settled here.
     pub fn resolve(&self, config: &ModelConfig, dry_run: bool, progress: &Progress) -> Result<Recipe> {
+        if let (true, Some(container)) = (self.keep_codes, self.container) {
+            return Ok(Recipe { shard_size: self.shard_size, ..Recipe::keeping_codes(container) });
+        }
         let mut recipe = match (&self.files.config, &self.files.recipe) {
             (Some(file), _) => alphaquant::read(file, config)?,
             (None, Some(file)) => llm_compressor::read(file, config)?,

@@ -6,6 +6,7 @@ pub mod dense;
 pub mod gguf;
 pub mod openai;
 mod padded;
+pub mod vllm;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -66,7 +67,7 @@ pub type Weight<'a> = Box<dyn Rows + 'a>;
 
 type Reader = for<'a> fn(&'a Checkpoint, &ModelConfig, &Linear) -> Result<Option<Weight<'a>>>;
 
-const READERS: [Reader; 4] = [gguf::open, openai::open, compressed_tensors::open, dense::open];
+const READERS: [Reader; 5] = [gguf::open, vllm::open, openai::open, compressed_tensors::open, dense::open];
 
 /// The least and the greatest weight of `linear`, of all that runtimes fuse with it where `fused`; each column times its
 /// scale where a transform has some.
@@ -140,6 +141,7 @@ pub fn known_names(config: &ModelConfig) -> BTreeSet<String> {
             let fused = gguf::module(&Linear { proj, layer, expert: 0 });
             others.extend(["weight", "bias"].map(|t| format!("{fused}.{t}")));
         }
+        others.extend(vllm::names(config, layer));
     }
     known.extend(others);
     known
@@ -181,6 +183,18 @@ pub fn vector(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<(V
     Ok((values, float))
 }
 
+/// The type of a layer's expert biases that are not in one tensor; BF16 where F32 holds nothing more.
+pub fn expert_bias_float(checkpoint: &Checkpoint, fused: Fused, layer: usize) -> Result<Float> {
+    let proj = fused.parts()[0].0;
+    let one = Linear { proj, layer, expert: 0 };
+    let name = match vllm::kind_of(checkpoint, layer) {
+        _ if checkpoint.is_gguf() => format!("{}.bias", gguf::module(&one)),
+        Some(kind) => kind.bias(fused, layer, 0),
+        None => format!("{}.bias", one.module()),
+    };
+    dense::float_of(&checkpoint.tensor(&name)?)
+}
+
 fn stored_biases(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused, layer: usize) -> Result<Vec<f32>> {
     let (out, _) = fused.shape(config);
     let mut all = vec![0f32; config.experts * out];
@@ -195,6 +209,12 @@ fn stored_biases(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused, la
             let name = format!("{}.bias", gguf::module(&Linear { proj, layer, expert: 0 }));
             let values = dense::read(&checkpoint.tensor(&name)?, &[config.experts, out / step])?;
             all.iter_mut().skip(first).step_by(step).zip(values).for_each(|(o, v)| *o = v);
+        }
+        return Ok(all);
+    }
+    if let Some(kind) = vllm::kind_of(checkpoint, layer) {
+        for (expert, biases) in all.chunks_exact_mut(out).enumerate() {
+            biases.copy_from_slice(&dense::read(&checkpoint.tensor(&kind.bias(fused, layer, expert))?, &[out])?);
         }
         return Ok(all);
     }

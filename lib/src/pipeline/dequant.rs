@@ -21,7 +21,7 @@ use crate::formats::mxfp4::{BLOCK, SCALE_NAN};
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
 use crate::ops::dequantize::{HalfCounts, ScalesByGroup, transposed};
-use crate::runtimes::{self, ExpertLayout, MainLayout};
+use crate::runtimes::{self, ExpertLayout, Facts, MainLayout};
 
 /// Output bytes that the fast path makes at a time: about a core's second-level cache. Smaller chunks read each line of
 /// the input more than once, larger ones leave the cache before they are written (lib/benches/dequantize.rs).
@@ -311,7 +311,13 @@ impl<'a> Plan<'a> {
         groups.iter().for_each(|g| conversion += g.conversion);
         manifest.conversion = Some(conversion);
         manifest.runtimes = match self.options.dtype.dtype() {
-            Dtype::BF16 | Dtype::F16 => runtimes::report(ExpertLayout::Dense, MainLayout::Dense),
+            Dtype::BF16 | Dtype::F16 => runtimes::report(&Facts {
+                experts: ExpertLayout::Dense,
+                main: MainLayout::Dense,
+                formats: Vec::new(),
+                hidden: self.config.hidden,
+                eps: self.source.config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-5),
+            }),
             _ => Vec::new(),
         };
         manifest.tensors = self

@@ -104,6 +104,9 @@ pub struct Recipe {
     /// What rounded weights are written as.
     #[serde(default)]
     pub container: Container,
+    /// Codes stay what they are, and only the container changes; no layer is rounded.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_codes: bool,
     /// Hidden and intermediate width grow to multiples of this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pad_to: Option<usize>,
@@ -137,10 +140,17 @@ impl Recipe {
             calibration: Calibration::default(),
             kernels: Kernels::default(),
             container: Container::default(),
+            keep_codes: false,
             pad_to: None,
             shard_size: SHARD_SIZE,
             notes: Vec::new(),
         }
+    }
+
+    /// The recipe that rounds nothing and changes the container alone.
+    pub fn keeping_codes(container: Container) -> Self {
+        let keep = || LayerRecipe::new(SchemeName::Keep);
+        Self { keep_codes: true, container, ..Self::new(keep(), keep()) }
     }
 
     /// How each kind of layer is quantized, with a name for messages.
@@ -179,13 +189,15 @@ impl Recipe {
 
     /// The default name of the output: model, sparsity, algorithms, schemes.
     pub fn output_name(&self, model: &str) -> String {
+        if self.keep_codes {
+            return format!("{model}-{}", self.container.name());
+        }
         let tag = |c: &LayerRecipe| if c.scheme == SchemeName::Keep { "KEEP" } else { c.algorithm.tag() };
         let (e, m) = (&self.experts, &self.mw);
         let sparse = self.sparsity.as_ref().map_or(String::new(), |s| format!("-{}", s.mask.tag()));
         let container = match self.container {
-            Container::CompressedTensors => "",
-            Container::Dense => "-dense",
-            Container::Gguf => "-gguf",
+            Container::CompressedTensors => String::new(),
+            other => format!("-{}", other.name()),
         };
         let wide = self.pad_to.map_or(String::new(), |n| format!("-pad{n}"));
         format!("{model}{wide}{sparse}-{}-{}-experts-{}-mw-{}{container}", tag(e), tag(m), e.scheme, m.scheme)

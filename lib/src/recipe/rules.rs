@@ -1,6 +1,6 @@
 //! What a resolved recipe must hold to, whichever form it came in.
 
-use super::{Container, GroupSize, Kernels, LayerRecipe, Mask, Recipe, SchemeName};
+use super::{GroupSize, Kernels, LayerRecipe, Mask, Recipe, SchemeName};
 use crate::algorithms::Algorithm;
 use crate::error::{Error, Result};
 
@@ -30,7 +30,7 @@ impl Recipe {
     /// Whether any layer needs the W4A8 kernels.
     pub fn has_w4a8(&self) -> bool {
         // Floats need no kernels, whatever they were rounded to.
-        self.container == Container::CompressedTensors && self.layers().any(|(_, l)| l.scheme == W4A8)
+        self.container.is_coded() && self.layers().any(|(_, l)| l.scheme == W4A8)
     }
 
     /// Settles whether the kernels count as installed, and what becomes of w4a8 where they do not.
@@ -143,7 +143,7 @@ fn share(name: &str, x: f64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Pruner, SmoothQuant, Sparsity};
+    use super::super::{Container, Pruner, SmoothQuant, Sparsity};
     use super::*;
 
     fn layer(algorithm: Algorithm, scheme: &str) -> LayerRecipe {

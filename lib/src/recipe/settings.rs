@@ -6,6 +6,7 @@ use std::str::FromStr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::containers::vllm::Kind;
 use crate::error::{Error, Result};
 
 /// How a group's scale is fitted.
@@ -227,25 +228,60 @@ pub enum Container {
     /// compressed-tensors; experts that all are MXFP4 in OpenAI's own layout.
     #[default]
     CompressedTensors,
+    /// OpenAI's MXFP4 in place: experts as blocks and scales, the other weights as they are.
+    Openai,
     /// The floats that the codes stand for, under the names of an unquantized checkpoint: as large as one, and loaded by
     /// whatever loads one.
     Dense,
     /// One GGUF file with the tokenizer in it, for llama.cpp.
     Gguf,
+    /// Integer experts under the names that vLLM's gpt-oss reads, the other weights as compressed-tensors.
+    VllmInt,
+    /// FP8 experts under the names that vLLM's gpt-oss reads, the other weights as they are.
+    VllmFp8,
+}
+
+/// Names on the command line, with what they stand for.
+const CONTAINERS: [(&str, Container); 6] = [
+    ("compressed-tensors", Container::CompressedTensors),
+    ("openai", Container::Openai),
+    ("dense", Container::Dense),
+    ("gguf", Container::Gguf),
+    ("vllm-int", Container::VllmInt),
+    ("vllm-fp8", Container::VllmFp8),
+];
+
+impl Container {
+    /// As the command line spells it.
+    pub fn name(self) -> &'static str {
+        CONTAINERS.iter().find(|c| c.1 == self).map_or("", |c| c.0)
+    }
+
+    /// The kind of vLLM's own names, where it is one.
+    pub fn vllm(self) -> Option<Kind> {
+        match self {
+            Self::VllmInt => Some(Kind::Int),
+            Self::VllmFp8 => Some(Kind::Fp8),
+            _ => None,
+        }
+    }
+
+    /// Whether main weights that are rounded are stored as compressed-tensors' codes.
+    pub fn is_coded(self) -> bool {
+        !matches!(self, Self::Dense | Self::Gguf)
+    }
 }
 
 impl FromStr for Container {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "compressed-tensors" => Ok(Self::CompressedTensors),
-            "dense" => Ok(Self::Dense),
-            "gguf" => Ok(Self::Gguf),
-            other => Err(Error::Refused(format!(
-                "there is no container {other:?}; there are compressed-tensors, dense and gguf"
-            ))),
-        }
+        let names: Vec<&str> = CONTAINERS.iter().map(|c| c.0).collect();
+        CONTAINERS
+            .iter()
+            .find(|c| c.0 == s)
+            .map(|c| c.1)
+            .ok_or_else(|| Error::Refused(format!("there is no container {s:?}; there are {}", names.join(", "))))
     }
 }
 

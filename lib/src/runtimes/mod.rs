@@ -1,10 +1,21 @@
-//! Which runtime loads what. The rules are data: each line names a runtime, the layouts that it speaks of, and why.
-//! Sources: vLLM 0.33 `model_executor/models/gpt_oss.py`, transformers 5.23 `models/gpt_oss`, llama.cpp's gpt-oss loader.
+//! Which runtime loads what. The rules are data ([`rules`]): each line names a runtime, what it speaks of, why, and where that
+//! was read.
+
+mod rules;
+
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::checkpoint::source::Checkpoint;
+use crate::containers::compressed_tensors::{Format, config::scheme_of};
+use crate::containers::vllm;
 use crate::error::{Error, Result};
 use crate::manifest::{Loads, RuntimeReport};
 use crate::model::{Class, Fused, Linear, ModelConfig, Proj, linears, mxfp4_specs};
+use crate::recipe::Container;
 
 /// How the two classes of weights are stored, as far as runtimes care.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +30,10 @@ pub enum ExpertLayout {
     PerExpert,
     /// A GGUF file.
     Gguf,
+    /// Integers under vLLM's names.
+    VllmInt,
+    /// FP8 under vLLM's names.
+    VllmFp8,
 }
 
 /// How the other weights are stored.
@@ -30,113 +45,144 @@ pub enum MainLayout {
     CompressedTensors,
 }
 
+use ExpertLayout::{Dense as DenseExperts, Mixed, Mxfp4, PerExpert, VllmFp8, VllmInt};
+
+/// Programs that run a gpt-oss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Runtime {
+    /// vLLM.
+    #[serde(rename = "vllm")]
+    Vllm,
+    /// Hugging Face transformers.
+    #[serde(rename = "transformers")]
+    Transformers,
+    /// llama.cpp.
+    #[serde(rename = "llama.cpp")]
+    LlamaCpp,
+    /// gptoss-run.
+    #[serde(rename = "native")]
+    Native,
+}
+
+impl Runtime {
+    /// All of them, in the order in which they are reported.
+    pub const ALL: [Self; 4] = [Self::Vllm, Self::Transformers, Self::LlamaCpp, Self::Native];
+
+    /// As the command line and manifests spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vllm => "vllm",
+            Self::Transformers => "transformers",
+            Self::LlamaCpp => "llama.cpp",
+            Self::Native => "native",
+        }
+    }
+
+    /// The containers that may hold something for it, the preferred ones first.
+    pub fn containers(self) -> &'static [Container] {
+        use Container::{CompressedTensors, Dense, Gguf, VllmFp8, VllmInt};
+        match self {
+            Self::Vllm => &[CompressedTensors, VllmInt, VllmFp8],
+            Self::Transformers => &[CompressedTensors],
+            Self::LlamaCpp => &[Gguf],
+            Self::Native => &[CompressedTensors, Gguf, Dense],
+        }
+    }
+}
+
+impl FromStr for Runtime {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let names: Vec<&str> = Self::ALL.iter().map(|r| r.name()).collect();
+        let found = Self::ALL.into_iter().find(|r| r.name() == s);
+        found.ok_or_else(|| Error::Refused(format!("there is no runtime {s:?}; there are {}", names.join(", "))))
+    }
+}
+
+/// What runtimes look at in a checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// The experts.
+    pub experts: ExpertLayout,
+    /// The other weights.
+    pub main: MainLayout,
+    /// compressed-tensors' formats among the other weights.
+    pub formats: Vec<Format>,
+    /// hidden_size.
+    pub hidden: usize,
+    /// rms_norm_eps.
+    pub eps: f64,
+}
+
+/// What must be so for a rule to speak.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Condition {
+    /// The experts are stored so.
+    Experts(ExpertLayout),
+    /// The other weights are stored so.
+    Main(MainLayout),
+    /// Some of the other weights have this format.
+    MainIs(Format),
+    /// This does not divide hidden_size.
+    HiddenIsNoMultiple(usize),
+    /// rms_norm_eps is another number.
+    EpsIsNot(f64),
+}
+
+impl Condition {
+    fn holds(&self, facts: &Facts) -> bool {
+        match *self {
+            Self::Experts(layout) => facts.experts == layout,
+            Self::Main(layout) => facts.main == layout,
+            Self::MainIs(format) => facts.formats.contains(&format),
+            Self::HiddenIsNoMultiple(n) => !facts.hidden.is_multiple_of(n),
+            Self::EpsIsNot(eps) => (facts.eps / eps - 1.0).abs() > 1e-6,
+        }
+    }
+}
+
+/// One line of the table.
 struct Rule {
-    runtime: &'static str,
-    experts: ExpertLayout,
-    main: MainLayout,
+    runtime: Runtime,
+    when: &'static [Condition],
     status: Loads,
     reason: &'static str,
     source: &'static str,
+    /// The nearest that would load.
+    instead: &'static str,
 }
 
-use ExpertLayout::{Dense as DenseExperts, Mixed, Mxfp4, PerExpert};
-use Loads::{DoesNotLoad, Loads as Good, LoadsWrongly};
-use MainLayout::{CompressedTensors as Quantized, Dense};
-
-const fn rule(
-    runtime: &'static str,
-    experts: ExpertLayout,
-    main: MainLayout,
-    status: Loads,
-    reason: &'static str,
-    source: &'static str,
-) -> Rule {
-    Rule { runtime, experts, main, status, reason, source }
+/// What is added to a rule's reason.
+struct Remark {
+    runtime: Runtime,
+    when: &'static [Condition],
+    text: &'static str,
 }
-
-// Where a rule was read.
-const VLLM: &str = "vLLM 0.33, model_executor/models/gpt_oss.py";
-const VLLM_CT: &str = "vLLM 0.33, model_executor/layers/quantization/compressed_tensors";
-const TRANSFORMERS: &str = "transformers 5.23, models/gpt_oss/modeling_gpt_oss.py";
-const TRANSFORMERS_MXFP4: &str = "transformers 5.23, integrations/mxfp4.py";
-const TRANSFORMERS_CT: &str = "transformers 5.23, quantizers/quantizer_compressed_tensors.py";
-const TRANSFORMERS_GGUF: &str = "transformers 5.23, integrations/ggml.py";
-const LLAMA_GPT_OSS: &str = "llama.cpp, src/models/openai-moe.cpp";
-const LLAMA: &str = "llama.cpp, src/llama-model-loader.cpp";
-
-const LOST_NAMES: &str = "per-expert gate/up/down names are unknown to its loader, which drops them without a word";
-const KEPT: &str =
-    "quant_method is compressed-tensors, so the kept MXFP4 experts are not recognised; see gptoss_kept in config.json";
-const MIXED: &str =
-    "some layers have MXFP4 experts and others floats; no loader is known to read both in one checkpoint";
-const NO_SAFETENSORS: &str = "reads GGUF, not safetensors; a GGUF can be made from it";
-
-/// One line a combination; a test holds the table complete.
-const RULES: [Rule; 27] = [
-    rule("vllm", ExpertLayout::Gguf, Dense, DoesNotLoad, "reads no gpt-oss from GGUF", VLLM),
-    rule("transformers", ExpertLayout::Gguf, Dense, DoesNotLoad, "reads no gpt-oss from GGUF", TRANSFORMERS_GGUF),
-    rule("llama.cpp", ExpertLayout::Gguf, Dense, Good, "tensors and metadata as its gpt-oss has them", LLAMA_GPT_OSS),
-    rule("vllm", Mxfp4, Dense, Good, "the published layout", VLLM),
-    rule(
-        "transformers",
-        Mxfp4,
-        Dense,
-        Good,
-        "the published layout; without a GPU it dequantizes (needs accelerate)",
-        TRANSFORMERS_MXFP4,
-    ),
-    rule("llama.cpp", Mxfp4, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-    rule("vllm", DenseExperts, Dense, Good, "plain floats", VLLM),
-    rule("transformers", DenseExperts, Dense, Good, "plain floats", TRANSFORMERS),
-    rule("llama.cpp", DenseExperts, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-    rule(
-        "vllm",
-        DenseExperts,
-        Quantized,
-        Good,
-        "quantized attention beside plain experts (read in its code, not run)",
-        VLLM_CT,
-    ),
-    rule("transformers", DenseExperts, Quantized, Good, "needs the compressed-tensors package", TRANSFORMERS_CT),
-    rule("llama.cpp", DenseExperts, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-    rule("vllm", Mxfp4, Quantized, DoesNotLoad, KEPT, VLLM_CT),
-    rule("transformers", Mxfp4, Quantized, LoadsWrongly, KEPT, TRANSFORMERS_CT),
-    rule("llama.cpp", Mxfp4, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-    rule("vllm", Mixed, Dense, DoesNotLoad, MIXED, VLLM),
-    rule("transformers", Mixed, Dense, DoesNotLoad, MIXED, TRANSFORMERS_MXFP4),
-    rule("llama.cpp", Mixed, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-    rule("vllm", Mixed, Quantized, DoesNotLoad, MIXED, VLLM_CT),
-    rule("transformers", Mixed, Quantized, DoesNotLoad, MIXED, TRANSFORMERS_CT),
-    rule("llama.cpp", Mixed, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-    rule("vllm", PerExpert, Dense, LoadsWrongly, LOST_NAMES, VLLM),
-    rule(
-        "transformers",
-        PerExpert,
-        Dense,
-        LoadsWrongly,
-        "its experts are fused; per-expert names are missing or unexpected keys",
-        TRANSFORMERS,
-    ),
-    rule("llama.cpp", PerExpert, Dense, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-    rule("vllm", PerExpert, Quantized, LoadsWrongly, LOST_NAMES, VLLM),
-    rule(
-        "transformers",
-        PerExpert,
-        Quantized,
-        LoadsWrongly,
-        "its experts are fused; per-expert names are missing or unexpected keys",
-        TRANSFORMERS,
-    ),
-    rule("llama.cpp", PerExpert, Quantized, DoesNotLoad, NO_SAFETENSORS, LLAMA),
-];
 
 /// How a checkpoint, whoever wrote it, stores its weights.
 ///
 /// # Errors
 /// [`Error::MissingTensor`] where a layer's experts are in no layout that is known.
-pub fn layouts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(ExpertLayout, MainLayout)> {
+pub fn facts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Facts> {
+    let eps = checkpoint.config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-5);
+    let mut formats = Vec::new();
+    for linear in linears(config).filter(|l| l.proj.class() == Class::Main) {
+        let module = linear.module();
+        if checkpoint.get(&format!("{module}.weight_scale")).is_some()
+            && let Some(format) = scheme_of(checkpoint, &module)?.and_then(|s| s.stored())
+            && !formats.contains(&format)
+        {
+            formats.push(format);
+        }
+    }
+    let (experts, main) = layouts(checkpoint, config)?;
+    Ok(Facts { experts, main, formats, hidden: config.hidden, eps })
+}
+
+fn layouts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(ExpertLayout, MainLayout)> {
     if checkpoint.is_gguf() {
-        return Ok((ExpertLayout::Gguf, Dense));
+        return Ok((ExpertLayout::Gguf, MainLayout::Dense));
     }
     let has = |name: &str| checkpoint.get(name).is_some();
     let mut experts = Vec::new();
@@ -144,7 +190,13 @@ pub fn layouts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(ExpertL
         let [blocks, fused] = [mxfp4_specs(Fused::GateUp, layer, config)[0].name.clone(), Fused::GateUp.name(layer)];
         let module = Linear { proj: Proj::Gate, layer, expert: 0 }.module();
         let one = ["weight", "weight_packed"].iter().any(|w| has(&format!("{module}.{w}")));
+        let vllm = match vllm::kind_of(checkpoint, layer) {
+            Some(vllm::Kind::Int) => Some(VllmInt),
+            Some(vllm::Kind::Fp8) => Some(VllmFp8),
+            None => None,
+        };
         experts.push(match (has(&blocks), has(&fused), one) {
+            _ if vllm.is_some() => vllm.expect("it was just looked at"),
             (true, ..) => Mxfp4,
             (_, true, _) => DenseExperts,
             (_, _, true) => PerExpert,
@@ -164,38 +216,97 @@ pub fn layouts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(ExpertL
     };
     let quantized =
         linears(config).filter(|l| l.proj.class() == Class::Main).any(|l| has(&format!("{}.weight_scale", l.module())));
-    Ok((experts, if quantized { Quantized } else { Dense }))
+    Ok((experts, if quantized { MainLayout::CompressedTensors } else { MainLayout::Dense }))
 }
 
-/// What each runtime does with a checkpoint of this layout.
-pub fn report(experts: ExpertLayout, main: MainLayout) -> Vec<RuntimeReport> {
-    RULES
-        .iter()
-        .filter(|r| r.experts == experts && r.main == main)
-        .map(|r| RuntimeReport {
-            runtime: r.runtime.into(),
-            status: r.status,
-            reason: r.reason.into(),
-            source: r.source.into(),
-        })
-        .collect()
+/// The rule that decides for a runtime.
+fn deciding(runtime: Runtime, facts: &Facts) -> &'static Rule {
+    let holds = |r: &&Rule| r.runtime == runtime && r.when.iter().all(|c| c.holds(facts));
+    rules::RULES.iter().find(holds).expect("a runtime's last rule has no conditions")
+}
+
+/// What each runtime does with a checkpoint of which this is known.
+pub fn report(facts: &Facts) -> Vec<RuntimeReport> {
+    let one = |runtime: Runtime| {
+        let rule = deciding(runtime, facts);
+        let mut reason = rule.reason.to_owned();
+        let remarks = rules::REMARKS.iter().filter(|r| r.runtime == runtime && rule.status == Loads::Loads);
+        for remark in remarks.filter(|r| r.when.iter().all(|c| c.holds(facts))) {
+            reason = format!("{reason}; {}", remark.text);
+        }
+        RuntimeReport { runtime: runtime.name().into(), status: rule.status, reason, source: rule.source.into() }
+    };
+    Runtime::ALL.map(one).to_vec()
+}
+
+/// Why a runtime does not load it, and what comes nearest that it would; `None` where it does.
+pub fn refusal(runtime: Runtime, facts: &Facts) -> Option<String> {
+    let rule = deciding(runtime, facts);
+    (rule.status != Loads::Loads)
+        .then(|| format!("{}: {} ({}); nearest: {}", runtime.name(), rule.reason, rule.source, rule.instead))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn facts(experts: ExpertLayout, main: MainLayout, hidden: usize) -> Facts {
+        Facts { experts, main, formats: Vec::new(), hidden, eps: 1e-5 }
+    }
+
+    fn statuses(facts: &Facts) -> Vec<Loads> {
+        report(facts).into_iter().map(|r| r.status).collect()
+    }
+
+    const LAYOUTS: [ExpertLayout; 7] = [Mxfp4, DenseExperts, Mixed, PerExpert, ExpertLayout::Gguf, VllmInt, VllmFp8];
+
     #[test]
-    fn every_layout_has_one_rule_a_runtime() {
-        for experts in [Mxfp4, DenseExperts, Mixed, PerExpert, ExpertLayout::Gguf] {
-            for main in [Dense, Quantized] {
-                // A GGUF file is one thing.
-                if (experts, main) == (ExpertLayout::Gguf, Quantized) {
-                    continue;
+    fn every_layout_is_decided_for_every_runtime_and_every_rule_decides_something() {
+        let mut used = vec![false; rules::RULES.len()];
+        for experts in LAYOUTS {
+            for main in [MainLayout::Dense, MainLayout::CompressedTensors] {
+                for (hidden, formats) in [(2880, vec![]), (2944, vec![Format::Mxfp6]), (2944, vec![])] {
+                    let facts = Facts { formats, ..facts(experts, main, hidden) };
+                    assert_eq!(report(&facts).len(), Runtime::ALL.len());
+                    for runtime in Runtime::ALL {
+                        let rule = deciding(runtime, &facts);
+                        let at = rules::RULES.iter().position(|r| std::ptr::eq(r, rule)).unwrap();
+                        used[at] = true;
+                        assert_eq!(rule.instead.is_empty(), rule.status == Loads::Loads, "{}", rule.reason);
+                    }
                 }
-                let runtimes: Vec<String> = report(experts, main).into_iter().map(|r| r.runtime).collect();
-                assert_eq!(runtimes, ["vllm", "transformers", "llama.cpp"], "{experts:?} {main:?}");
             }
         }
+        for (rule, used) in rules::RULES.iter().zip(used) {
+            assert!(used, "{}: {} is never reached", rule.runtime.name(), rule.reason);
+        }
+    }
+
+    #[test]
+    fn widths_and_schemes_decide() {
+        use Loads::{DoesNotLoad, Loads as Good, LoadsWrongly};
+        let coded = MainLayout::CompressedTensors;
+        // vllm, transformers, llama.cpp, native.
+        let no = DoesNotLoad;
+        assert_eq!(statuses(&facts(VllmInt, coded, 2944)), [Good, no, no, Good]);
+        assert_eq!(statuses(&facts(VllmInt, coded, 2880)), [LoadsWrongly, no, no, Good]);
+        assert_eq!(statuses(&facts(VllmFp8, MainLayout::Dense, 2880)), [Good, no, no, Good]);
+        assert_eq!(statuses(&facts(VllmFp8, coded, 2880)), [no, no, no, Good]);
+        assert_eq!(statuses(&facts(Mxfp4, MainLayout::Dense, 2880)), [Good, Good, no, Good]);
+        assert_eq!(statuses(&facts(Mxfp4, coded, 2880)), [no, LoadsWrongly, no, Good]);
+        assert_eq!(statuses(&facts(DenseExperts, coded, 2880)), [Good, Good, no, Good]);
+        assert_eq!(statuses(&facts(PerExpert, coded, 2880)), [LoadsWrongly, LoadsWrongly, no, Good]);
+        assert_eq!(statuses(&facts(ExpertLayout::Gguf, MainLayout::Dense, 2880))[2..], [Good, Good]);
+        let sixes = Facts { formats: vec![Format::Mxfp6], ..facts(DenseExperts, coded, 2880) };
+        assert_eq!(statuses(&sixes), [no, Good, no, Good]);
+        assert!(refusal(Runtime::Vllm, &facts(VllmInt, coded, 2880)).unwrap().ends_with("nearest: --pad-to 128"));
+        assert_eq!(refusal(Runtime::Vllm, &facts(VllmInt, coded, 2944)), None);
+    }
+
+    #[test]
+    fn an_eps_that_vllm_does_not_take_is_remarked() {
+        let wide = Facts { eps: 1e-5 * 2880.0 / 2944.0, ..facts(Mxfp4, MainLayout::Dense, 2944) };
+        assert!(report(&wide)[0].reason.contains("take an eps of 1e-5"), "{:?}", report(&wide)[0]);
+        assert!(!report(&facts(Mxfp4, MainLayout::Dense, 2880))[0].reason.contains("eps"));
     }
 }

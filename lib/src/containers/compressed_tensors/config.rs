@@ -27,7 +27,7 @@ pub fn target(proj: Proj) -> String {
         Proj::Embed => "re:.*embed_tokens$".into(),
         Proj::LmHead => "re:.*lm_head$".into(),
         Proj::Router => r"re:.*mlp\.router$".into(),
-        Proj::Q | Proj::K | Proj::V | Proj::O => format!(r"re:.*self_attn\.{}$", proj.name()),
+        Proj::Q | Proj::K | Proj::V | Proj::O => format!(r"re:.*attn\.{}$", proj.name()),
         Proj::Gate | Proj::Up | Proj::Down => format!(r"re:.*mlp\.experts\.\d+\.{}$", proj.name()),
     }
 }

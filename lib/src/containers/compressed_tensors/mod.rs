@@ -4,7 +4,7 @@
 pub mod config;
 mod rows;
 
-pub use rows::open;
+pub use rows::{open, symmetric};
 
 use safetensors::Dtype;
 use schemars::JsonSchema;

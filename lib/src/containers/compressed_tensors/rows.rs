@@ -5,7 +5,7 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use super::{Format, Scheme, config, unpack_range};
-use crate::algorithms::rtn::Target;
+use crate::algorithms::rtn::{Codes, Target};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::{FLOATS, float_of};
 use crate::containers::{COLUMNS, Rows, Weight};
@@ -75,6 +75,17 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, model: &ModelConfig, linear: &Linear
     };
     let (codes, scales) = (tensors[0].bytes, tensors[1].bytes);
     Ok(Some(Box::new(Quantized { scheme, shape, float, codes, scales, zero_points, global, input_scale })))
+}
+
+/// A symmetric weight whose codes and scales another container names.
+pub fn symmetric<'a>(
+    scheme: Scheme,
+    shape: (usize, usize),
+    float: Float,
+    codes: &'a [u8],
+    scales: &'a [u8],
+) -> Weight<'a> {
+    Box::new(Quantized { scheme, shape, float, codes, scales, zero_points: None, global: 1.0, input_scale: 1.0 })
 }
 
 /// The number of a tensor of one.
@@ -202,12 +213,41 @@ impl Rows for Quantized<'_> {
             }
         }
     }
+
+    fn stored(&self) -> Option<Scheme> {
+        // NVFP4's scales go with a number of the whole tensor, and those of a tensor or block with other rows.
+        let alone = matches!(self.scheme.strategy, super::Strategy::Group(_) | super::Strategy::Channel);
+        let split = matches!(self.scheme.format(), Format::Nvfp4 | Format::Mxfp6);
+        (alone && !split && self.scheme.activations != Activations::StaticFp8).then_some(self.scheme)
+    }
+
+    fn codes(&self, rows: Range<usize>, out: &mut Codes) {
+        let (columns, row_bytes) = (self.shape.1, self.codes.len() / self.shape.0);
+        let groups = columns.div_ceil(self.scheme.group(columns));
+        out.codes.clear();
+        out.params.clear();
+        for row in rows {
+            let packed = &self.codes[row * row_bytes..][..row_bytes];
+            let at = out.codes.len();
+            out.codes.resize(at + columns, 0);
+            let codes = &mut out.codes[at..];
+            match self.scheme.format() {
+                Format::Packed => unpack_range(packed, 0, u32::from(self.scheme.weights.bits()), codes),
+                Format::Mxfp4 => codes
+                    .chunks_mut(2)
+                    .zip(packed)
+                    .for_each(|(two, b)| two.iter_mut().zip([b & 15, b >> 4]).for_each(|(c, b)| *c = b as i8)),
+                _ => codes.iter_mut().zip(packed).for_each(|(c, &b)| *c = b as i8),
+            }
+            out.params.extend((0..groups).map(|g| self.params(row, g, groups)));
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::algorithms::rtn::{Codes, rtn};
+    use crate::algorithms::rtn::rtn;
     use crate::containers::compressed_tensors::Strategy as Sharing;
     use crate::formats::int::IntFormat;
     use crate::formats::{FP8, MXFP4, NumberFormat};

@@ -6,6 +6,9 @@ use std::sync::{Arc, OnceLock};
 use super::store::{Lane, Place, Store};
 use super::{LinearJob, Plan, Work};
 use crate::checkpoint::header::TensorSpec;
+use crate::containers::compressed_tensors::Scheme;
+use crate::containers::dense::float_of;
+use crate::containers::vllm::Kind;
 use crate::containers::{self, Weight};
 use crate::error::{Error, Result};
 use crate::formats::MXFP4;
@@ -24,6 +27,8 @@ pub(super) enum Experts {
     Fused,
     /// A module an expert and projection.
     Modules,
+    /// As vLLM's loader names them: each gets codes.
+    Vllm(Kind),
 }
 
 impl<'a> Plan<'a> {
@@ -34,6 +39,9 @@ impl<'a> Plan<'a> {
         let (each, treated): (Vec<_>, Vec<_>) = each.map(|linear| (linear, self.treated.get(&linear))).unzip();
         let scheme = |i: usize| self.coded(&each[i]);
         let mut all = 0..treated.len();
+        if let Some(kind) = self.recipe.container.vllm() {
+            return Experts::Vllm(kind);
+        }
         if treated.iter().all(Option::is_none) {
             match (self.is_padded(), self.mxfp4) {
                 (false, _) => Experts::Stay,
@@ -53,7 +61,9 @@ impl<'a> Plan<'a> {
     pub(super) fn experts(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
         let kind = self.experts[layer];
         let treated = |expert, proj| self.treated.contains_key(&Linear { proj, layer, expert });
-        if (0..self.config.experts).all(|expert| fused.parts().iter().all(|p| !treated(expert, p.0))) {
+        if !self.recipe.keep_codes
+            && (0..self.config.experts).all(|expert| fused.parts().iter().all(|p| !treated(expert, p.0)))
+        {
             let one = Linear { proj: fused.parts()[0].0, layer, expert: 0 };
             let float = self.open(&one)?.1.config_name();
             self.stay(slot, if kind == Experts::Native { "mxfp4" } else { float });
@@ -70,6 +80,7 @@ impl<'a> Plan<'a> {
                 let float = self.open(&one)?.1;
                 self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()))
             }
+            Experts::Vllm(kind) => return self.vllm_experts(slot, kind, fused, layer),
             Experts::Stay | Experts::Modules => {
                 let each = (0..self.config.experts).flat_map(|e| fused.parts().iter().map(move |p| (e, p.0)));
                 return each
@@ -96,6 +107,84 @@ impl<'a> Plan<'a> {
             self.units_of(slot.group, jobs..self.jobs.len());
         }
         Ok(())
+    }
+
+    /// The experts of a layer under vLLM's names.
+    fn vllm_experts(&mut self, slot: &Slot, kind: Kind, fused: Fused, layer: usize) -> Result<()> {
+        for expert in 0..self.config.experts {
+            let (halves, jobs, to) = (Arc::default(), self.jobs.len(), self.tensors.len());
+            for &(proj, first, step) in fused.parts() {
+                let linear = Linear { proj, layer, expert };
+                let scheme = self.vllm_scheme(kind, &linear)?;
+                let (weight, float) = self.open(&linear)?;
+                if first == 0 {
+                    let specs = kind.specs((fused, layer, expert), &scheme, float, &self.config);
+                    for spec in specs {
+                        self.add(slot.group, spec);
+                    }
+                }
+                // The tensors are this expert's alone.
+                let lane = Lane { expert: 0, first, step, halves: Arc::clone(&halves) };
+                self.job(linear, weight, float, Place::Interleaved { to, lane, scheme, scales: kind.scales(float) });
+            }
+            self.units_of(slot.group, jobs..self.jobs.len());
+        }
+        Ok(())
+    }
+
+    /// The scheme of an expert that goes under vLLM's names.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where vLLM has no kernel for it, or another for other experts of the layer.
+    fn vllm_scheme(&self, kind: Kind, linear: &Linear) -> Result<Scheme> {
+        let (module, name) = (linear.module(), self.recipe.container.name());
+        let Some(scheme) = self.scheme(linear) else {
+            return Err(Error::Refused(format!(
+                "{module} would stay as it is, and {name} holds experts of {} alone",
+                kind.schemes()
+            )));
+        };
+        if !kind.holds(&scheme) {
+            let given = self.treated[linear].layer.scheme;
+            return Err(Error::Refused(format!(
+                "{module}: {name} holds experts of {}, not of {given}",
+                kind.schemes()
+            )));
+        }
+        let first = Linear { proj: Proj::Gate, expert: 0, ..*linear };
+        if self.scheme(&first) != Some(scheme) {
+            return Err(Error::Refused(format!(
+                "{module} has another scheme than {}, and vLLM wants one for all experts of a layer",
+                first.module()
+            )));
+        }
+        Ok(scheme)
+    }
+
+    /// The biases of a layer's experts, a tensor an expert.
+    pub(super) fn vllm_biases(&mut self, slot: &Slot, kind: Kind, fused: Fused, layer: usize) -> Result<()> {
+        let float = self.float_of_biases(slot, fused, layer)?;
+        let (to, (out, _)) = (self.tensors.len(), fused.shape(&self.config));
+        for expert in 0..self.config.experts {
+            self.add(slot.group, TensorSpec::new(kind.bias(fused, layer, expert), float.dtype(), [out]));
+        }
+        self.stay(slot, float.config_name());
+        self.bias_unit(slot, fused, layer, Work::ExpertBiases { to, fused, layer, float })
+    }
+
+    /// The type of a layer's expert biases, whatever tensors they are in.
+    pub(super) fn float_of_biases(&self, slot: &Slot, fused: Fused, layer: usize) -> Result<Float> {
+        match self.source {
+            None => Ok(Float::Bf16),
+            Some(source) => match source.get(&slot.name) {
+                Some(tensor) => float_of(&tensor),
+                None => {
+                    let values = containers::expert_biases(source, &self.config, fused, layer)?;
+                    let whole = values.iter().all(|v| v.to_bits() & 0xffff == 0);
+                    if whole { Ok(Float::Bf16) } else { containers::expert_bias_float(source, fused, layer) }
+                }
+            },
+        }
     }
 
     /// A linear layer under its own name: quantized, or (an expert that the recipe ignores) as plain rows.
@@ -130,7 +219,7 @@ impl<'a> Plan<'a> {
 
     pub(super) fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
         let store = Store { place, shape: linear.shape(&self.config), float };
-        let kept = store.takes_codes() && !self.treated.contains_key(&linear);
+        let kept = store.takes_codes() && (self.recipe.keep_codes || !self.treated.contains_key(&linear));
         self.jobs.push(LinearJob {
             linear,
             weight,
@@ -167,7 +256,7 @@ impl<'a> Plan<'a> {
     }
 
     pub(super) fn biases(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
-        let float = self.float_of(&slot.name)?;
+        let float = self.float_of_biases(slot, fused, layer)?;
         let (out, _) = fused.shape(&self.config);
         let to = self.tensors.len();
         for expert in 0..self.config.experts {
@@ -182,7 +271,7 @@ impl<'a> Plan<'a> {
 
     /// The biases of a layer's experts as they were, but wider.
     pub(super) fn fused_biases(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
-        let float = self.float_of(&slot.name)?;
+        let float = self.float_of_biases(slot, fused, layer)?;
         let to = self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()));
         self.stay(slot, float.config_name());
         self.bias_unit(slot, fused, layer, Work::FusedBiases { to, fused, layer, float })
@@ -243,7 +332,9 @@ mod tests {
     }
 
     fn loaders(plan: &Plan) -> usize {
-        plan.preview().runtimes.iter().filter(|r| r.status == crate::manifest::Loads::Loads).count()
+        let loads =
+            |r: &&crate::manifest::RuntimeReport| r.status == crate::manifest::Loads::Loads && r.runtime != "native";
+        plan.preview().runtimes.iter().filter(loads).count()
     }
 
     const BASE: &str = "model.layers.1.mlp.experts";

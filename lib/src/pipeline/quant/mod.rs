@@ -14,6 +14,7 @@ mod gguf;
 mod linears;
 mod output;
 mod store;
+pub mod target;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
@@ -32,7 +33,7 @@ use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::padding::{Padding, Vector};
-use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
+use crate::model::{self, Class, Fused, Linear, ModelConfig, Proj, Role, Slot};
 use crate::ops::dequantize::Blocks;
 use crate::recipe::{Container, Recipe, Rules, Treatment};
 use crate::text::Text;
@@ -61,6 +62,8 @@ pub(super) enum Work<'a> {
     Biases { to: usize, fused: Fused, layer: usize, float: Float },
     /// The biases of all experts of a layer in one tensor.
     FusedBiases { to: usize, fused: Fused, layer: usize, float: Float },
+    /// The biases of all experts of a layer, a tensor an expert, from `to` on.
+    ExpertBiases { to: usize, fused: Fused, layer: usize, float: Float },
     /// A norm's weight or a bias.
     Vector { to: usize, name: String },
     /// Rows of a linear layer whose codes stay what they are.
@@ -133,7 +136,14 @@ impl<'a> Plan<'a> {
         }
         let method =
             raw_config.get("quantization_config").map(|q| q["quant_method"].as_str().unwrap_or("?").to_owned());
-        if let Some(m) = method.as_deref().filter(|&m| m != "mxfp4") {
+        if source.is_some_and(Checkpoint::is_gguf) && !recipe.keep_codes {
+            return Err(Error::Refused(format!(
+                "{} is a GGUF file, which --keep-codes puts into another container; to quantize, give the checkpoint that it \
+                 was made from",
+                dir.display()
+            )));
+        }
+        if let Some(m) = method.as_deref().filter(|&m| m != "mxfp4" && !recipe.keep_codes) {
             return Err(Error::Refused(format!(
                 "{} is quantized already ({m}); give the checkpoint that it was made from",
                 dir.display()
@@ -165,13 +175,41 @@ impl<'a> Plan<'a> {
         plan.treat()?;
         plan.calibrated = plan.recipe.needs_text();
         plan.experts = (0..plan.config.layers).map(|l| plan.experts_of(l)).collect();
+        plan.check_container()?;
         if plan.is_gguf() {
             plan.metadata = plan.gguf_metadata(dir)?;
         }
         for slot in model::slots(&plan.config) {
             if plan.is_gguf() { plan.gguf_slot(&slot)? } else { plan.slot(&slot)? }
         }
+        plan.tell_kept();
         Ok(plan)
+    }
+
+    /// What a container asks of the whole recipe.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the first module that it cannot hold.
+    fn check_container(&self) -> Result<()> {
+        let container = self.recipe.container;
+        if !matches!(container, Container::Openai | Container::VllmFp8) {
+            return Ok(());
+        }
+        if let Some(linear) = self.treated.keys().find(|l| l.proj.class() == Class::Main && self.coded(l).is_some()) {
+            return Err(Error::Refused(format!(
+                "{}: container {} holds the other weights as floats alone; give --mw keep",
+                linear.module(),
+                container.name()
+            )));
+        }
+        let other =
+            |l: &usize| self.experts[*l] != Experts::Native && !(self.experts[*l] == Experts::Stay && self.mxfp4);
+        match (0..self.config.layers).find(other).filter(|_| container == Container::Openai) {
+            Some(layer) => Err(Error::Refused(format!(
+                "model.layers.{layer}.mlp.experts: container openai holds experts of MXFP4 alone; give --experts mxfp4"
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Whether the output is a GGUF file.
@@ -194,6 +232,9 @@ impl<'a> Plan<'a> {
 
     /// Asks the recipe about every linear layer.
     fn treat(&mut self) -> Result<()> {
+        if self.recipe.keep_codes {
+            return self.treat_codes();
+        }
         let rules = Rules::new(&self.recipe)?;
         let modules: Vec<(Linear, String)> = model::linears(&self.config).map(|l| (l, l.module())).collect();
         rules.every_pattern_hits(modules.iter().map(|m| &m.1[..]))?;
@@ -203,7 +244,7 @@ impl<'a> Plan<'a> {
                 if self.is_gguf() {
                     scheme = scheme.map(|s| gguf::scheme(&linear, s)).transpose()?;
                 }
-                let coded = self.recipe.container == Container::CompressedTensors;
+                let coded = self.recipe.container.is_coded();
                 if let Some(scheme) = scheme.filter(|s| coded && s.stored().is_none()) {
                     let (module, format) = (linear.module(), scheme.weights.name());
                     return Err(Error::Refused(format!(
@@ -231,6 +272,41 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// Takes the source's own codes for what each layer becomes.
+    fn treat_codes(&mut self) -> Result<()> {
+        let Some(source) = self.source else {
+            return Err(Error::Refused("--keep-codes needs the weights: there are none beside this config".into()));
+        };
+        let linears: Vec<Linear> = model::linears(&self.config).collect();
+        for linear in linears {
+            // Blocks that stay blocks are copied, and go to a GGUF file by a way of their own.
+            if self.config.tied && linear.proj == Proj::LmHead || self.mxfp4 && linear.proj.fused().is_some() {
+                continue;
+            }
+            let weight = containers::open(source, &self.config, &linear)?;
+            let module = linear.module();
+            let Some(stored) = weight.stored() else {
+                if source.get(&format!("{module}.weight_scale")).is_some() {
+                    return Err(Error::Refused(format!(
+                        "{module}: codes whose scales belong to more than their own rows are not put into other containers"
+                    )));
+                }
+                continue;
+            };
+            let scheme = if self.is_gguf() { gguf::scheme(&linear, stored)? } else { stored };
+            if self.recipe.container == Container::CompressedTensors && scheme.stored().is_none() {
+                let format = scheme.weights.name();
+                return Err(Error::Refused(format!("{module}: compressed-tensors has no layout for {format}")));
+            }
+            let layer = self.recipe.class(linear.proj.class()).clone();
+            self.treated.insert(linear, Treatment { layer, scheme: Some(scheme), sparse: None });
+        }
+        if self.recipe.container == Container::Dense {
+            return Err(Error::Refused("--container dense keeps no codes; gptoss-dequant writes their floats".into()));
+        }
+        Ok(())
+    }
+
     /// What the numbers of `linear` are rounded to.
     fn scheme(&self, linear: &Linear) -> Option<Scheme> {
         self.treated.get(linear).and_then(|t| t.scheme)
@@ -238,7 +314,7 @@ impl<'a> Plan<'a> {
 
     /// What its codes are stored as; `None` where floats are.
     fn coded(&self, linear: &Linear) -> Option<Scheme> {
-        self.scheme(linear).filter(|_| self.recipe.container == Container::CompressedTensors)
+        self.scheme(linear).filter(|_| self.recipe.container.is_coded())
     }
 
     fn slot(&mut self, slot: &Slot) -> Result<()> {
@@ -252,7 +328,13 @@ impl<'a> Plan<'a> {
             Role::ExpertBias(fused, layer) if self.experts[layer] == Experts::Modules => {
                 self.biases(slot, fused, layer)
             }
-            Role::ExpertBias(fused, layer) if self.is_padded() => self.fused_biases(slot, fused, layer),
+            Role::ExpertBias(fused, layer) if matches!(self.experts[layer], Experts::Vllm(_)) => {
+                let Experts::Vllm(kind) = self.experts[layer] else { unreachable!("it was just looked at") };
+                self.vllm_biases(slot, kind, fused, layer)
+            }
+            Role::ExpertBias(fused, layer) if self.is_padded() || !self.has(&slot.name) => {
+                self.fused_biases(slot, fused, layer)
+            }
             Role::Weight(linear) if self.treated.contains_key(&linear) => self.linear(slot.group, linear),
             Role::Weight(linear) if self.is_padded() && !self.is_changed(&slot.name, &slot.role) => {
                 self.stay(slot, self.float_of(&slot.name)?.config_name());
@@ -269,7 +351,7 @@ impl<'a> Plan<'a> {
                     self.changed.insert(slot.name.clone(), (to, float));
                     return Ok(());
                 }
-                if self.is_padded() {
+                if self.is_padded() || self.is_converted(&slot.name, float)? {
                     let to = self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()));
                     return self.vector(slot, to);
                 }
@@ -283,9 +365,27 @@ impl<'a> Plan<'a> {
         let scaled = self.padding.is_some_and(|p| p.vector(tensor) == Vector::Norm);
         match self.source {
             _ if scaled => Ok(Float::F32),
+            // A GGUF file has F32 where the model had BF16: what that holds goes back.
+            Some(source) if source.is_gguf() && !self.is_gguf() => {
+                let tensor = source.tensor(tensor)?;
+                let float = float_of(&tensor)?;
+                let whole = float == Float::F32
+                    && tensor.bytes.as_chunks::<4>().0.iter().all(|b| u32::from_le_bytes(*b) & 0xffff == 0);
+                Ok(if whole { Float::Bf16 } else { float })
+            }
             Some(source) => float_of(&source.tensor(tensor)?),
             None => Ok(Float::Bf16),
         }
+    }
+
+    /// Whether the source, if there is one, has the tensor.
+    fn has(&self, name: &str) -> bool {
+        self.source.is_none_or(|s| s.get(name).is_some())
+    }
+
+    /// Whether a tensor that stays is written in another type than it has.
+    fn is_converted(&self, name: &str, float: Float) -> Result<bool> {
+        self.source.map_or(Ok(false), |s| Ok(float_of(&s.tensor(name)?)? != float))
     }
 
     /// Whether the model becomes wider.
@@ -506,6 +606,7 @@ impl<'a> Pipeline for Plan<'a> {
             Work::Vector { name, .. } => self.source?.get(name).map(|t| t.shard),
             Work::SplitBiases { fused, layer, .. }
             | Work::Biases { fused, layer, .. }
+            | Work::ExpertBiases { fused, layer, .. }
             | Work::FusedBiases { fused, layer, .. } => {
                 let source = self.source?;
                 source.get(&format!("{}_bias", fused.name(*layer))).map(|t| t.shard)
@@ -531,6 +632,14 @@ impl<'a> Pipeline for Plan<'a> {
                 let mut bytes = Vec::new();
                 self.biases_of(*fused, *layer)?.iter().for_each(|&v| float.write(v, &mut bytes));
                 sink.write(*to, 0, &bytes)?;
+            }
+            Work::ExpertBiases { to, fused, layer, float } => {
+                let (out, _) = fused.shape(&self.config);
+                for (i, biases) in self.biases_of(*fused, *layer)?.chunks_exact(out).enumerate() {
+                    let mut bytes = Vec::new();
+                    biases.iter().for_each(|&v| float.write(v, &mut bytes));
+                    sink.write(to + i, 0, &bytes)?;
+                }
             }
             Work::Vector { to, name } => self.write_vector(*to, name, sink)?,
             Work::Keep { job, rows } => self.keep(&self.jobs[*job], rows, &mut scratch.codes, sink)?,

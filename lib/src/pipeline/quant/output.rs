@@ -7,13 +7,14 @@ use serde_json::{Map, Value, json};
 use super::linears::Experts;
 use super::{LinearJob, Plan};
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
+use crate::containers::vllm::{self, Kind};
 use crate::formats::float::Float;
 use crate::formats::{MXFP4, NumberFormat};
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::gguf::TOKENS;
 use crate::model::{Class, Linear, Proj};
 use crate::recipe::{Container, Treatment};
-use crate::runtimes::{self, ExpertLayout, MainLayout};
+use crate::runtimes::{self, ExpertLayout, Facts, MainLayout};
 use crate::verify::errors::Family;
 
 /// Key in config.json that says which tensors have another format than `quantization_config` speaks of.
@@ -49,7 +50,7 @@ impl Plan<'_> {
             && match self.experts[layer] {
                 Experts::Native => true,
                 Experts::Stay => self.mxfp4,
-                Experts::Fused | Experts::Modules => false,
+                Experts::Fused | Experts::Modules | Experts::Vllm(_) => false,
             }
     }
 
@@ -57,6 +58,13 @@ impl Plan<'_> {
     pub(super) fn layouts(&self) -> (ExpertLayout, MainLayout) {
         if self.is_gguf() {
             return (ExpertLayout::Gguf, MainLayout::Dense);
+        }
+        let main = self.treated.keys().any(|l| l.proj.class() == Class::Main && self.coded(l).is_some());
+        let main = if main { MainLayout::CompressedTensors } else { MainLayout::Dense };
+        match self.recipe.container.vllm() {
+            Some(Kind::Int) => return (ExpertLayout::VllmInt, main),
+            Some(Kind::Fp8) => return (ExpertLayout::VllmFp8, main),
+            None => {}
         }
         let blocks = (0..self.config.layers).filter(|&l| self.has_blocks(l)).count();
         let experts = if self.experts.contains(&Experts::Modules) {
@@ -68,14 +76,25 @@ impl Plan<'_> {
         } else {
             ExpertLayout::Mixed
         };
-        let main = self.treated.keys().any(|l| l.proj.class() == Class::Main && self.coded(l).is_some());
-        (experts, if main { MainLayout::CompressedTensors } else { MainLayout::Dense })
+        (experts, main)
+    }
+
+    /// What runtimes look at.
+    pub fn facts(&self) -> Facts {
+        let (experts, main) = self.layouts();
+        let coded =
+            self.treated.keys().filter(|l| l.proj.class() == Class::Main).filter_map(|l| self.coded(l)?.stored());
+        let mut formats: Vec<_> = coded.collect();
+        formats.sort();
+        formats.dedup();
+        let eps = self.raw_config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-5);
+        Facts { experts, main, formats, hidden: self.config.hidden, eps }
     }
 
     /// The output's layout in a word.
     pub(super) fn layout_word(&self) -> String {
-        if self.is_gguf() {
-            return "gguf".into();
+        if self.is_gguf() || self.recipe.container.vllm().is_some() {
+            return self.recipe.container.name().into();
         }
         let blocks = (0..self.config.layers).any(|l| self.has_blocks(l));
         match (self.config_groups().is_empty(), blocks) {
@@ -96,7 +115,9 @@ impl Plan<'_> {
         let was = config.get("quantization_config").cloned();
         let groups = self.config_groups();
         let blocks: Vec<usize> = (0..self.config.layers).filter(|&l| self.has_blocks(l)).collect();
-        if !groups.is_empty() {
+        if self.recipe.container.vllm() == Some(Kind::Fp8) {
+            config.insert("quantization_config".into(), vllm::quark_config());
+        } else if !groups.is_empty() {
             config.insert("quantization_config".into(), config::encode(&groups, &self.ignored()));
             if !blocks.is_empty() {
                 config.insert(KEPT.into(), self.kept(&blocks, was.as_ref()));
@@ -116,7 +137,8 @@ impl Plan<'_> {
     /// What compressed-tensors must leave alone: single modules, and the experts of layers that have none.
     fn ignored(&self) -> Vec<String> {
         let mut ignored = self.unquantized.clone();
-        let fused: Vec<usize> = (0..self.config.layers).filter(|&l| self.experts[l] != Experts::Modules).collect();
+        let is_fused = |l: &usize| !matches!(self.experts[*l], Experts::Modules | Experts::Vllm(_));
+        let fused: Vec<usize> = (0..self.config.layers).filter(is_fused).collect();
         if fused.len() == self.config.layers {
             ignored.push(r"re:.*mlp\.experts.*".into());
         } else {
@@ -146,12 +168,26 @@ impl Plan<'_> {
         ours
     }
 
+    /// Experts under vLLM's names: one expression, or one a layer.
+    fn vllm_groups(&self) -> Vec<(Scheme, String)> {
+        if self.recipe.container.vllm() != Some(Kind::Int) {
+            return Vec::new();
+        }
+        let of = |layer| self.coded(&Linear { proj: Proj::Gate, layer, expert: 0 }).expect("the plan has looked at it");
+        let schemes: Vec<Scheme> = (0..self.config.layers).map(of).collect();
+        match schemes.iter().all(|s| *s == schemes[0]) {
+            true => vec![(schemes[0], vllm::target(None))],
+            false => schemes.into_iter().enumerate().map(|(l, s)| (s, vllm::target(Some(l)))).collect(),
+        }
+    }
+
     /// Modules by scheme. A projection whose layers all have one scheme is named by one expression.
     fn config_groups(&self) -> Vec<(Scheme, Vec<String>)> {
         let mut by_proj: BTreeMap<Proj, Vec<(Linear, Scheme)>> = BTreeMap::new();
         for linear in self.treated.keys() {
             // Experts in OpenAI's own layout are no modules of this container.
-            let native = linear.proj.class() == Class::Experts && self.experts[linear.layer] == Experts::Native;
+            let own = |l: usize| matches!(self.experts[l], Experts::Native | Experts::Vllm(_));
+            let native = linear.proj.class() == Class::Experts && own(linear.layer);
             if let Some(scheme) = self.coded(linear).filter(|_| !native) {
                 by_proj.entry(linear.proj).or_default().push((*linear, scheme));
             }
@@ -161,6 +197,9 @@ impl Plan<'_> {
             Some(g) => g.1.push(target),
             None => groups.push((scheme, vec![target])),
         };
+        for (scheme, target) in self.vllm_groups() {
+            add(scheme, target);
+        }
         for (proj, linears) in by_proj {
             let first = linears[0].1;
             if linears.iter().all(|l| l.1 == first) {
@@ -172,24 +211,10 @@ impl Plan<'_> {
         groups
     }
 
-    /// What the plan says without running: the manifest of a dry run.
-    pub fn preview(&self) -> Manifest {
-        let mut manifest = Manifest::new("gptoss-quant", Job::Quantize { recipe: self.recipe.clone() });
-        let layout = self.layout();
-        manifest.plan = Some(PlanReport {
-            bytes: layout.total_bytes(),
-            shards: layout.shard_count() as u64,
-            tensors: self.tensors.len() as u64,
-            weights_read: self.source.is_some(),
-        });
+    /// One line a family of the jobs that `takes` takes, with its group.
+    fn families(&self, takes: impl Fn(&LinearJob) -> bool) -> Vec<(usize, TensorReport)> {
         let mut families: BTreeMap<(usize, String), TensorReport> = BTreeMap::new();
-        // What stays is in a list of its own.
-        let told: BTreeSet<&str> = self.stays.iter().map(|s| s.1.name.as_str()).collect();
-        let is_told = |l: &Linear| {
-            let fused = l.proj.fused().map(|f| f.name(l.layer));
-            told.contains(&*format!("{}.weight", l.module())) || fused.is_some_and(|f| told.contains(&*f))
-        };
-        for job in self.jobs.iter().filter(|j| !j.kept && !is_told(&j.linear)) {
+        for job in self.jobs.iter().filter(|j| takes(j)) {
             let (out, inp) = job.linear.shape(&self.config);
             let family = Family::of(&job.linear);
             let group = job.linear.layer + 1;
@@ -204,7 +229,32 @@ impl Plan<'_> {
             line.tensors += 1;
             line.parameters += (out * inp) as u64;
         }
-        let mut lines: Vec<(usize, TensorReport)> = families.into_iter().map(|((g, _), r)| (g, r)).collect();
+        families.into_iter().map(|((g, _), r)| (g, r)).collect()
+    }
+
+    /// Notes what keeps its codes as what stays: nobody measures it.
+    pub(super) fn tell_kept(&mut self) {
+        let kept = self.families(|job| job.kept && self.treated.contains_key(&job.linear));
+        self.stays.extend(kept);
+    }
+
+    /// What the plan says without running: the manifest of a dry run.
+    pub fn preview(&self) -> Manifest {
+        let mut manifest = Manifest::new("gptoss-quant", Job::Quantize { recipe: self.recipe.clone() });
+        let layout = self.layout();
+        manifest.plan = Some(PlanReport {
+            bytes: layout.total_bytes(),
+            shards: layout.shard_count() as u64,
+            tensors: self.tensors.len() as u64,
+            weights_read: self.source.is_some(),
+        });
+        // What stays is in a list of its own.
+        let told: BTreeSet<&str> = self.stays.iter().map(|s| s.1.name.as_str()).collect();
+        let is_told = |l: &Linear| {
+            let fused = l.proj.fused().map(|f| f.name(l.layer));
+            told.contains(&*format!("{}.weight", l.module())) || fused.is_some_and(|f| told.contains(&*f))
+        };
+        let mut lines = self.families(|job| !job.kept && !is_told(&job.linear));
         lines.extend(self.stays.iter().cloned());
         lines.sort_by(|a, b| (a.0, &a.1.name).cmp(&(b.0, &b.1.name)));
         manifest.tensors = lines.into_iter().map(|l| l.1).collect();
@@ -214,13 +264,15 @@ impl Plan<'_> {
 
     pub(super) fn say_what_matters(&self, manifest: &mut Manifest) {
         manifest.notes.extend(self.recipe.notes.iter().cloned());
-        let (experts, main) = self.layouts();
-        manifest.runtimes = runtimes::report(experts, main);
+        manifest.runtimes = runtimes::report(&self.facts());
         manifest.notes.extend(self.not_smoothed());
         if self.recipe.container == Container::Dense && self.recipe.rounds_inputs() {
             manifest
                 .notes
                 .push("floats say nothing of inputs: no runtime rounds them, as the schemes would have it".into());
+        }
+        if self.recipe.keep_codes {
+            manifest.notes.push("codes and scales are the source's own; nothing was rounded".into());
         }
         let same = |(l, t): (&Linear, &Treatment)| {
             let native = l.proj.class() == Class::Experts && t.scheme.is_some_and(|s| s.weights == MXFP4);

@@ -35,6 +35,8 @@ pub(super) enum Place {
     CompressedTensors { to: usize, scheme: Scheme },
     /// One expert's rows in OpenAI's `_blocks` and, one tensor further, `_scales`. Takes MXFP4 codes.
     Native { to: usize, lane: Lane },
+    /// One projection's rows of an expert's fused codes and, one tensor further, scales of type `scales`. Takes codes.
+    Interleaved { to: usize, lane: Lane, scheme: Scheme, scales: Float },
     /// One expert's columns in the fused floats that transformers loads. Takes numbers, whole matrices only.
     Fused { to: usize, lane: Lane },
     /// Rows of `<module>.weight` from the first on. Takes numbers.
@@ -110,6 +112,13 @@ impl Store {
                 let before = (lane.expert * self.shape.0 + rows.start) * lane.step;
                 lane.put(*to, rows.start, before, &[self.shape.1 / 2, self.shape.1 / BLOCK], parts, sink)
             }
+            (Place::Interleaved { to, lane, scheme, scales }, Values::Codes(codes)) => {
+                let mut parts = Vec::new();
+                scheme.encode(codes, rows.start, self.shape, *scales, &mut parts);
+                parts.truncate(2);
+                let units: Vec<usize> = parts.iter().map(|p| p.len() / rows.len()).collect();
+                lane.put(*to, rows.start, rows.start * lane.step, &units, parts, sink)
+            }
             (Place::Fused { to, lane }, Values::Numbers(numbers)) => {
                 assert_eq!(rows, 0..self.shape.0, "the fused floats are transposed, so a matrix comes whole");
                 let mut bytes = vec![0; numbers.len() * self.float.size()];
@@ -123,7 +132,7 @@ impl Store {
 
     /// Whether [`Self::write`] wants codes, and not numbers.
     pub fn takes_codes(&self) -> bool {
-        matches!(self.place, Place::CompressedTensors { .. } | Place::Native { .. } | Place::Blocks { .. })
+        !matches!(self.place, Place::Fused { .. } | Place::Plain { .. })
     }
 
     /// Where the bytes of `rows` lie in a tensor of `whole` bytes. They may be packed along the rows, 32 at a time.
@@ -149,7 +158,7 @@ impl Store {
         let numbers = self.unit_rows().min(self.shape.0) * self.shape.1;
         let each = match self.place {
             Place::Fused { .. } => 4 + 2 * self.float.size(),
-            Place::Native { .. } => 4 + 1 + 1 + 1 + 1,
+            Place::Native { .. } | Place::Interleaved { .. } => 4 + 1 + 1 + 1 + 1,
             Place::CompressedTensors { .. } | Place::Plain { .. } | Place::Blocks { .. } => 4 + 1 + 1 + 1,
         };
         (numbers * each + PIECE) as u64
@@ -159,7 +168,7 @@ impl Store {
     pub fn bytes(&self) -> usize {
         let numbers = self.shape.0 * self.shape.1;
         match &self.place {
-            Place::CompressedTensors { scheme, .. } => {
+            Place::CompressedTensors { scheme, .. } | Place::Interleaved { scheme, .. } => {
                 scheme.specs("", self.shape, self.float).iter().map(TensorSpec::byte_len).sum()
             }
             Place::Native { .. } => numbers / 2 + numbers / BLOCK,

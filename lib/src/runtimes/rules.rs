@@ -1,0 +1,153 @@
+//! The rules themselves: for each runtime the first line whose conditions all hold decides; remarks are added to it.
+
+use super::Condition::{self, EpsIsNot, Experts, HiddenIsNoMultiple, Main, MainIs};
+use super::ExpertLayout::{Dense as DenseExperts, Gguf, Mixed, Mxfp4, PerExpert, VllmFp8, VllmInt};
+use super::MainLayout::{CompressedTensors as Coded, Dense};
+use super::{Remark, Rule, Runtime};
+use crate::containers::compressed_tensors::Format;
+use crate::manifest::Loads::{DoesNotLoad, Loads, LoadsWrongly};
+use Runtime::{LlamaCpp, Native, Transformers, Vllm};
+
+// Where a rule was read.
+const VLLM: &str = "vLLM 0.33, model_executor/models/gpt_oss.py";
+const VLLM_CT: &str = "vLLM 0.33, layers/quantization/compressed_tensors/compressed_tensors.py";
+const VLLM_WNA16: &str = "vLLM 0.33, layers/quantization/utils/marlin_utils.py and fused_moe/oracle/int_wna16.py";
+const VLLM_QUARK: &str = "vLLM 0.33, layers/quantization/quark/quark_moe.py";
+const TRANSFORMERS: &str = "transformers 5.23, models/gpt_oss/modeling_gpt_oss.py";
+const TRANSFORMERS_MXFP4: &str = "transformers 5.23, integrations/mxfp4.py";
+const TRANSFORMERS_CT: &str = "transformers 5.23, quantizers/quantizer_compressed_tensors.py";
+const TRANSFORMERS_GGUF: &str = "transformers 5.23, modeling_gguf_pytorch_utils.py";
+const LLAMA: &str = "llama.cpp, src/llama-model-loader.cpp";
+const LLAMA_GPT_OSS: &str = "llama.cpp, src/models/openai-moe.cpp";
+const OURS: &str = "this project's containers/";
+
+const LOST_NAMES: &str =
+    "names of single experts' gate_proj, up_proj and down_proj are unknown to its loader, which drops them";
+const KEPT: &str =
+    "quant_method is compressed-tensors, so the kept MXFP4 experts are not recognised; see gptoss_kept in config.json";
+const MIXED: &str =
+    "some layers have MXFP4 experts and others floats; no loader is known to read both in one checkpoint";
+const NO_SAFETENSORS: &str = "reads GGUF, not safetensors";
+const FUSED: &str = "its experts are fused; names of single experts are missing or unexpected keys";
+const FOR_VLLM: &str = "the experts have names that vLLM alone reads";
+
+const VLLM_INSTEAD: &str =
+    "w4a16 or w8a16 experts, symmetric (--container vllm-int), or with --mw keep mxfp4 or fp8 experts";
+const TRANSFORMERS_INSTEAD: &str = "--experts mxfp4 --mw keep, or --container dense";
+const GGUF_INSTEAD: &str = "--container gguf with schemes such as q4_0, q8_0, mxfp4";
+
+const fn rule(
+    runtime: Runtime,
+    when: &'static [Condition],
+    status: crate::manifest::Loads,
+    reason: &'static str,
+    source: &'static str,
+    instead: &'static str,
+) -> Rule {
+    Rule { runtime, when, status, reason, source, instead }
+}
+
+/// Ordered: of a runtime's rules the first that holds decides, and its last one always does.
+pub(super) static RULES: &[Rule] = &[
+    rule(Vllm, &[Experts(Gguf)], DoesNotLoad, "has no GGUF names for gpt-oss", VLLM, VLLM_INSTEAD),
+    rule(Vllm, &[Experts(Mixed)], DoesNotLoad, MIXED, VLLM, "the same scheme for the experts of every layer"),
+    rule(
+        Vllm,
+        &[Experts(Mxfp4), Main(Coded)],
+        DoesNotLoad,
+        KEPT,
+        VLLM_CT,
+        "--mw keep, or the other weights of a BF16 checkpoint (gptoss-dequant first)",
+    ),
+    rule(Vllm, &[Experts(PerExpert)], LoadsWrongly, LOST_NAMES, VLLM, VLLM_INSTEAD),
+    rule(
+        Vllm,
+        &[Experts(VllmInt), HiddenIsNoMultiple(128)],
+        LoadsWrongly,
+        "its Marlin kernel wants a hidden size that 128 divides; the Triton kernel that is left drops the experts' biases",
+        VLLM_WNA16,
+        "--pad-to 128",
+    ),
+    rule(
+        Vllm,
+        &[MainIs(Format::Mxfp6)],
+        DoesNotLoad,
+        "has no scheme for mxfp6-pack-quantized",
+        VLLM_CT,
+        "mxfp8, fp8 or w8a16 for the other weights",
+    ),
+    rule(
+        Vllm,
+        &[Experts(VllmFp8), Main(Coded)],
+        DoesNotLoad,
+        "one quant_method holds for all of a checkpoint",
+        VLLM_QUARK,
+        "--mw keep",
+    ),
+    rule(
+        Vllm,
+        &[Experts(VllmInt)],
+        Loads,
+        "integer experts for its Marlin kernel (read in its code, not run)",
+        VLLM_WNA16,
+        "",
+    ),
+    rule(Vllm, &[Experts(VllmFp8)], Loads, "FP8 experts (read in its code, not run)", VLLM_QUARK, ""),
+    rule(Vllm, &[Experts(Mxfp4)], Loads, "the published layout", VLLM, ""),
+    rule(Vllm, &[Main(Dense)], Loads, "plain floats", VLLM, ""),
+    rule(Vllm, &[], Loads, "quantized attention beside plain experts (read in its code, not run)", VLLM_CT, ""),
+    rule(
+        Transformers,
+        &[Experts(Gguf)],
+        DoesNotLoad,
+        "not tried: it dequantizes GGUF files in memory, and names its own set of tensors",
+        TRANSFORMERS_GGUF,
+        TRANSFORMERS_INSTEAD,
+    ),
+    rule(
+        Transformers,
+        &[Experts(Mixed)],
+        DoesNotLoad,
+        MIXED,
+        TRANSFORMERS_MXFP4,
+        "the same scheme for the experts of every layer",
+    ),
+    rule(Transformers, &[Experts(VllmInt)], DoesNotLoad, FOR_VLLM, TRANSFORMERS, TRANSFORMERS_INSTEAD),
+    rule(Transformers, &[Experts(VllmFp8)], DoesNotLoad, FOR_VLLM, TRANSFORMERS, TRANSFORMERS_INSTEAD),
+    rule(
+        Transformers,
+        &[Experts(Mxfp4), Main(Coded)],
+        LoadsWrongly,
+        KEPT,
+        TRANSFORMERS_CT,
+        "--mw keep, or the other weights of a BF16 checkpoint (gptoss-dequant first)",
+    ),
+    rule(Transformers, &[Experts(PerExpert)], LoadsWrongly, FUSED, TRANSFORMERS, TRANSFORMERS_INSTEAD),
+    rule(
+        Transformers,
+        &[Experts(Mxfp4)],
+        Loads,
+        "the published layout; without a GPU it dequantizes (needs accelerate)",
+        TRANSFORMERS_MXFP4,
+        "",
+    ),
+    rule(
+        Transformers,
+        &[Experts(DenseExperts), Main(Coded)],
+        Loads,
+        "needs the compressed-tensors package",
+        TRANSFORMERS_CT,
+        "",
+    ),
+    rule(Transformers, &[], Loads, "plain floats", TRANSFORMERS, ""),
+    rule(LlamaCpp, &[Experts(Gguf)], Loads, "tensors and metadata as its gpt-oss has them", LLAMA_GPT_OSS, ""),
+    rule(LlamaCpp, &[], DoesNotLoad, NO_SAFETENSORS, LLAMA, GGUF_INSTEAD),
+    rule(Native, &[], Loads, "gptoss-run reads whatever gptoss-quant writes", OURS, ""),
+];
+
+/// What a runtime does beside loading it.
+pub(super) static REMARKS: &[Remark] = &[Remark {
+    runtime: Vllm,
+    when: &[EpsIsNot(1e-5)],
+    text: "its norms take an eps of 1e-5 whatever rms_norm_eps says, so outputs of a wider model differ by a little",
+}];
