@@ -192,7 +192,7 @@ fn a_target_chooses_or_says_by_which_rule_it_cannot() {
             "--experts w4a16 --mw w8a16 --target transformers",
             "nearest: --experts mxfp4 --mw keep, or --container dense",
         ),
-        ("--experts w4a16 --mw w8a16 --target llama.cpp", "a GGUF file has no int4; the nearest that it has is q4_0"),
+        ("--experts w4a16 --mw q8_0 --target llama.cpp", "a GGUF file has no int4; the nearest that it has is q4_0"),
         ("--experts q4_0 --mw q4_0 --target vllm --container gguf", "has no GGUF names for gpt-oss"),
         (
             "--experts w4a16 --mw w4a16 --container openai",
@@ -232,7 +232,7 @@ fn codes_that_do_not_survive_are_refused() {
     for (src, flags, said) in [
         (&ct, "--keep-codes --container vllm-int", "codes whose scales belong to more than their own rows"),
         (&gguf, "--keep-codes --container compressed-tensors", "compressed-tensors has no layout for q8_0"),
-        (&gguf, "--keep-codes --container vllm-int", "vllm-int holds experts of w4a16"),
+        (&gguf, "--keep-codes --container vllm-int", "compressed-tensors has no layout for q8_0"),
         (&gguf, "--algo rtn --experts w4a16", "is a GGUF file, which --keep-codes puts into another container"),
         (&ct, "--keep-codes --container dense", "keeps no codes"),
         (&ct, "--keep-codes", "--container"),

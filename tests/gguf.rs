@@ -87,7 +87,7 @@ fn what_a_gguf_file_cannot_hold_is_refused_in_the_plan() {
             assert!(ran.code == 2 && ran.err.contains(said), "{flags}: {ran:?}");
         }
     }
-    let ran = quant(&tiny(), &out, "--algo rtn --experts q4_0 --mw keep --dry-run");
+    let ran = quant(&tiny(), &out, "--algo rtn --experts q4_0 --mw keep --container compressed-tensors --dry-run");
     assert!(
         ran.code == 2 && ran.err.contains("compressed-tensors has no layout for q4_0; --container gguf has one"),
         "{ran:?}"

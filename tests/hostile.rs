@@ -403,7 +403,11 @@ fn hostile_quantized_checkpoints_are_clear_errors_too() {
     ];
     let home = tempfile::tempdir().unwrap();
     let sound = home.path().join("q");
-    run(command("gptoss-quant --quiet --algo rtn --model-in").arg(tiny()).arg("--output-dir").arg(&sound)).manifest();
+    run(command("gptoss-quant --quiet --algo rtn --container compressed-tensors --model-in")
+        .arg(tiny())
+        .arg("--output-dir")
+        .arg(&sound))
+    .manifest();
     for (name, change, want) in &cases {
         let dir = tempfile::tempdir().unwrap();
         let model = support::copy_folder(&sound, &dir.path().join("model"));

@@ -67,8 +67,12 @@ fn threads_memory_and_folder_do_not_change_a_byte() {
 fn experts_have_llm_compressors_names_and_gate_and_up_are_apart() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("q");
-    run(command("gptoss-quant --quiet --algo rtn").arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out))
-        .manifest();
+    run(command("gptoss-quant --quiet --algo rtn --container compressed-tensors")
+        .arg("--model-in")
+        .arg(tiny())
+        .arg("--output-dir")
+        .arg(&out))
+    .manifest();
     let mut shard = Shard::read(&out.join("model-00001-of-00001.safetensors"));
     let base = "model.layers.2.mlp.experts.7";
     for (name, dtype, shape) in [
@@ -262,7 +266,7 @@ fn mxfp4_experts_of_either_source_are_the_published_layout_and_lose_nothing() {
         let out = dir.path().join(format!("q{i}"));
         let mut quant = command("gptoss-quant --quiet --algo rtn --experts mxfp4 --mw keep");
         let manifest = run(quant.arg("--model-in").arg(src).arg("--output-dir").arg(&out)).manifest();
-        let loads = |r: &&Value| r["status"] == "loads";
+        let loads = |r: &&Value| r["status"] == "loads" && r["runtime"] != "native";
         assert_eq!(manifest["runtimes"].as_array().unwrap().iter().filter(loads).count(), 2);
         assert_eq!(manifest["output"]["layout"], "mxfp4");
         assert_eq!(json(&out.join("config.json"))["quantization_config"]["quant_method"], "mxfp4");
@@ -324,7 +328,8 @@ fn dense_output_is_what_the_codes_stand_for() {
         quant("compressed-tensors", &coded);
         let m = quant("dense", &dense);
         let runtimes = m["runtimes"].as_array().unwrap().iter().filter(|r| r["status"] == "loads");
-        assert_eq!(runtimes.count(), 2, "{}", m["runtimes"]);
+        // vLLM, transformers, and our own.
+        assert_eq!(runtimes.count(), 3, "{}", m["runtimes"]);
         // A look at the folder finds the same.
         for (out, maker) in [(&dense, m), (&coded, quant_manifest(&coded))] {
             let seen = run(command("gptoss-verify runtimes --quiet").arg(out)).manifest();
@@ -355,5 +360,35 @@ fn dense_output_is_what_the_codes_stand_for() {
         println!("{scheme}: {error}");
         assert!(error > 0.0 && error < bound, "{scheme}: {error}");
         assert!(m["tensors"].to_string().contains(&format!("bfloat16 of {scheme}")), "{}", m["tensors"]);
+    }
+}
+
+/// BF16 and FP16 are number formats as well: MXFP4 fits the first, and the second where it does not overflow.
+#[test]
+fn experts_and_other_weights_become_halves() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = format!("--calib-jsonl {} --nsamples 4 --max-seq-length 64", tiny().join("calib.jsonl").display());
+    for (i, (flags, exact, layout)) in [
+        ("--algo rtn --experts bf16 --mw keep", true, "bf16"),
+        ("--algo gptq --experts bf16 --mw w8a16", false, "compressed-tensors"),
+        ("--algo rtn --experts fp16 --mw fp16", false, "fp16"),
+        ("--algo gptq --experts fp16 --mw fp16", false, "fp16"),
+        ("--algo rtn --experts fp16 --mw q8_0 --container gguf", false, "gguf"),
+        ("--algo rtn --experts bf16 --mw bf16 --container gguf", true, "gguf"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = dir.path().join(format!("h{i}"));
+        let mut quant = command(&format!("gptoss-quant --quiet {flags} {text}"));
+        let manifest = run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+        assert_eq!(manifest["output"]["layout"], *layout, "{flags}");
+        let checked = run(command("gptoss-verify check --quiet").arg(&out)).manifest();
+        assert_eq!(checked["verdict"]["passed"], true, "{flags}: {checked}");
+        let against = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&out)).manifest();
+        let max = against["verdict"]["total_error"]["max"].as_f64().unwrap();
+        assert!(if *exact { max == 0.0 } else { max < 2e-2 }, "{flags}: {max}");
+        let half = json(&out.join("config.json"))["dtype"] == "float16";
+        assert_eq!(half, flags.contains("--mw fp16"), "{flags}");
     }
 }

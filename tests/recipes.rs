@@ -348,7 +348,7 @@ fn sizes() -> String {
     let mut table = String::from(
         "# Sizes\n\nBytes of the output for every scheme, experts and the other weights alike (embedding, router and head stay BF16), \
          as\n`gptoss-quant --dry-run --group-size auto` plans them from the published configs. GB are 10^9 bytes; bits are those of \
-         the\noutput over its parameters. `tests/recipes.rs` holds this table to what the plans say.\n\n\
+         the\noutput over its parameters. ggml's types are in a GGUF file, whose tokenizer (about 10 MB) is not counted. `tests/recipes.rs` holds this table to what the plans say.\n\n\
          | scheme | 20b, GB | bits | 120b, GB | bits |\n|---|---|---|---|---|\n",
     );
     let schemes = [
@@ -372,9 +372,18 @@ fn sizes() -> String {
         "mxfp6",
         "mxfp8",
         "nvfp4",
+        "bf16",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        "tq1_0, padded to 256",
+        "tq2_0, padded to 256",
     ];
     for scheme in schemes {
-        let (name, kind) = scheme.split_once(' ').unwrap_or((scheme, "symmetric"));
+        let (name, padding) = scheme.split_once(", ").map_or((scheme, ""), |s| (s.0, "--pad-to 256"));
+        let (name, kind) = name.split_once(' ').unwrap_or((name, "symmetric"));
         table += &format!("| {scheme} |");
         for model in ["20b", "120b"] {
             // Everything kept is no plan; what then stands is the published checkpoint.
@@ -382,8 +391,9 @@ fn sizes() -> String {
                 ("keep", "20b") => (13_761_264_768, 20_914_757_184u64),
                 ("keep", _) => (65_248_815_744, 116_829_156_672),
                 _ => {
-                    let flags =
-                        format!("--algo rtn --kernels present --experts {name} --mw {name} --{kind} --group-size auto");
+                    let flags = format!(
+                        "--algo rtn --kernels present --experts {name} --mw {name} --{kind} --group-size auto {padding}"
+                    );
                     let planned = plan(&flags, &config(model));
                     let parameters = if model == "20b" { 20_914_757_184 } else { 116_829_156_672 };
                     (planned["plan"]["bytes"].as_u64().unwrap(), parameters)

@@ -284,7 +284,13 @@ fn another_processor_gives_the_committed_hashes() {
     let jobs = [
         ("bf16", "gptoss-dequant", "--src", "--dst", ""),
         ("fp16", "gptoss-dequant", "--src", "--dst", "--dtype fp16"),
-        ("w4a16", "gptoss-quant", "--model-in", "--output-dir", "--algo rtn --experts w4a16 --mw w8a16"),
+        (
+            "w4a16",
+            "gptoss-quant",
+            "--model-in",
+            "--output-dir",
+            "--algo rtn --experts w4a16 --mw w8a16 --container compressed-tensors",
+        ),
         (
             "asymmetric",
             "gptoss-quant",

@@ -1,6 +1,6 @@
 """transformers loads a checkpoint without a missing or unexpected key, and its logits are near the golden ones.
 
-usage: transformers_loads.py MODEL GOLDEN_LOGITS GREATEST_MEAN_KL
+usage: transformers_loads.py MODEL GOLDEN_LOGITS GREATEST_MEAN_KL [DTYPE]
 """
 
 import sys
@@ -10,7 +10,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 folder, golden, bound = sys.argv[1], sys.argv[2], float(sys.argv[3])
-model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+dtype = sys.argv[4] if len(sys.argv) > 4 else "auto"
+model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
 assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
 with safe_open(golden, "pt") as f, torch.no_grad():
     have = model(f.get_tensor("input_ids")).logits.float().log_softmax(-1)

@@ -243,7 +243,7 @@ impl Ggml {
                 for (first, width, digits) in TRITS {
                     for (i, c) in codes[first..first + width * digits].iter_mut().enumerate() {
                         let shifted = block[at + i % width].wrapping_mul([1, 3, 9, 27, 81][i / width]);
-                        *c = (u16::from(shifted) * 3 >> 8) as i8 - 1;
+                        *c = ((u16::from(shifted) * 3) >> 8) as i8 - 1;
                     }
                     at += width;
                 }

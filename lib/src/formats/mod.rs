@@ -28,6 +28,8 @@ pub enum NumberFormat {
     Nvfp4,
     /// One of ggml's block types.
     Ggml(Ggml),
+    /// Floats of 16 bits, which have no codes and no scales: only values.
+    Half(Float),
 }
 
 /// FP8 E4M3.
@@ -62,6 +64,8 @@ impl NumberFormat {
             Self::Mx(m) => format!("mx{}", float(m)),
             Self::Nvfp4 => "nvfp4".into(),
             Self::Ggml(ty) => ty.name().into(),
+            Self::Half(Float::F16) => "fp16".into(),
+            Self::Half(_) => "bf16".into(),
         }
     }
 
@@ -72,6 +76,7 @@ impl NumberFormat {
             Self::Float(m) | Self::Mx(m) => m.bits() as u8,
             Self::Nvfp4 => 4,
             Self::Ggml(ty) => ty.bits(),
+            Self::Half(_) => 16,
         }
     }
 
@@ -79,7 +84,7 @@ impl NumberFormat {
     pub fn symmetric(self) -> bool {
         match self {
             Self::Int(int) => int.symmetric,
-            Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) => true,
+            Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) | Self::Half(_) => true,
         }
     }
 
@@ -93,6 +98,7 @@ impl NumberFormat {
             Self::Mx(m) => mx::fit(m, min, max),
             Self::Nvfp4 => nvfp4::fit(min, max, float, global),
             Self::Ggml(ty) => ty.fit(min, max),
+            Self::Half(_) => Params { scale: 1.0, zero_point: 0.0 },
         }
     }
 
@@ -105,10 +111,14 @@ impl NumberFormat {
             Self::Mx(m) => m.code(m.round(w / p.scale)) as i8,
             Self::Nvfp4 => Minifloat::E2M1.code(Minifloat::E2M1.round(w / p.scale)) as i8,
             Self::Ggml(ty) => ty.round(w, p.scale, p.zero_point).0,
+            Self::Half(_) => 0,
         }
     }
 
     /// The value of `code`, rounded to the type `float`.
+    ///
+    /// # Panics
+    /// For [`Self::Half`], which has no codes.
     #[inline(always)]
     pub fn dequantize(self, code: i8, p: Params, float: Float) -> f32 {
         match self {
@@ -119,6 +129,7 @@ impl NumberFormat {
             Self::Nvfp4 => float.round(Minifloat::E2M1.value(code as u8) * p.scale),
             // Their values are f32, whatever the weights were.
             Self::Ggml(ty) => ty.value(code, p.scale, p.zero_point),
+            Self::Half(_) => panic!("floats of 16 bits have no codes"),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! processor and for AVX2, with the same bits.
 
 use crate::algorithms::rtn::{ErrorSums, LANES};
-use crate::formats::float::Float;
+use crate::formats::float::{Float, round_bf16, round_f16};
 use crate::formats::ggml::Ggml;
 use crate::formats::minifloat::Minifloat;
 use crate::formats::{NumberFormat, Params};
@@ -202,6 +202,12 @@ fn lanes_of<const N: usize>(
         NumberFormat::Mx(Minifloat::E4M3) => floats::<N>(Minifloat::E4M3, EXACT, w, scale, codes, values),
         NumberFormat::Mx(Minifloat::E5M2) => floats::<N>(Minifloat::E5M2, EXACT, w, scale, codes, values),
         NumberFormat::Nvfp4 => floats::<N>(Minifloat::E2M1, (Float::F32, float), w, scale, codes, values),
+        NumberFormat::Half(half) => {
+            let round = if half == Float::F16 { round_f16 } else { round_bf16 };
+            for i in 0..N {
+                (codes[i], values[i]) = (0, round(w[i]));
+            }
+        }
         NumberFormat::Ggml(Ggml::Q4_0) => ggml::<N>(Ggml::Q4_0, w, scale, zero, codes, values),
         NumberFormat::Ggml(Ggml::Q4_1) => ggml::<N>(Ggml::Q4_1, w, scale, zero, codes, values),
         NumberFormat::Ggml(Ggml::Q5_0) => ggml::<N>(Ggml::Q5_0, w, scale, zero, codes, values),

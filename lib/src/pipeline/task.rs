@@ -255,10 +255,8 @@ impl SourceHashes {
             files.push(FileRecord { name: shard.name.clone(), bytes: shard.bytes().len() as u64, sha256 });
         }
         let mut small = source.side_files()?;
-        small.push(CONFIG.into());
-        if source.dir.join(INDEX).exists() {
-            small.push(INDEX.into());
-        }
+        // A GGUF file may be alone.
+        small.extend([CONFIG, INDEX].into_iter().filter(|name| source.dir.join(name).exists()).map(str::to_owned));
         for name in small {
             files.push(digest::record(&source.dir, &name)?);
         }
@@ -271,7 +269,8 @@ impl SourceHashes {
 fn fingerprint(job: &Job, text: &str, layout: &str, source: &Checkpoint) -> Result<String> {
     use std::os::unix::fs::MetadataExt;
     let mut files = Vec::new();
-    let small = source.side_files()?.into_iter().chain([CONFIG.to_owned()]).map(|n| source.dir.join(n));
+    let small =
+        source.side_files()?.into_iter().chain([CONFIG.to_owned()]).map(|n| source.dir.join(n)).filter(|p| p.exists());
     for path in source.shards.iter().map(|s| s.path.clone()).chain(small) {
         let m = std::fs::metadata(&path).map_err(Error::io("stat", &path))?;
         files.push((path.file_name().map(|n| n.to_string_lossy().into_owned()), m.len(), m.mtime(), m.mtime_nsec()));

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::LayerRecipe;
 use crate::containers::compressed_tensors::{Activations, Scheme, Strategy};
 use crate::error::{Error, Result};
+use crate::formats::float::Float;
 use crate::formats::ggml::Ggml;
 use crate::formats::int::IntFormat;
 use crate::formats::minifloat::Minifloat;
@@ -52,10 +53,12 @@ pub enum SchemeName {
     Nvfp4,
     /// One of ggml's block types.
     Ggml(Ggml),
+    /// BF16 or FP16.
+    Half(Float),
 }
 
 /// Names that are no pattern.
-const NAMES: [(&str, SchemeName); 24] = [
+const NAMES: [(&str, SchemeName); 26] = [
     ("keep", SchemeName::Keep),
     ("dense", SchemeName::Dense),
     ("w4afp8", SchemeName::W4afp8),
@@ -73,6 +76,8 @@ const NAMES: [(&str, SchemeName); 24] = [
     ("mxfp6_e3m2", SchemeName::Mx(Minifloat::E3M2)),
     ("mxfp4", SchemeName::Mx(Minifloat::E2M1)),
     ("nvfp4", SchemeName::Nvfp4),
+    ("bf16", SchemeName::Half(Float::Bf16)),
+    ("fp16", SchemeName::Half(Float::F16)),
     ("q4_0", SchemeName::Ggml(Ggml::Q4_0)),
     ("q4_1", SchemeName::Ggml(Ggml::Q4_1)),
     ("q5_0", SchemeName::Ggml(Ggml::Q5_0)),
@@ -83,7 +88,8 @@ const NAMES: [(&str, SchemeName); 24] = [
 ];
 
 /// Other tools' names for the same.
-const ALIASES: [(&str, &str); 5] = [
+const ALIASES: [(&str, &str); 6] = [
+    ("f16", "fp16"),
     ("fp8_dynamic", "fp8"),
     ("mxfp4a16", "mxfp4"),
     ("mxfp6a16", "mxfp6"),
@@ -93,7 +99,7 @@ const ALIASES: [(&str, &str); 5] = [
 
 /// All schemes, for messages.
 pub const SCHEMES: &str = "w2a16 to w8a16, w4a8, w8a8, w4afp8, fp8, fp8_static, fp8_block, fp8a16, fp8_e5m2, fp6, fp6_e3m2, \
-fp4, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, nvfp4, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, dense and keep";
+fp4, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, nvfp4, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, bf16, fp16, dense and keep";
 
 impl FromStr for SchemeName {
     type Err = Error;
@@ -150,6 +156,7 @@ impl SchemeName {
         match self {
             Self::Keep | Self::Dense => Some(GroupSize::Auto),
             Self::Fp8 | Self::Int { bits: 8, int8_activations: true } => Some(GroupSize::Channel),
+            Self::Half(_) => Some(GroupSize::Channel),
             Self::Fp8Static => Some(GroupSize::Tensor),
             Self::Fp8Block => Some(GroupSize::Block),
             Self::Mx(_) => Some(GroupSize::Size(mx::BLOCK)),
@@ -164,7 +171,9 @@ impl SchemeName {
         match self {
             Self::Int { int8_activations, .. } => int8_activations,
             Self::W4afp8 | Self::Fp8 | Self::Fp8Static | Self::Fp8Block => true,
-            Self::Keep | Self::Dense | Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) => false,
+            Self::Keep | Self::Dense | Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) | Self::Half(_) => {
+                false
+            }
         }
     }
 
@@ -252,6 +261,7 @@ impl LayerRecipe {
             }
             SchemeName::Mx(table) => blocks(NumberFormat::Mx(table), mx::BLOCK),
             SchemeName::Nvfp4 => blocks(NumberFormat::Nvfp4, nvfp4::GROUP),
+            SchemeName::Half(float) => scheme(NumberFormat::Half(float), Strategy::Channel, Activations::Float),
             SchemeName::Ggml(ty) => blocks(NumberFormat::Ggml(ty), ty.group()),
             SchemeName::W4afp8 => scheme(int(4), self.strategy(linear, inp)?, Activations::DynamicTokenFp8),
             SchemeName::Int { bits, int8_activations } => {

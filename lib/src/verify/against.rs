@@ -92,7 +92,7 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
     let mut total = ErrorSums::default();
     sums.iter().for_each(|s| total.merge(s));
     let matrices = pairs.iter().zip(&sums).filter_map(|(p, s)| match p {
-        Pair::Linear(l) => Some((*l, stored(&b, l), *s)),
+        Pair::Linear(l) => Some((*l, stored(&b, &config, l), *s)),
         _ => None,
     });
     let mut tensors = match detail {
@@ -150,19 +150,15 @@ fn norm_before(proj: Proj, layer: usize) -> Option<String> {
     Some(format!("model.layers.{layer}.{norm}.weight"))
 }
 
-fn stored(checkpoint: &Checkpoint, linear: &Linear) -> String {
-    let module = linear.module();
-    let has = |suffix: &str| checkpoint.get(&format!("{module}.{suffix}")).is_some();
-    let blocks = linear.proj.fused().map(|f| format!("{}_blocks", f.name(linear.layer)));
-    if has("weight_packed") || has("weight_scale") {
-        match containers::compressed_tensors::config::scheme_of(checkpoint, &module) {
-            Ok(Some(s)) => s.weights.name(),
-            _ => "compressed-tensors".into(),
-        }
-    } else if blocks.is_some_and(|b| checkpoint.get(&b).is_some()) {
-        "mxfp4".into()
-    } else {
-        "float".into()
+/// How a layer of `checkpoint` is stored.
+fn stored(checkpoint: &Checkpoint, config: &ModelConfig, linear: &Linear) -> String {
+    if let Ok(Some(scheme)) = containers::open(checkpoint, config, linear).map(|w| w.stored()) {
+        return scheme.weights.name();
+    }
+    // Codes that have no rows of their own, or none at all.
+    match containers::compressed_tensors::config::scheme_of(checkpoint, &linear.module()) {
+        Ok(Some(s)) => s.weights.name(),
+        _ => "float".into(),
     }
 }
 

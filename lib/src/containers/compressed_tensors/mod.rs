@@ -85,7 +85,9 @@ impl Scheme {
             (NumberFormat::Mx(Minifloat::E2M3), _) => Format::Mxfp6,
             (NumberFormat::Mx(Minifloat::E4M3), _) => Format::Mxfp8,
             (NumberFormat::Nvfp4, _) => Format::Nvfp4,
-            (NumberFormat::Float(_) | NumberFormat::Mx(_) | NumberFormat::Ggml(_), _) => return None,
+            (NumberFormat::Float(_) | NumberFormat::Mx(_) | NumberFormat::Ggml(_) | NumberFormat::Half(_), _) => {
+                return None;
+            }
         })
     }
 

@@ -34,7 +34,7 @@ use crate::text;
 /// [`Error::Refused`] for what GGUF cannot hold, with what comes nearest.
 pub(super) fn scheme(linear: &Linear, scheme: Scheme) -> Result<Scheme> {
     let weights = match scheme.weights {
-        NumberFormat::Ggml(_) => return Ok(scheme),
+        NumberFormat::Ggml(_) | NumberFormat::Half(_) => return Ok(scheme),
         MXFP4 if scheme.activations == Activations::Float => NumberFormat::Ggml(Ggml::Mxfp4),
         other => {
             let (module, name) = (linear.module(), other.name());
@@ -97,6 +97,7 @@ impl<'a> Plan<'a> {
                 Ggml::Tq2_0 => 37,
                 Ggml::Mxfp4 => 38,
             },
+            Some(NumberFormat::Half(Float::F16)) => 1,
             _ if self.mxfp4 && !self.treated.contains_key(&one) => 38,
             _ => 32,
         }
@@ -159,6 +160,7 @@ impl<'a> Plan<'a> {
     fn gguf_matrix(&mut self, group: usize, linear: &Linear, scheme: Option<Scheme>, shape: &[usize]) -> Result<usize> {
         let storage = match scheme.map(|s| s.weights) {
             Some(NumberFormat::Ggml(ty)) => Storage::Blocks(ty),
+            Some(NumberFormat::Half(float)) => Storage::Float(float.dtype()),
             Some(other) => unreachable!("the plan turned {} into one of ggml's types", other.name()),
             None => Storage::Float(self.open(linear)?.1.dtype()),
         };

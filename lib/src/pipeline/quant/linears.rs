@@ -77,7 +77,7 @@ impl<'a> Plan<'a> {
                 to
             }
             Experts::Fused => {
-                let float = self.open(&one)?.1;
+                let float = self.written(&one, self.open(&one)?.1);
                 self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()))
             }
             Experts::Vllm(kind) => return self.vllm_experts(slot, kind, fused, layer),
@@ -96,7 +96,8 @@ impl<'a> Plan<'a> {
                     if kind == Experts::Native { Place::Native { to, lane } } else { Place::Fused { to, lane } };
                 let linear = Linear { proj, layer, expert };
                 let (weight, float) = self.open(&linear)?;
-                if kind == Experts::Fused && float.dtype() != self.tensors[to].spec.dtype {
+                let written = self.written(&linear, float);
+                if kind == Experts::Fused && written.dtype() != self.tensors[to].spec.dtype {
                     let (module, other) = (linear.module(), one.module());
                     return Err(Error::Refused(format!(
                         "{module} has another type than {other}; one tensor holds both"
@@ -200,7 +201,8 @@ impl<'a> Plan<'a> {
                 Place::CompressedTensors { to, scheme }
             }
             None => {
-                self.add(group, TensorSpec::new(format!("{module}.weight"), float.dtype(), [shape.0, shape.1]));
+                let written = self.written(&linear, float);
+                self.add(group, TensorSpec::new(format!("{module}.weight"), written.dtype(), [shape.0, shape.1]));
                 self.unquantized.push(module);
                 Place::Plain { to, first: 0 }
             }
@@ -218,7 +220,12 @@ impl<'a> Plan<'a> {
     }
 
     pub(super) fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
-        let store = Store { place, shape: linear.shape(&self.config), float };
+        let stored = if matches!(place, Place::Plain { .. } | Place::Fused { .. }) {
+            self.written(&linear, float)
+        } else {
+            float
+        };
+        let store = Store { place, shape: linear.shape(&self.config), float: stored };
         let kept = store.takes_codes() && (self.recipe.keep_codes || !self.treated.contains_key(&linear));
         self.jobs.push(LinearJob {
             linear,

@@ -245,7 +245,8 @@ impl<'a> Plan<'a> {
                     scheme = scheme.map(|s| gguf::scheme(&linear, s)).transpose()?;
                 }
                 let coded = self.recipe.container.is_coded();
-                if let Some(scheme) = scheme.filter(|s| coded && s.stored().is_none()) {
+                let codes = |s: &Scheme| !matches!(s.weights, NumberFormat::Half(_));
+                if let Some(scheme) = scheme.filter(|s| coded && codes(s) && s.stored().is_none()) {
                     let (module, format) = (linear.module(), scheme.weights.name());
                     return Err(Error::Refused(format!(
                         "{module}: compressed-tensors has no layout for {format}; {}--container dense writes the floats that \
@@ -277,6 +278,9 @@ impl<'a> Plan<'a> {
         let Some(source) = self.source else {
             return Err(Error::Refused("--keep-codes needs the weights: there are none beside this config".into()));
         };
+        if self.recipe.container == Container::Dense {
+            return Err(Error::Refused("--container dense keeps no codes; gptoss-dequant writes their floats".into()));
+        }
         let linears: Vec<Linear> = model::linears(&self.config).collect();
         for linear in linears {
             // Blocks that stay blocks are copied, and go to a GGUF file by a way of their own.
@@ -294,15 +298,12 @@ impl<'a> Plan<'a> {
                 continue;
             };
             let scheme = if self.is_gguf() { gguf::scheme(&linear, stored)? } else { stored };
-            if self.recipe.container == Container::CompressedTensors && scheme.stored().is_none() {
+            if self.recipe.container.is_coded() && scheme.stored().is_none() {
                 let format = scheme.weights.name();
                 return Err(Error::Refused(format!("{module}: compressed-tensors has no layout for {format}")));
             }
             let layer = self.recipe.class(linear.proj.class()).clone();
             self.treated.insert(linear, Treatment { layer, scheme: Some(scheme), sparse: None });
-        }
-        if self.recipe.container == Container::Dense {
-            return Err(Error::Refused("--container dense keeps no codes; gptoss-dequant writes their floats".into()));
         }
         Ok(())
     }
@@ -314,7 +315,15 @@ impl<'a> Plan<'a> {
 
     /// What its codes are stored as; `None` where floats are.
     fn coded(&self, linear: &Linear) -> Option<Scheme> {
-        self.scheme(linear).filter(|_| self.recipe.container.is_coded())
+        self.scheme(linear).filter(|s| self.recipe.container.is_coded() && !matches!(s.weights, NumberFormat::Half(_)))
+    }
+
+    /// The type that the numbers of `linear`, of type `float`, are written in where no codes are.
+    fn written(&self, linear: &Linear, float: Float) -> Float {
+        match self.scheme(linear).map(|s| s.weights) {
+            Some(NumberFormat::Half(half)) => half,
+            _ => float,
+        }
     }
 
     fn slot(&mut self, slot: &Slot) -> Result<()> {
@@ -667,6 +676,9 @@ impl<'a> Pipeline for Plan<'a> {
                 }
                 if job.store.takes_codes() {
                     job.store.write(rows.clone(), Values::Codes(&scratch.codes), sink)?;
+                } else if let NumberFormat::Half(half) = scheme.weights {
+                    scratch.rows.iter_mut().for_each(|v| *v = half.round(*v));
+                    job.store.write(rows.clone(), Values::Numbers(&scratch.rows), sink)?;
                 } else {
                     values_of(&scratch.codes, columns, target, &mut scratch.rows);
                     job.store.write(rows.clone(), Values::Numbers(&scratch.rows), sink)?;

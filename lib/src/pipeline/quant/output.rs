@@ -101,7 +101,7 @@ impl Plan<'_> {
             (false, false) => "compressed-tensors".into(),
             (false, true) => "compressed-tensors+mxfp4".into(),
             (true, true) => "mxfp4".into(),
-            (true, false) => match self.jobs.first().map_or(Float::Bf16, |j| j.float) {
+            (true, false) => match self.jobs.first().map_or(Float::Bf16, |j| j.store.float) {
                 Float::Bf16 => "bf16".into(),
                 Float::F16 => "fp16".into(),
                 Float::F32 => "fp32".into(),
@@ -126,6 +126,11 @@ impl Plan<'_> {
             config.insert("quantization_config".into(), self.openai_config(was));
         } else {
             config.shift_remove("quantization_config");
+        }
+        let halves = |t: &Treatment| t.scheme.is_some_and(|s| s.weights == NumberFormat::Half(Float::F16));
+        if !self.treated.is_empty() && self.treated.values().all(halves) {
+            config.shift_remove("torch_dtype");
+            config.insert("dtype".into(), Float::F16.config_name().into());
         }
         if !config.contains_key("dtype") && !config.contains_key("torch_dtype") {
             let float = self.jobs.first().map_or(Float::Bf16, |j| j.float);
@@ -321,6 +326,9 @@ impl Plan<'_> {
 /// `int4 g64`, `int8 channel asymmetric`, `mxfp4`, `bfloat16`.
 pub(super) fn stored_as(job: &LinearJob) -> String {
     let Some(s) = job.scheme else { return job.float.config_name().into() };
+    if matches!(s.weights, NumberFormat::Half(_)) {
+        return job.store.float.config_name().into();
+    }
     if !job.store.takes_codes() {
         return format!("{} of {}", job.float.config_name(), s.weights.name());
     }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::Plan;
 use crate::error::{Error, Result};
-use crate::recipe::{Container, Recipe};
+use crate::recipe::{Container, Recipe, SchemeName};
 use crate::runtimes::{self, Runtime};
 
 /// The multiple to which a target may pad where nobody said.
@@ -40,9 +40,10 @@ pub fn settle(dir: &Path, raw_config: &Map<String, Value>, recipe: &mut Recipe, 
     let Some(target) = wish.target else {
         recipe.container = wish.container.unwrap_or_else(|| {
             let loads = |c: &Container| plan(*c, pad_to).is_ok_and(|f| runtimes::refusal(Runtime::Vllm, &f).is_none());
-            let any = [Container::CompressedTensors, Container::Gguf];
-            let vllm = Runtime::Vllm.containers().iter().copied().find(loads);
-            vllm.or_else(|| any.into_iter().find(|c| plan(*c, pad_to).is_ok())).unwrap_or_default()
+            // Nothing else holds ggml's types.
+            let ggml = recipe.layers().any(|(_, l)| matches!(l.scheme, SchemeName::Ggml(_)));
+            let other = if ggml { Container::Gguf } else { Container::CompressedTensors };
+            Runtime::Vllm.containers().iter().copied().find(loads).unwrap_or(other)
         });
         return Ok(());
     };
