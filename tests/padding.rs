@@ -68,6 +68,9 @@ fn rounding_a_wider_model_rounds_the_same_numbers() {
         "--algo rtn --experts w4a16 --mw w8a16 --group-size 32",
         "--algo rtn --experts mxfp4 --mw w4a16 --mw-group-size 32 --mw-symmetry asymmetric",
         "--algo rtn --experts w8a16 --mw fp8a16 --group-size channel",
+        "--algo rtn --experts nvfp4 --mw mxfp8",
+        "--algo rtn --experts q4_0 --mw q8_0",
+        "--algo rtn --experts mxfp4 --mw keep --container openai",
     ]
     .iter()
     .enumerate()

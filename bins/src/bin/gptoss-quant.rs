@@ -34,14 +34,17 @@ const PUBLISHED: &str = "gpt-oss-120b";
     after_help = "Examples:
   gptoss-quant --model-in ./gpt-oss-20b --experts w4a16 --mw w8a16 --calib-jsonl calib.jsonl
   gptoss-quant --model-in ./gpt-oss-20b --algo rtn --experts keep --mw w8a8 --output-dir out
+  gptoss-quant --model-in ./gpt-oss-20b --target vllm --experts w4a16 --mw w8a16
+  gptoss-quant --model-in ./gpt-oss-20b --algo rtn --target llama.cpp --experts keep --mw q8_0
+  gptoss-quant --model-in ./out --keep-codes --container gguf --output-dir out-gguf
   gptoss-quant --model-in ./gpt-oss-20b --recipe recipe.yaml --group-size auto
   gptoss-quant --model-in ./gpt-oss-120b/config.json --dry-run
   gptoss-dequant --src ./gpt-oss-20b --dst bf16 | gptoss-quant --algo rtn | gptoss-verify
 
-Schemes: w2a16 to w8a16 (integer weights), w8a8 (int8 weights a channel, int8 inputs a token), w4a8 (int4 weights, int8 inputs; needs kernels), w4afp8 (FP8 inputs a token), fp8 (weights a channel, inputs a token), fp8_static (a scale a tensor, inputs' from the text), fp8_block (128 by 128, inputs in groups of 128), fp8a16, mxfp4, mxfp6, mxfp8, nvfp4 (weights alone), dense (floats, for zeros alone), keep (as in the source, bit for bit). AWQ goes with w4a16, w4a8 with gptq or rtn.
+Schemes: w2a16 to w8a16 (integer weights), w8a8 (int8 weights a channel, int8 inputs a token), w4a8 (int4 weights, int8 inputs; needs kernels), w4afp8 (FP8 inputs a token), fp8 (weights a channel, inputs a token), fp8_static (a scale a tensor, inputs' from the text), fp8_block (128 by 128, inputs in groups of 128), fp8a16, mxfp4, mxfp6, mxfp8, nvfp4 (weights alone), bf16, fp16, dense (floats, for zeros alone), keep (as in the source, bit for bit); in GGUF q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, mxfp4. AWQ goes with w4a16, w4a8 with gptq or rtn.
 Text: gptq, awq, smoothquant and sparsity need one. Without a flag it is 256 sequences of open_platypus, each of at most 2048 tokens.
 Without --model-in and a manifest on standard input, --dry-run plans for gpt-oss-120b.
-The output is a compressed-tensors checkpoint with llm-compressor's names; the manifest says which runtimes load it.
+Containers: where vLLM loads one, that is taken; --target names another runtime, --container the container. The manifest says which runtimes load the output, and why others do not.
 Exit codes: 0 done, 2 an error."
 )]
 struct Args {

@@ -315,6 +315,7 @@ impl<'a> Plan<'a> {
                 experts: ExpertLayout::Dense,
                 main: MainLayout::Dense,
                 formats: Vec::new(),
+                groups: Vec::new(),
                 hidden: self.config.hidden,
                 eps: self.source.config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-5),
             }),

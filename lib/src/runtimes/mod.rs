@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::source::Checkpoint;
-use crate::containers::compressed_tensors::{Format, config::scheme_of};
+use crate::containers::compressed_tensors::{Format, Scheme, Strategy, config::scheme_of};
 use crate::containers::vllm;
 use crate::error::{Error, Result};
+use crate::formats::NumberFormat;
 use crate::manifest::{Loads, RuntimeReport};
 use crate::model::{Class, Fused, Linear, ModelConfig, Proj, linears, mxfp4_specs};
 use crate::recipe::Container;
@@ -109,6 +110,8 @@ pub struct Facts {
     pub main: MainLayout,
     /// compressed-tensors' formats among the other weights.
     pub formats: Vec<Format>,
+    /// Group sizes of int4 experts.
+    pub groups: Vec<usize>,
     /// hidden_size.
     pub hidden: usize,
     /// rms_norm_eps.
@@ -124,6 +127,8 @@ pub enum Condition {
     Main(MainLayout),
     /// Some of the other weights have this format.
     MainIs(Format),
+    /// Some int4 experts have groups of this size.
+    GroupsAre(usize),
     /// This does not divide hidden_size.
     HiddenIsNoMultiple(usize),
     /// rms_norm_eps is another number.
@@ -136,6 +141,7 @@ impl Condition {
             Self::Experts(layout) => facts.experts == layout,
             Self::Main(layout) => facts.main == layout,
             Self::MainIs(format) => facts.formats.contains(&format),
+            Self::GroupsAre(n) => facts.groups.contains(&n),
             Self::HiddenIsNoMultiple(n) => !facts.hidden.is_multiple_of(n),
             Self::EpsIsNot(eps) => (facts.eps / eps - 1.0).abs() > 1e-6,
         }
@@ -177,7 +183,23 @@ pub fn facts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Facts> {
         }
     }
     let (experts, main) = layouts(checkpoint, config)?;
-    Ok(Facts { experts, main, formats, hidden: config.hidden, eps })
+    let mut schemes = Vec::new();
+    for layer in 0..config.layers {
+        schemes.extend(scheme_of(checkpoint, &Linear { proj: Proj::Gate, layer, expert: 0 }.module())?);
+    }
+    Ok(Facts { experts, main, formats, groups: groups(schemes.into_iter()), hidden: config.hidden, eps })
+}
+
+/// The group sizes of those among `schemes` that are int4.
+pub fn groups(schemes: impl Iterator<Item = Scheme>) -> Vec<usize> {
+    let of = |s: Scheme| match (s.weights, s.strategy) {
+        (NumberFormat::Int(int), Strategy::Group(n)) if int.num_bits == 4 => Some(n),
+        _ => None,
+    };
+    let mut groups: Vec<usize> = schemes.filter_map(of).collect();
+    groups.sort_unstable();
+    groups.dedup();
+    groups
 }
 
 fn layouts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(ExpertLayout, MainLayout)> {
@@ -251,7 +273,7 @@ mod tests {
     use super::*;
 
     fn facts(experts: ExpertLayout, main: MainLayout, hidden: usize) -> Facts {
-        Facts { experts, main, formats: Vec::new(), hidden, eps: 1e-5 }
+        Facts { experts, main, formats: Vec::new(), groups: Vec::new(), hidden, eps: 1e-5 }
     }
 
     fn statuses(facts: &Facts) -> Vec<Loads> {
@@ -308,5 +330,7 @@ mod tests {
         let wide = Facts { eps: 1e-5 * 2880.0 / 2944.0, ..facts(Mxfp4, MainLayout::Dense, 2944) };
         assert!(report(&wide)[0].reason.contains("take an eps of 1e-5"), "{:?}", report(&wide)[0]);
         assert!(!report(&facts(Mxfp4, MainLayout::Dense, 2880))[0].reason.contains("eps"));
+        let fine = Facts { groups: vec![32], ..facts(VllmInt, MainLayout::Dense, 2944) };
+        assert!(report(&fine)[0].reason.contains("groups of 64 or 128"), "{:?}", report(&fine)[0]);
     }
 }

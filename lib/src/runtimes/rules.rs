@@ -1,6 +1,6 @@
 //! The rules themselves: for each runtime the first line whose conditions all hold decides; remarks are added to it.
 
-use super::Condition::{self, EpsIsNot, Experts, HiddenIsNoMultiple, Main, MainIs};
+use super::Condition::{self, EpsIsNot, Experts, GroupsAre, HiddenIsNoMultiple, Main, MainIs};
 use super::ExpertLayout::{Dense as DenseExperts, Gguf, Mixed, Mxfp4, PerExpert, VllmFp8, VllmInt};
 use super::MainLayout::{CompressedTensors as Coded, Dense};
 use super::{Remark, Rule, Runtime};
@@ -146,8 +146,15 @@ pub(super) static RULES: &[Rule] = &[
 ];
 
 /// What a runtime does beside loading it.
-pub(super) static REMARKS: &[Remark] = &[Remark {
-    runtime: Vllm,
-    when: &[EpsIsNot(1e-5)],
-    text: "its norms take an eps of 1e-5 whatever rms_norm_eps says (no difference could be measured on a small model)",
-}];
+pub(super) static REMARKS: &[Remark] = &[
+    Remark {
+        runtime: Vllm,
+        when: &[EpsIsNot(1e-5)],
+        text: "its norms take an eps of 1e-5 whatever rms_norm_eps says (no difference could be measured on a small model)",
+    },
+    Remark {
+        runtime: Vllm,
+        when: &[Experts(VllmInt), GroupsAre(32)],
+        text: "on Blackwell it takes int4 groups of 32 to a kernel without biases: groups of 64 or 128 go everywhere",
+    },
+];

@@ -13,8 +13,10 @@ mod calibrated;
 mod gguf;
 mod linears;
 mod output;
+mod plain;
 mod store;
 pub mod target;
+mod treat;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
@@ -32,10 +34,10 @@ use crate::error::{Error, Result};
 use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::manifest::{Job, Manifest, TensorReport};
-use crate::model::padding::{Padding, Vector};
-use crate::model::{self, Class, Fused, Linear, ModelConfig, Proj, Role, Slot};
+use crate::model::padding::Padding;
+use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
 use crate::ops::dequantize::Blocks;
-use crate::recipe::{Container, Recipe, Rules, Treatment};
+use crate::recipe::{Container, Recipe, Treatment};
 use crate::text::Text;
 use crate::verify::errors::report;
 
@@ -186,32 +188,6 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// What a container asks of the whole recipe.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] with the first module that it cannot hold.
-    fn check_container(&self) -> Result<()> {
-        let container = self.recipe.container;
-        if !matches!(container, Container::Openai | Container::VllmFp8) {
-            return Ok(());
-        }
-        if let Some(linear) = self.treated.keys().find(|l| l.proj.class() == Class::Main && self.coded(l).is_some()) {
-            return Err(Error::Refused(format!(
-                "{}: container {} holds the other weights as floats alone; give --mw keep",
-                linear.module(),
-                container.name()
-            )));
-        }
-        let other =
-            |l: &usize| self.experts[*l] != Experts::Native && !(self.experts[*l] == Experts::Stay && self.mxfp4);
-        match (0..self.config.layers).find(other).filter(|_| container == Container::Openai) {
-            Some(layer) => Err(Error::Refused(format!(
-                "model.layers.{layer}.mlp.experts: container openai holds experts of MXFP4 alone; give --experts mxfp4"
-            ))),
-            None => Ok(()),
-        }
-    }
-
     /// Whether the output is a GGUF file.
     fn is_gguf(&self) -> bool {
         self.recipe.container == Container::Gguf
@@ -228,102 +204,6 @@ impl<'a> Plan<'a> {
     /// Whether [`Self::run`] needs a text.
     pub fn needs_text(&self) -> bool {
         self.calibrated
-    }
-
-    /// Asks the recipe about every linear layer.
-    fn treat(&mut self) -> Result<()> {
-        if self.recipe.keep_codes {
-            return self.treat_codes();
-        }
-        let rules = Rules::new(&self.recipe)?;
-        let modules: Vec<(Linear, String)> = model::linears(&self.config).map(|l| (l, l.module())).collect();
-        rules.every_pattern_hits(modules.iter().map(|m| &m.1[..]))?;
-        for (linear, _) in modules {
-            if let Some(layer) = rules.layer(&linear) {
-                let mut scheme = layer.resolve(&linear, &self.config)?;
-                if self.is_gguf() {
-                    scheme = scheme.map(|s| gguf::scheme(&linear, s)).transpose()?;
-                }
-                let coded = self.recipe.container.is_coded();
-                let codes = |s: &Scheme| !matches!(s.weights, NumberFormat::Half(_));
-                if let Some(scheme) = scheme.filter(|s| coded && codes(s) && s.stored().is_none()) {
-                    let (module, format) = (linear.module(), scheme.weights.name());
-                    return Err(Error::Refused(format!(
-                        "{module}: compressed-tensors has no layout for {format}; {}--container dense writes the floats that \
-                         its codes stand for",
-                        if matches!(scheme.weights, NumberFormat::Ggml(_)) {
-                            "--container gguf has one, and "
-                        } else {
-                            ""
-                        }
-                    )));
-                }
-                let sparse = rules.sparse(&linear).cloned();
-                if scheme.is_some() || sparse.is_some() {
-                    self.treated.insert(linear, Treatment { layer: layer.clone(), scheme, sparse });
-                }
-            }
-        }
-        // A GGUF file, or a wider model, is something to make all the same.
-        if self.treated.is_empty() && !self.is_gguf() && !self.is_padded() {
-            return Err(Error::Refused(
-                "the recipe ignores or keeps every linear layer: nothing is left to quantize".into(),
-            ));
-        }
-        Ok(())
-    }
-
-    /// Takes the source's own codes for what each layer becomes.
-    fn treat_codes(&mut self) -> Result<()> {
-        let Some(source) = self.source else {
-            return Err(Error::Refused("--keep-codes needs the weights: there are none beside this config".into()));
-        };
-        if self.recipe.container == Container::Dense {
-            return Err(Error::Refused("--container dense keeps no codes; gptoss-dequant writes their floats".into()));
-        }
-        let linears: Vec<Linear> = model::linears(&self.config).collect();
-        for linear in linears {
-            // Blocks that stay blocks are copied, and go to a GGUF file by a way of their own.
-            if self.config.tied && linear.proj == Proj::LmHead || self.mxfp4 && linear.proj.fused().is_some() {
-                continue;
-            }
-            let weight = containers::open(source, &self.config, &linear)?;
-            let module = linear.module();
-            let Some(stored) = weight.stored() else {
-                if source.get(&format!("{module}.weight_scale")).is_some() {
-                    return Err(Error::Refused(format!(
-                        "{module}: codes whose scales belong to more than their own rows are not put into other containers"
-                    )));
-                }
-                continue;
-            };
-            let scheme = if self.is_gguf() { gguf::scheme(&linear, stored)? } else { stored };
-            if self.recipe.container.is_coded() && scheme.stored().is_none() {
-                let format = scheme.weights.name();
-                return Err(Error::Refused(format!("{module}: compressed-tensors has no layout for {format}")));
-            }
-            let layer = self.recipe.class(linear.proj.class()).clone();
-            self.treated.insert(linear, Treatment { layer, scheme: Some(scheme), sparse: None });
-        }
-        Ok(())
-    }
-
-    /// What the numbers of `linear` are rounded to.
-    fn scheme(&self, linear: &Linear) -> Option<Scheme> {
-        self.treated.get(linear).and_then(|t| t.scheme)
-    }
-
-    /// What its codes are stored as; `None` where floats are.
-    fn coded(&self, linear: &Linear) -> Option<Scheme> {
-        self.scheme(linear).filter(|s| self.recipe.container.is_coded() && !matches!(s.weights, NumberFormat::Half(_)))
-    }
-
-    /// The type that the numbers of `linear`, of type `float`, are written in where no codes are.
-    fn written(&self, linear: &Linear, float: Float) -> Float {
-        match self.scheme(linear).map(|s| s.weights) {
-            Some(NumberFormat::Half(half)) => half,
-            _ => float,
-        }
     }
 
     fn slot(&mut self, slot: &Slot) -> Result<()> {
@@ -369,69 +249,9 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The type in which a float tensor that stays is written.
-    fn float_of(&self, tensor: &str) -> Result<Float> {
-        let scaled = self.padding.is_some_and(|p| p.vector(tensor) == Vector::Norm);
-        match self.source {
-            _ if scaled => Ok(Float::F32),
-            // A GGUF file has F32 where the model had BF16: what that holds goes back.
-            Some(source) if source.is_gguf() && !self.is_gguf() => {
-                let tensor = source.tensor(tensor)?;
-                let float = float_of(&tensor)?;
-                let whole = float == Float::F32
-                    && tensor.bytes.as_chunks::<4>().0.iter().all(|b| u32::from_le_bytes(*b) & 0xffff == 0);
-                Ok(if whole { Float::Bf16 } else { float })
-            }
-            Some(source) => float_of(&source.tensor(tensor)?),
-            None => Ok(Float::Bf16),
-        }
-    }
-
-    /// Whether the source, if there is one, has the tensor.
-    fn has(&self, name: &str) -> bool {
-        self.source.is_none_or(|s| s.get(name).is_some())
-    }
-
-    /// Whether a tensor that stays is written in another type than it has.
-    fn is_converted(&self, name: &str, float: Float) -> Result<bool> {
-        self.source.map_or(Ok(false), |s| Ok(float_of(&s.tensor(name)?)? != float))
-    }
-
     /// Whether the model becomes wider.
     fn is_padded(&self) -> bool {
         self.padding.is_some()
-    }
-
-    /// A norm's weight or a bias of a wider model.
-    fn vector(&mut self, slot: &Slot, to: usize) -> Result<()> {
-        let Some(source) = self.source else { return Ok(()) };
-        containers::vector(source, &slot.name, &slot.shape)?;
-        let bytes = self.tensors[to].spec.byte_len() as u64;
-        let work = Work::Vector { to, name: slot.name.clone() };
-        self.units.push(Unit { group: Some(slot.group), bytes, work });
-        Ok(())
-    }
-
-    /// Writes a norm's weight or a bias.
-    fn write_vector(&self, to: usize, name: &str, sink: &Sink) -> Result<()> {
-        let source = self.source.expect("weights are there in a run");
-        let spec = &sink.layout().tensors[to].spec;
-        let tensor = source.tensor(name)?;
-        copy::check(&tensor, &(0..tensor.bytes.len()))?;
-        let (values, _) = containers::vector(source, name, &spec.shape)?;
-        let float = Float::of(spec.dtype).expect("floats were planned");
-        let mut bytes = Vec::with_capacity(spec.byte_len());
-        values.iter().for_each(|&v| float.write(v, &mut bytes));
-        sink.write(to, 0, &bytes)
-    }
-
-    /// The biases of a layer's experts, gate and up interleaved.
-    fn biases_of(&self, fused: Fused, layer: usize) -> Result<Vec<f32>> {
-        let source = self.source.expect("weights are there in a run");
-        if let Some(tensor) = source.get(&format!("{}_bias", fused.name(layer))) {
-            copy::check(&tensor, &(0..tensor.bytes.len()))?;
-        }
-        containers::expert_biases(source, &self.config, fused, layer)
     }
 
     fn stay(&mut self, slot: &Slot, stored: &str) {
@@ -563,20 +383,6 @@ impl<'a> Plan<'a> {
             Some(fused) => source.get(&format!("{fused}_blocks")).or_else(|| source.get(&fused)),
             None => source.get(&format!("{}.weight", linear.module())),
         }
-    }
-
-    fn split_biases(&self, to: usize, fused: Fused, layer: usize, float: Float, sink: &Sink) -> Result<()> {
-        let (out, _) = fused.shape(&self.config);
-        let mut number = to;
-        for expert in self.biases_of(fused, layer)?.chunks_exact(out) {
-            for &(_, first, step) in fused.parts() {
-                let mut part = Vec::new();
-                expert.iter().skip(first).step_by(step).for_each(|&v| float.write(v, &mut part));
-                sink.write(number, 0, &part)?;
-                number += 1;
-            }
-        }
-        Ok(())
     }
 
     /// Writes rows whose codes stay what they are.
