@@ -5,7 +5,7 @@ mod support;
 use std::path::Path;
 
 use serde_json::Value;
-use support::{command, files, root, run, tiny};
+use support::{command, files, run, tiny};
 
 fn quant(src: &Path, dst: &Path, flags: &str) -> support::Ran {
     let mut command = command("gptoss-quant --quiet");
@@ -119,10 +119,20 @@ fn a_damaged_file_is_an_error_that_names_it() {
         let ran = run(dequant.arg("--src").arg(&out).arg("--dst").arg(dir.path().join("x")));
         assert!(ran.code == 2 && ran.err.contains("model.gguf"), "{len}: {ran:?}");
     }
+    // A scale that is no number.
+    let bad = dir.path().join("bad");
+    quant(&tiny(), &bad, "--algo rtn --experts q8_0 --mw q8_0 --container gguf").manifest();
+    let file_of_bad = bad.join("model.gguf");
+    let mut bytes = std::fs::read(&file_of_bad).unwrap();
+    let (_, tensors) = gptoss::checkpoint::gguf::parse(&file_of_bad, &bytes).unwrap();
+    let at = tensors["blk.1.attn_k.weight"].start + 5 * 34;
+    bytes[at..at + 2].copy_from_slice(&[0, 0x7c]);
+    std::fs::write(&file_of_bad, bytes).unwrap();
+    let ran = run(command("gptoss-verify check --quiet").arg(&bad));
+    assert!(ran.code == 1 && ran.out.contains("holds 1 blocks whose scale is NaN or infinite"), "{ran:?}");
     let copy = out.join("second.gguf");
     std::fs::write(&file, &whole).unwrap();
     std::fs::write(&copy, &whole).unwrap();
     let ran = run(command("gptoss-verify runtimes --quiet").arg(&out));
     assert!(ran.code == 2 && ran.err.contains("holds 2 GGUF files"), "{ran:?}");
-    let _ = root();
 }

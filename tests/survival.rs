@@ -291,6 +291,14 @@ fn another_processor_gives_the_committed_hashes() {
             "--output-dir",
             "--algo rtn --experts w4a16 --mw w8a16 --container compressed-tensors",
         ),
+        ("gguf", "gptoss-quant", "--model-in", "--output-dir", "--algo rtn --experts q4_1 --mw q8_0 --container gguf"),
+        (
+            "tq2_0",
+            "gptoss-quant",
+            "--model-in",
+            "--output-dir",
+            "--algo rtn --experts tq2_0 --mw mxfp4 --pad-to 256 --container gguf",
+        ),
         (
             "asymmetric",
             "gptoss-quant",

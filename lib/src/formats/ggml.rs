@@ -200,6 +200,18 @@ impl Ggml {
         }
     }
 
+    /// Whether the scales of a block are numbers.
+    pub fn is_sound(self, block: &[u8]) -> bool {
+        // An exponent of ones is infinity or NaN.
+        let number = |at: usize| block[at + 1] & 0x7c != 0x7c;
+        match self {
+            Self::Mxfp4 => block[0] != mx::SCALE_NAN,
+            Self::Q4_1 | Self::Q5_1 => number(0) && number(2),
+            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 => number(0),
+            Self::Tq1_0 | Self::Tq2_0 => number(self.bytes() - 2),
+        }
+    }
+
     /// The codes of a block of [`Self::bytes`], and what they mean.
     #[inline(always)]
     pub fn unpack(self, block: &[u8], codes: &mut [i8]) -> Params {

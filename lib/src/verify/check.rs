@@ -103,7 +103,7 @@ fn files(dir: &Path, manifest: &Manifest, threads: usize, findings: &mut Finding
     let names: BTreeSet<&str> = listed.iter().map(|f| f.name.as_str()).collect();
     for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let name = entry.map_err(Error::io("list", dir))?.file_name().to_string_lossy().into_owned();
-        if name.ends_with(".safetensors") && !names.contains(name.as_str()) {
+        if (name.ends_with(".safetensors") || name.ends_with(".gguf")) && !names.contains(name.as_str()) {
             findings.add("extra", &name, "is in the folder but not in the manifest");
         }
     }
@@ -230,6 +230,11 @@ fn bytes_that_are_nan(tensor: &TensorRef) -> Option<String> {
 
 fn scan(tensor: &TensorRef) -> Scan {
     let clean = Scan { infinities: 0, other: None };
+    if let Some(ty) = tensor.info.blocks {
+        let bad = tensor.bytes.chunks_exact(ty.bytes()).filter(|b| !ty.is_sound(b)).count();
+        let other = (bad > 0).then(|| format!("holds {bad} blocks whose scale is NaN or infinite"));
+        return Scan { other, ..clean };
+    }
     let Some(float) = Float::of(tensor.info.dtype) else {
         return Scan { other: bytes_that_are_nan(tensor), ..clean };
     };

@@ -24,8 +24,8 @@ use crate::formats::mxfp4::{BLOCK, BLOCK_BYTES};
 use crate::formats::{MXFP4, NumberFormat};
 use crate::model::{self, Fused, Linear, Proj, Role, Settings, Slot};
 use crate::ops::dequantize;
+use crate::pipeline::copy;
 use crate::pipeline::executor::Unit;
-use crate::pipeline::{copy, model_name};
 use crate::text;
 
 /// ggml's type for `scheme`.
@@ -75,7 +75,9 @@ impl<'a> Plan<'a> {
     /// What the file says of the model and its tokenizer. Without weights the tokenizer may be missing.
     pub(super) fn gguf_metadata(&self, dir: &Path) -> Result<Vec<(String, Value)>> {
         let settings = Settings::parse(dir, &self.raw_config, &self.config)?;
-        let mut keys = model::gguf::metadata(&self.config, &settings, &model_name(dir, &self.config))?;
+        // Not the folder's name: an output does not depend on where its source lies.
+        let name = self.config.known_name().unwrap_or(model::gguf::ARCHITECTURE);
+        let mut keys = model::gguf::metadata(&self.config, &settings, name)?;
         keys.push(("general.file_type".into(), Value::U32(self.file_type())));
         if self.source.is_some() || dir.join(text::tokenizer::TOKENIZER).exists() {
             keys.extend(text::gguf::metadata(dir, &self.raw_config, self.config.vocab)?);
