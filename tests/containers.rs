@@ -187,6 +187,12 @@ fn a_target_chooses_or_says_by_which_rule_it_cannot() {
     for (flags, said) in [
         ("--experts keep --mw w8a8 --target vllm", "the kept MXFP4 experts are not recognised"),
         ("--experts keep --mw w8a8 --target vllm", "nearest: --mw keep, or"),
+        ("--experts w4a16 --mw w8a16 --group-size 32 --target vllm --pad-to 160", "nearest: --pad-to 128"),
+        (
+            "--experts fp8 --mw keep --target vllm --extra-ignore layers.0",
+            "container vllm-fp8: model.layers.0.mlp.experts.0.gate_proj would stay as it is",
+        ),
+        ("--experts q4_0 --mw keep --target vllm", "container vllm-int: "),
         ("--experts w3a16 --mw keep --target vllm", "nearest: w4a16 or w8a16 experts"),
         (
             "--experts w4a16 --mw w8a16 --target transformers",
@@ -223,6 +229,35 @@ fn a_target_chooses_or_says_by_which_rule_it_cannot() {
     }
 }
 
+/// What a manifest says of its errors is what a comparison of the two checkpoints finds.
+#[test]
+fn errors_are_those_of_what_is_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = format!("--calib-jsonl {} --nsamples 4 --max-seq-length 64", tiny().join("calib.jsonl").display());
+    for (i, flags) in [
+        "--algo rtn --experts q4_0 --mw q8_0 --container dense".to_owned(),
+        "--algo rtn --experts q4_0 --mw q8_0 --container gguf".to_owned(),
+        "--algo rtn --experts w4a16 --mw w8a16 --container vllm-int".to_owned(),
+        format!("--algo gptq --experts q4_1 --mw q5_0 --container dense {text}"),
+        format!("--algo gptq --experts q4_1 --mw q5_0 --container gguf {text}"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = dir.path().join(format!("e{i}"));
+        let manifest = quant(&tiny(), &out, flags).manifest();
+        let against = run(command("gptoss-verify against --quiet").arg(tiny()).arg(&out)).manifest();
+        for family in manifest["tensors"].as_array().unwrap().iter().filter(|t| t.get("error").is_some()) {
+            let all = against["tensors"].as_array().unwrap();
+            let seen = all.iter().find(|t| t["name"] == family["name"]).unwrap();
+            for figure in ["rms", "max"] {
+                let (a, b) = (family["error"][figure].as_f64().unwrap(), seen["error"][figure].as_f64().unwrap());
+                assert!((a - b).abs() <= 1e-9 * a.abs(), "{flags} {} {figure}: {a} and {b}", family["name"]);
+            }
+        }
+    }
+}
+
 #[test]
 fn codes_that_do_not_survive_are_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -232,11 +267,15 @@ fn codes_that_do_not_survive_are_refused() {
     for (src, flags, said) in [
         (&ct, "--keep-codes --container vllm-int", "codes whose scales belong to more than their own rows"),
         (&gguf, "--keep-codes --container compressed-tensors", "compressed-tensors has no layout for q8_0"),
-        (&gguf, "--keep-codes --container vllm-int", "compressed-tensors has no layout for q8_0"),
+        (&gguf, "--keep-codes --container vllm-int", "vllm-int has no layout for q8_0"),
         (&gguf, "--algo rtn --experts w4a16", "is a GGUF file, which --keep-codes puts into another container"),
         (&ct, "--keep-codes --container dense", "keeps no codes"),
         (&ct, "--keep-codes", "--container"),
         (&ct, "--keep-codes --container gguf --algo rtn", "cannot be used with"),
+        (&ct, "--keep-codes --container gguf --asymmetric", "--keep-codes rounds nothing: leave out --asymmetric"),
+        (&ct, "--keep-codes --container gguf --group-size 32", "leave out --group-size"),
+        (&ct, "--keep-codes --container gguf --with-sparse", "leave out --with-sparse"),
+        (&ct, "--keep-codes --container gguf --calib-jsonl nofile", "leave out the text"),
     ] {
         let ran = quant(src, &out, flags);
         assert!(ran.code == 2 && ran.err.contains(said), "{flags}: {ran:?}");

@@ -77,6 +77,7 @@ fn what_a_gguf_file_cannot_hold_is_refused_in_the_plan() {
             "--experts tq2_0 --mw q8_0",
             "in_features 128 of model.layers.0.mlp.experts.0.down_proj is no multiple of tq2_0's block, 256; use --pad-to 256",
         ),
+        ("--experts keep --mw keep --with-sparse", "nothing is left to quantize"),
         (
             "--experts q4_0 --mw q8_0 --extra-ignore layers.1.mlp.experts.3",
             "in a GGUF file one tensor of one type holds a projection of all experts of a layer",

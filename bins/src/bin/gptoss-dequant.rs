@@ -32,7 +32,7 @@ struct Args {
     /// The folder to write
     #[arg(long, value_name = "DIR")]
     dst: PathBuf,
-    /// Type of the output; BF16 is exact
+    /// Type of the output; BF16 is exact for MXFP4 and compressed-tensors
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: Dtype,
     /// Most data in one shard

@@ -76,6 +76,9 @@ fn main() -> ExitCode {
 
 fn quantize(args: &Args) -> Result<ExitCode> {
     args.recipe.check()?;
+    if args.recipe.keeps_codes() && args.text.is_given() {
+        bail!("--keep-codes rounds nothing: leave out the text");
+    }
     let mut resources = args.common.resources();
     let statistics = args.recipe.statistics();
     resources.offload = statistics.offload_folder.clone();
@@ -126,6 +129,9 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let path = &located.dir;
     let has_weights = has_weights(path)?;
     let file = path.is_file();
+    if file && path.extension().is_some_and(|e| e == "gguf") {
+        bail!("{}: is a file; give the folder that it lies in", path.display());
+    }
     let dir = if file { path.parent().unwrap_or(path) } else { path };
     let raw_config = if file { read_object(path)? } else { read_config(path)? };
     let config = ModelConfig::parse(dir, &raw_config)?;

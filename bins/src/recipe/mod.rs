@@ -67,6 +67,11 @@ impl RecipeArgs {
         if let Some(pattern) = self.layers.experts_regex.as_ref().filter(|p| !p.starts_with("re:")) {
             bail!("--experts-regex {pattern}: wanted re: and a regular expression, such as 're:.*experts.*'");
         }
+        if self.keep_codes
+            && let Some((flag, _)) = self.of_classes().chain(self.of_modifiers()).chain(self.of_both()).find(|f| f.1)
+        {
+            bail!("--keep-codes rounds nothing: leave out {flag}");
+        }
         if let Some(file) = &self.files.recipe {
             self.alone("--recipe", file, self.of_classes().chain(self.of_modifiers()))?;
         }
@@ -110,6 +115,16 @@ impl RecipeArgs {
         .into_iter()
     }
 
+    /// Flags that no file of another tool replaces.
+    fn of_both(&self) -> impl Iterator<Item = (&'static str, bool)> + use<> {
+        [
+            ("--group-size", self.layers.group_size.is_some()),
+            ("--extra-ignore", !self.layers.extra_ignore.is_empty()),
+            ("--descent", self.algorithms.descent.is_some()),
+        ]
+        .into_iter()
+    }
+
     /// Flags whose settings stand in modifiers.
     fn of_modifiers(&self) -> impl Iterator<Item = (&'static str, bool)> + use<> {
         let a = &self.algorithms;
@@ -124,6 +139,11 @@ impl RecipeArgs {
             ("--with-sparse", a.with_sparse),
         ]
         .into_iter()
+    }
+
+    /// Whether nothing is rounded.
+    pub fn keeps_codes(&self) -> bool {
+        self.keep_codes
     }
 
     /// Where the output is to go.

@@ -12,10 +12,10 @@ use crate::algorithms::sweep::{Factor, Rounding, Unfactorable, Zeros, sweep};
 use crate::algorithms::{Algorithm, scales, wanda};
 use crate::device::Moments;
 use crate::error::{Error, Result};
-use crate::formats::Params;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::formats::minifloat::Minifloat;
+use crate::formats::{NumberFormat, Params};
 use crate::ops::round;
 use crate::recipe::{ActOrder, Observer, Pruner, Recipe, Sparsity, Treatment};
 
@@ -112,6 +112,12 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
     let mut notes = Vec::new();
     let pruned = problem.treatment.sparse.as_ref().map(|s| prune(&problem, s, &mut notes));
     let mut rounded = round_off(&problem, pruned.as_ref(), recipe, &mut notes);
+    if problem.treatment.as_floats
+        && matches!(problem.treatment.scheme, Some(s) if matches!(s.weights, NumberFormat::Ggml(_)))
+    {
+        // Theirs are f32, and what is stored is not.
+        rounded.values.iter_mut().for_each(|v| *v = problem.float.round(*v));
+    }
     if let (Some(codes), Some(scheme)) = (&mut rounded.codes, problem.treatment.scheme)
         && scheme.activations == Activations::StaticFp8
     {
@@ -250,7 +256,6 @@ mod tests {
     use super::*;
     use crate::algorithms::rtn::rtn;
     use crate::containers::compressed_tensors::{Scheme, Strategy};
-    use crate::formats::NumberFormat;
     use crate::formats::int::IntFormat;
     use crate::recipe::{GroupSize, LayerRecipe, SchemeName};
 
@@ -276,7 +281,7 @@ mod tests {
                 observer: Observer::Mse,
                 ..LayerRecipe::new(SchemeName::weight_only(4))
             };
-            let treatment = Treatment { layer: layer.clone(), scheme: Some(scheme), sparse: None };
+            let treatment = Treatment { layer: layer.clone(), scheme: Some(scheme), sparse: None, as_floats: false };
             let extremes = round::extremes(&w);
             let problem = Problem {
                 module: "m",

@@ -145,7 +145,11 @@ impl Checkpoint {
         let map = digest::map(&path)?;
         let (_, tensors) = gguf::parse(&path, &map)?;
         let named = |(name, info): (String, TensorInfo)| (model::gguf::to_model(&name).unwrap_or(name), info);
+        let count = tensors.len();
         let tensors: BTreeMap<String, TensorInfo> = tensors.into_iter().map(named).collect();
+        if tensors.len() != count {
+            return Err(Error::file(path, "has two names for one of the model's tensors"));
+        }
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let index = tensors.keys().map(|t| (t.clone(), 0)).collect();
         let shards = vec![Shard { name, path, map, tensors }];

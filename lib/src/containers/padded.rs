@@ -5,9 +5,9 @@ use std::ops::Range;
 use super::{Rows, Weight};
 use crate::algorithms::rtn::Codes;
 use crate::containers::compressed_tensors::{Scheme, Strategy};
+use crate::formats::NumberFormat;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
-use crate::formats::{NumberFormat, Params};
 
 /// Wraps `inner` where `shape` is wider than it.
 pub fn pad(inner: Weight<'_>, shape: (usize, usize)) -> Weight<'_> {
@@ -77,13 +77,13 @@ impl Rows for Padded<'_> {
         let (groups, wider) = (narrow.div_ceil(scheme.group(narrow)), wide.div_ceil(scheme.group(wide)));
         let mut inner = Codes::default();
         self.inner.codes(self.own(&rows), &mut inner);
+        // A scale of 0 is no scale in compressed-tensors' words: the format's own for zeros.
         let zero = scheme.weights.fit(0.0, 0.0, self.float(), 1.0);
-        // A scale of 0 is no scale in compressed-tensors' words, so the format's own for zeros goes there.
         let code = scheme.weights.quantize(0.0, zero, self.float());
         out.codes.clear();
         out.codes.resize(rows.len() * wide, code);
         out.params.clear();
-        out.params.resize(rows.len() * wider, Params { ..zero });
+        out.params.resize(rows.len() * wider, zero);
         let rows = inner.codes.chunks_exact(narrow).zip(inner.params.chunks_exact(groups));
         for (row, (codes, params)) in rows.enumerate() {
             let (to, own) = (&mut out.codes[row * wide..(row + 1) * wide], &mut out.params[row * wider..][..wider]);

@@ -76,6 +76,12 @@ impl Kind {
         }
     }
 
+    /// Name of an expert's codes.
+    pub fn codes(self, fused: Fused, layer: usize, expert: usize) -> String {
+        let name = if self == Self::Int { "weight_packed" } else { "weight" };
+        format!("{}{name}", self.module(fused, layer, expert))
+    }
+
     /// Name of an expert's bias.
     pub fn bias(self, fused: Fused, layer: usize, expert: usize) -> String {
         format!("{}bias", self.module(fused, layer, expert))

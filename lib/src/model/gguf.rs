@@ -104,6 +104,8 @@ pub fn metadata(config: &ModelConfig, settings: &Settings, name: &str) -> Result
             ("original_context_length", Value::U32(y.original_context as u32)),
             ("yarn_beta_fast", Value::F32(y.beta_fast as f32)),
             ("yarn_beta_slow", Value::F32(y.beta_slow as f32)),
+            // Ours: llama.cpp rounds the bounds of the ramp to whole dimensions whatever this says.
+            ("yarn_truncate", Value::Bool(y.truncate)),
         ];
         keys.extend(own.map(|(key, value)| (format!("{ARCHITECTURE}.rope.scaling.{key}"), value)));
     }
@@ -196,7 +198,8 @@ pub fn config(file: &Path, metadata: &Metadata) -> Result<Map<String, Json>> {
             "original_max_position_embeddings": number("rope.scaling.original_context_length")?,
             "beta_fast": beta("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": beta("rope.scaling.yarn_beta_slow", 1.0),
-            "truncate": false,
+            // What is silent is llama.cpp's own gpt-oss, made from a config that says no.
+            "truncate": metadata.get(&key("rope.scaling.yarn_truncate")) == Some(&Value::Bool(true)),
         });
     }
     for (name, key) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
@@ -246,6 +249,11 @@ mod tests {
         let again = super::config(Path::new("m.gguf"), &keys).unwrap();
         assert_eq!(ModelConfig::parse(Path::new("m"), &again).unwrap(), config);
         assert_eq!(Settings::parse(Path::new("m"), &again, &config).unwrap(), settings);
+        let mut whole = settings.clone();
+        whole.rope.yarn.as_mut().unwrap().truncate = true;
+        let said: Metadata = metadata(&config, &whole, "m").unwrap().into_iter().collect();
+        let again = super::config(Path::new("m.gguf"), &said).unwrap();
+        assert!(Settings::parse(Path::new("m"), &again, &config).unwrap().rope.yarn.unwrap().truncate);
         keys.remove("gpt-oss.expert_count");
         let e = super::config(Path::new("m.gguf"), &keys).unwrap_err().to_string();
         assert!(e.contains("gpt-oss.expert_count is None, wanted a number"), "{e}");

@@ -37,7 +37,9 @@ impl Padding {
     /// [`Error::Refused`] where `n` cuts MXFP4's blocks.
     pub fn to_multiple(config: &ModelConfig, n: usize) -> Result<Option<Self>> {
         if n == 0 || !n.is_multiple_of(BLOCK) || n > 1 << 16 {
-            return Err(Error::Refused(format!("--pad-to {n}: wanted a multiple of {BLOCK}, such as 128 or 256")));
+            return Err(Error::Refused(format!(
+                "--pad-to {n}: wanted a multiple of {BLOCK} up to 65536, such as 128 or 256"
+            )));
         }
         let wider = |width: usize| (width, width.next_multiple_of(n));
         Ok(Self { hidden: wider(config.hidden), intermediate: wider(config.intermediate) }.or_none())

@@ -17,6 +17,7 @@ use crate::containers::openai::Experts;
 use crate::containers::{self, Weight};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
+use crate::formats::ggml::Ggml;
 use crate::formats::mxfp4::{BLOCK, SCALE_NAN};
 use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::{self, Fused, Linear, ModelConfig, Role, Slot};
@@ -333,6 +334,11 @@ impl<'a> Plan<'a> {
             })
             .collect();
         manifest.notes = source_notes(self.source, &self.config)?;
+        let finer = |t: TensorRef| t.info.dtype == Dtype::F32 || t.info.blocks.is_some_and(|b| b != Ggml::Mxfp4);
+        if self.source.names().filter_map(|n| self.source.get(n)).any(finer) {
+            let dtype = self.options.dtype.config_name();
+            manifest.notes.push(format!("the source has F32 numbers, or scales in F16: they were rounded to {dtype}"));
+        }
         if conversion.overflows > 0 {
             let n = conversion.overflows;
             manifest.notes.push(format!(

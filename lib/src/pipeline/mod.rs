@@ -108,7 +108,13 @@ pub(crate) fn source_notes(source: &Checkpoint, config: &crate::model::ModelConf
     let mut notes: Vec<String> =
         foreign.iter().map(|n| format!("{n} is no tensor of gpt-oss and was left out")).collect();
     if !source.side_files()?.iter().any(|n| n.starts_with("tokenizer")) {
-        notes.push("the source has no tokenizer, and so has the output".into());
+        notes.push(match source.is_gguf() {
+            true => {
+                "the source has no tokenizer.json, and so has the output: the tokenizer is not read out of a GGUF file"
+                    .into()
+            }
+            false => "the source has no tokenizer, and so has the output".into(),
+        });
     }
     Ok(notes)
 }

@@ -55,6 +55,8 @@ pub struct Treatment {
     pub scheme: Option<Scheme>,
     /// Zeros that are made first.
     pub sparse: Option<Sparsity>,
+    /// Whether the values that codes stand for are stored, in the weight's own type.
+    pub as_floats: bool,
 }
 
 /// Modules that are quantized otherwise than their class.

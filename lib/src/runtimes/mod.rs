@@ -264,8 +264,7 @@ pub fn report(facts: &Facts) -> Vec<RuntimeReport> {
 /// Why a runtime does not load it, and what comes nearest that it would; `None` where it does.
 pub fn refusal(runtime: Runtime, facts: &Facts) -> Option<String> {
     let rule = deciding(runtime, facts);
-    (rule.status != Loads::Loads)
-        .then(|| format!("{}: {} ({}); nearest: {}", runtime.name(), rule.reason, rule.source, rule.instead))
+    (rule.status != Loads::Loads).then(|| format!("{} ({}); nearest: {}", rule.reason, rule.source, rule.instead))
 }
 
 #[cfg(test)]

@@ -30,7 +30,8 @@ pub fn metadata(dir: &Path, config: &Map<String, Json>, vocab: usize) -> Result<
     let file = dir.join(TOKENIZER);
     if !file.exists() {
         return Err(Error::Refused(format!(
-            "a GGUF file holds the model's tokenizer, and {} has none: put {TOKENIZER} (and tokenizer_config.json) there",
+            "a GGUF file holds the model's tokenizer, and {} has no {TOKENIZER}: put it (and tokenizer_config.json) there; it is \
+             not read out of other GGUF files",
             dir.display()
         )));
     }

@@ -101,7 +101,11 @@ impl<'a> Plan<'a> {
             },
             Some(NumberFormat::Half(Float::F16)) => 1,
             _ if self.mxfp4 && !self.treated.contains_key(&one) => 38,
-            _ => 32,
+            _ => match self.open(&one).map(|w| w.1) {
+                Ok(Float::F32) => 0,
+                Ok(Float::F16) => 1,
+                _ => 32,
+            },
         }
     }
 

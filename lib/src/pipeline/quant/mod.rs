@@ -29,7 +29,7 @@ use crate::checkpoint::sink::Sink;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::compressed_tensors::Scheme;
 use crate::containers::dense::{FLOATS, float_of};
-use crate::containers::{self, Weight};
+use crate::containers::{self, Weight, gguf as gguf_container};
 use crate::error::{Error, Result};
 use crate::formats::NumberFormat;
 use crate::formats::float::Float;
@@ -37,6 +37,7 @@ use crate::manifest::{Job, Manifest, TensorReport};
 use crate::model::padding::Padding;
 use crate::model::{self, Fused, Linear, ModelConfig, Proj, Role, Slot};
 use crate::ops::dequantize::Blocks;
+use crate::ops::round;
 use crate::recipe::{Container, Recipe, Treatment};
 use crate::text::Text;
 use crate::verify::errors::report;
@@ -379,10 +380,16 @@ impl<'a> Plan<'a> {
     /// The source's tensor that holds a linear layer's weight.
     fn source_tensor(&self, linear: &Linear) -> Option<TensorRef<'a>> {
         let source = self.source?;
-        match linear.proj.fused().map(|f| f.name(linear.layer)) {
-            Some(fused) => source.get(&format!("{fused}_blocks")).or_else(|| source.get(&fused)),
-            None => source.get(&format!("{}.weight", linear.module())),
+        let (module, own) = (linear.module(), gguf_container::module(linear));
+        let mut names = vec![format!("{module}.weight"), format!("{module}.weight_packed"), format!("{own}.weight")];
+        if let Some(fused) = linear.proj.fused() {
+            let name = fused.name(linear.layer);
+            names.extend([format!("{name}_blocks"), name]);
+            if let Some(kind) = containers::vllm::kind_of(source, linear.layer) {
+                names.push(kind.codes(fused, linear.layer, linear.expert));
+            }
         }
+        names.iter().find_map(|name| source.get(name))
     }
 
     /// Writes rows whose codes stay what they are.
@@ -424,7 +431,10 @@ impl<'a> Pipeline for Plan<'a> {
             | Work::ExpertBiases { fused, layer, .. }
             | Work::FusedBiases { fused, layer, .. } => {
                 let source = self.source?;
-                source.get(&format!("{}_bias", fused.name(*layer))).map(|t| t.shard)
+                // In other layouts they lie where the experts do.
+                let one = Linear { proj: fused.parts()[0].0, layer: *layer, expert: 0 };
+                let whole = source.get(&format!("{}_bias", fused.name(*layer)));
+                whole.or_else(|| self.source_tensor(&one)).map(|t| t.shard)
             }
             Work::Quantize { job, .. } | Work::Plain { job, .. } | Work::Keep { job, .. } => {
                 self.source_tensor(&self.jobs[*job].linear).map(|t| t.shard)
@@ -471,7 +481,7 @@ impl<'a> Pipeline for Plan<'a> {
                 let scheme = job.scheme.expect("planned for quantization");
                 let target = scheme.target(columns, job.float, self.extremes(job, scheme)?);
                 let observer = self.treated[&job.linear].layer.observer;
-                let sums = rtn(&scratch.rows, columns, target, observer, &mut scratch.codes);
+                let mut sums = rtn(&scratch.rows, columns, target, observer, &mut scratch.codes);
                 // The squares of finite f32 are finite in f64, so the sum tells without another look at the weights.
                 if !sums.squared_weight.iter().sum::<f64>().is_finite() {
                     self.not_finite(job, rows, scratch)?;
@@ -486,7 +496,13 @@ impl<'a> Pipeline for Plan<'a> {
                     scratch.rows.iter_mut().for_each(|v| *v = half.round(*v));
                     job.store.write(rows.clone(), Values::Numbers(&scratch.rows), sink)?;
                 } else {
+                    let was = std::mem::take(&mut scratch.rows);
+                    scratch.rows.resize(was.len(), 0.0);
                     values_of(&scratch.codes, columns, target, &mut scratch.rows);
+                    // ggml's values are f32, and what is stored is not: the error is that of what is stored.
+                    scratch.rows.iter_mut().for_each(|v| *v = job.store.float.round(*v));
+                    sums = ErrorSums::default();
+                    round::measure(&scratch.rows, &was, &mut sums);
                     job.store.write(rows.clone(), Values::Numbers(&scratch.rows), sink)?;
                 }
                 return Ok(Some((number, sums)));

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::recipe::{Container, Recipe, SchemeName};
 use crate::runtimes::{self, Runtime};
 
-/// The multiple to which a target may pad where nobody said.
-const PAD: usize = 128;
+/// The multiples to which a target may pad where nobody said: vLLM's kernels want the first, ggml's wide blocks the second.
+const PADS: [usize; 2] = [128, 256];
 
 /// What a user says of where the output goes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -49,25 +49,30 @@ pub fn settle(dir: &Path, raw_config: &Map<String, Value>, recipe: &mut Recipe, 
     };
     let containers = wish.container.map_or(target.containers().to_vec(), |c| vec![c]);
     // What a user gave comes first; padding that nobody asked for last.
-    let widths = if pad_to.is_some() { vec![pad_to] } else { vec![None, Some(PAD)] };
-    let mut why: Option<String> = None;
-    for pad_to in widths {
+    let widths = if pad_to.is_some() { vec![pad_to] } else { vec![None, Some(PADS[0]), Some(PADS[1])] };
+    let (mut by_rule, mut by_plan) = (None, Vec::new());
+    for (i, &pad_to) in widths.iter().enumerate() {
         for &container in &containers {
-            let reason = match plan(container, pad_to) {
+            match plan(container, pad_to) {
                 Ok(facts) => match runtimes::refusal(target, &facts) {
                     None => {
                         (recipe.container, recipe.pad_to) = (container, pad_to);
                         return Ok(());
                     }
-                    Some(reason) => reason,
+                    // The last container is the one that is furthest from what others read.
+                    Some(reason) if i == 0 => by_rule = Some((container, reason)),
+                    Some(_) => {}
                 },
-                // A container that cannot hold it at all says less than a runtime that has a rule for it.
-                Err(e) if containers.len() == 1 => e.to_string(),
-                Err(_) => continue,
-            };
-            why.get_or_insert(reason);
+                Err(e) if i == 0 => by_plan.push(format!("container {}: {e}", container.name())),
+                Err(_) => {}
+            }
         }
     }
-    let why = why.unwrap_or_else(|| "no container of its own can hold this recipe".into());
+    let why = match by_rule {
+        // What the others would have needed says more than what this one lacks.
+        Some((Container::CompressedTensors, reason)) => [vec![reason], by_plan].concat().join("; "),
+        Some((_, reason)) => reason,
+        None => by_plan.join("; "),
+    };
     Err(Error::Refused(format!("--target {}: {why}", target.name())))
 }

@@ -39,14 +39,16 @@ impl Plan<'_> {
                         }
                     )));
                 }
+                let as_floats = self.recipe.container == Container::Dense;
                 let sparse = rules.sparse(&linear).cloned();
                 if scheme.is_some() || sparse.is_some() {
-                    self.treated.insert(linear, Treatment { layer: layer.clone(), scheme, sparse });
+                    self.treated.insert(linear, Treatment { layer: layer.clone(), scheme, sparse, as_floats });
                 }
             }
         }
         // A GGUF file, or a wider model, is something to make all the same.
-        if self.treated.is_empty() && !self.is_gguf() && !self.is_padded() {
+        let other = (self.is_gguf() || self.is_padded()) && self.recipe.sparsity.is_none();
+        if self.treated.is_empty() && !other {
             return Err(Error::Refused(
                 "the recipe ignores or keeps every linear layer: nothing is left to quantize".into(),
             ));
@@ -80,11 +82,11 @@ impl Plan<'_> {
             };
             let scheme = if self.is_gguf() { gguf::scheme(&linear, stored)? } else { stored };
             if self.recipe.container.is_coded() && scheme.stored().is_none() {
-                let format = scheme.weights.name();
-                return Err(Error::Refused(format!("{module}: compressed-tensors has no layout for {format}")));
+                let (format, container) = (scheme.weights.name(), self.recipe.container.name());
+                return Err(Error::Refused(format!("{module}: {container} has no layout for {format}")));
             }
             let layer = self.recipe.class(linear.proj.class()).clone();
-            self.treated.insert(linear, Treatment { layer, scheme: Some(scheme), sparse: None });
+            self.treated.insert(linear, Treatment { layer, scheme: Some(scheme), sparse: None, as_floats: false });
         }
         Ok(())
     }
@@ -100,9 +102,10 @@ impl Plan<'_> {
         }
         if let Some(linear) = self.treated.keys().find(|l| l.proj.class() == Class::Main && self.coded(l).is_some()) {
             return Err(Error::Refused(format!(
-                "{}: container {} holds the other weights as floats alone; give --mw keep",
+                "{}: container {} holds the other weights as floats alone; {}",
                 linear.module(),
-                container.name()
+                container.name(),
+                if self.recipe.keep_codes { "compressed-tensors keeps their codes" } else { "give --mw keep" }
             )));
         }
         let other =
