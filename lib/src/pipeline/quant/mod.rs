@@ -1,4 +1,4 @@
-//! A recipe over a checkpoint -> compressed-tensors, MXFP4 blocks or floats. The plan is made from the config (and the headers, where weights are
+//! A recipe over a checkpoint -> a quantized one, in any of the containers. The plan is made from the config (and the headers, where weights are
 //! there), so that whatever cannot work fails before any data is read.
 
 use std::collections::BTreeMap;
