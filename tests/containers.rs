@@ -73,6 +73,12 @@ fn mxfp4_to_gguf_and_back_are_the_same_bytes() {
     quant(&wide, &gguf, "--keep-codes --container gguf").manifest();
     quant(&gguf, &wide_back, "--keep-codes --container openai").manifest();
     same_tensors(&wide, &wide_back);
+    // So do floats, which a file has by projection.
+    let (bf16, gguf, floats) = (dir.path().join("bf16"), dir.path().join("fg"), dir.path().join("fb"));
+    run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&bf16)).manifest();
+    quant(&bf16, &gguf, "--keep-codes --container gguf").manifest();
+    quant(&gguf, &floats, "--keep-codes --container compressed-tensors").manifest();
+    same_tensors(&bf16, &floats);
 }
 
 #[test]

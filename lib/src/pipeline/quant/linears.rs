@@ -43,7 +43,9 @@ impl<'a> Plan<'a> {
             return Experts::Vllm(kind);
         }
         if treated.iter().all(Option::is_none) {
-            match (self.is_padded(), self.mxfp4) {
+            // A GGUF file has its floats by projection.
+            let alike = self.mxfp4 || self.has(&Fused::GateUp.name(layer));
+            match (self.is_padded() || !alike, self.mxfp4) {
                 (false, _) => Experts::Stay,
                 (true, true) => Experts::Native,
                 (true, false) => Experts::Fused,
@@ -60,15 +62,12 @@ impl<'a> Plan<'a> {
     /// The weights of all experts of a layer, which do not stay.
     pub(super) fn experts(&mut self, slot: &Slot, fused: Fused, layer: usize) -> Result<()> {
         let kind = self.experts[layer];
+        let one = Linear { proj: fused.parts()[0].0, layer, expert: 0 };
         let treated = |expert, proj| self.treated.contains_key(&Linear { proj, layer, expert });
-        if !self.recipe.keep_codes
-            && (0..self.config.experts).all(|expert| fused.parts().iter().all(|p| !treated(expert, p.0)))
-        {
-            let one = Linear { proj: fused.parts()[0].0, layer, expert: 0 };
+        if (0..self.config.experts).all(|expert| fused.parts().iter().all(|p| !treated(expert, p.0))) {
             let float = self.open(&one)?.1.config_name();
             self.stay(slot, if kind == Experts::Native { "mxfp4" } else { float });
         }
-        let one = Linear { proj: fused.parts()[0].0, layer, expert: 0 };
         let to = match kind {
             Experts::Native => {
                 let [blocks, scales] = model::mxfp4_specs(fused, layer, &self.config);

@@ -1,5 +1,5 @@
-//! A recipe over a checkpoint -> a quantized one, in any of the containers. The plan is made from the config (and the headers, where weights are
-//! there), so that whatever cannot work fails before any data is read.
+//! A recipe over a checkpoint -> a quantized one, in any of the containers. The plan is made from the config (and the headers,
+//! where weights are there), so that whatever cannot work fails before any data is read.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
