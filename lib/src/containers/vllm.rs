@@ -257,3 +257,31 @@ impl Rows for Lane<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::containers::compressed_tensors::config;
+    use crate::model::Proj;
+    use crate::recipe::pattern::matches;
+
+    /// Its mapper renames `self_attn` in paths and leaves expressions alone; of the experts it asks for expert 0's, with or
+    /// without a module of its own in between.
+    #[test]
+    fn targets_name_the_modules_as_vllm_calls_them_and_as_everybody_else_does() {
+        for proj in [Proj::Q, Proj::K, Proj::V, Proj::O] {
+            for attention in ["self_attn", "attn"] {
+                let module = format!("model.layers.11.{attention}.{}", proj.name());
+                assert!(matches(&config::target(proj), &module).unwrap(), "{module}");
+            }
+        }
+        for between in ["", "routed_experts."] {
+            for name in ["gate_proj", "up_proj", "down_proj"] {
+                let module = format!("model.layers.11.mlp.experts.{between}0.{name}");
+                assert!(matches(&target(None), &module).unwrap() && matches(&target(Some(11)), &module).unwrap());
+                assert!(!matches(&target(Some(1)), &module).unwrap(), "{module}");
+            }
+        }
+        assert!(!matches(&target(None), "model.layers.11.self_attn.o_proj").unwrap());
+    }
+}
