@@ -111,6 +111,22 @@ fn a_killed_quantization_resumes_and_ends_with_the_same_bytes() {
     });
 }
 
+/// One file with gaps between its tensors, and a header with a vocabulary in it.
+#[test]
+fn a_killed_gguf_file_is_resumed_and_ends_with_the_same_bytes() {
+    let src = tempfile::tempdir().unwrap();
+    let config = synthetic::config(&[("num_hidden_layers", 4), ("num_local_experts", 8), ("vocab_size", 2048)]);
+    synthetic::write(src.path(), &config);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tiny().join(name), src.path().join(name)).unwrap();
+    }
+    killed_runs_end_with_the_same_bytes("gguf", |dst| {
+        let mut c = command("gptoss-quant --quiet --algo rtn --experts q4_0 --mw q8_0 --container gguf");
+        c.arg("--model-in").arg(src.path()).arg("--output-dir").arg(dst);
+        c
+    });
+}
+
 #[test]
 fn a_killed_calibration_resumes_and_ends_with_the_same_bytes() {
     killed_runs_end_with_the_same_bytes("calibration", |dst| {
