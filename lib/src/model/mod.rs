@@ -14,7 +14,7 @@ mod settings;
 mod weights;
 
 pub use config::ModelConfig;
-pub use settings::Settings;
+pub use settings::{EPS, Settings};
 pub use weights::{Head, Layer, Model};
 
 use crate::checkpoint::header::TensorSpec;

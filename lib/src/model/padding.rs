@@ -63,7 +63,7 @@ impl Padding {
         config.insert("hidden_size".into(), self.hidden.1.into());
         config.insert("intermediate_size".into(), self.intermediate.1.into());
         if self.hidden.0 != self.hidden.1 {
-            let eps = config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(super::settings::EPS);
+            let eps = crate::runtimes::eps(config);
             config.insert("rms_norm_eps".into(), (eps * self.hidden.0 as f64 / self.hidden.1 as f64).into());
         }
     }

@@ -80,7 +80,7 @@ impl RawRope {
 }
 
 /// rms_norm_eps of a config that does not say.
-pub(super) const EPS: f64 = 1e-5;
+pub const EPS: f64 = 1e-5;
 
 fn default_eps() -> f64 {
     EPS

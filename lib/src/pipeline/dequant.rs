@@ -318,7 +318,7 @@ impl<'a> Plan<'a> {
                 formats: Vec::new(),
                 groups: Vec::new(),
                 hidden: self.config.hidden,
-                eps: self.source.config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-5),
+                eps: runtimes::eps(&self.source.config),
             }),
             _ => Vec::new(),
         };

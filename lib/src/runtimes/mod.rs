@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::checkpoint::source::Checkpoint;
 use crate::containers::compressed_tensors::{Format, Scheme, Strategy, config::scheme_of};
@@ -15,7 +15,7 @@ use crate::containers::vllm;
 use crate::error::{Error, Result};
 use crate::formats::NumberFormat;
 use crate::manifest::{Loads, RuntimeReport};
-use crate::model::{Class, Fused, Linear, ModelConfig, Proj, linears, mxfp4_specs};
+use crate::model::{Class, EPS, Fused, Linear, ModelConfig, Proj, linears, mxfp4_specs};
 use crate::recipe::Container;
 
 /// How the two classes of weights are stored, as far as runtimes care.
@@ -171,7 +171,7 @@ struct Remark {
 /// # Errors
 /// [`Error::MissingTensor`] where a layer's experts are in no layout that is known.
 pub fn facts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Facts> {
-    let eps = checkpoint.config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-5);
+    let eps = eps(&checkpoint.config);
     let mut formats = Vec::new();
     for linear in linears(config).filter(|l| l.proj.class() == Class::Main) {
         let module = linear.module();
@@ -188,6 +188,11 @@ pub fn facts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Facts> {
         schemes.extend(scheme_of(checkpoint, &Linear { proj: Proj::Gate, layer, expert: 0 }.module())?);
     }
     Ok(Facts { experts, main, formats, groups: groups(schemes.into_iter()), hidden: config.hidden, eps })
+}
+
+/// rms_norm_eps of a `config.json`, or what a gpt-oss has that does not say.
+pub fn eps(config: &Map<String, Value>) -> f64 {
+    config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(EPS)
 }
 
 /// The group sizes of those among `schemes` that are int4.

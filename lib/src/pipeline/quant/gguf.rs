@@ -5,7 +5,7 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use super::store::{Place, Store};
-use super::{Plan, Work};
+use super::{Plan, Split, Work};
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::gguf::{Storage, Value};
 use crate::checkpoint::layout::Layout;
@@ -181,9 +181,7 @@ impl<'a> Plan<'a> {
             Some(NumberFormat::Ggml(ty)) => Place::Blocks { to, first, ty },
             _ => Place::Plain { to, first },
         };
-        let job = self.jobs.len();
-        self.job(linear, weight, float, place);
-        self.units_of(group, job..job + 1);
+        self.alone(group, linear, (weight, float), place);
         Ok(())
     }
 
@@ -191,9 +189,7 @@ impl<'a> Plan<'a> {
     fn gguf_rows(&mut self, group: usize, linear: Linear, to: usize) -> Result<()> {
         let weight = self.open(&linear)?.0;
         let float = Float::of(self.tensors[to].spec.dtype).expect("a float type");
-        let job = self.jobs.len();
-        self.job(linear, weight, float, Place::Plain { to, first: 0 });
-        self.units_of(group, job..job + 1);
+        self.alone(group, linear, (weight, float), Place::Plain { to, first: 0 });
         Ok(())
     }
 
@@ -210,11 +206,13 @@ impl<'a> Plan<'a> {
             self.stay(&report, "mxfp4");
             if self.is_padded() {
                 for linear in each {
-                    let weight = self.open(&linear)?;
-                    let job = self.jobs.len();
-                    let place = Place::Blocks { to, first: linear.expert * out, ty: Ggml::Mxfp4 };
-                    self.job(linear, weight.0, weight.1, place);
-                    self.units_of(slot.group, job..job + 1);
+                    let opened = self.open(&linear)?;
+                    self.alone(
+                        slot.group,
+                        linear,
+                        opened,
+                        Place::Blocks { to, first: linear.expert * out, ty: Ggml::Mxfp4 },
+                    );
                 }
                 return Ok(());
             }
@@ -252,17 +250,8 @@ impl<'a> Plan<'a> {
             self.add_gguf(slot.group, &name, Storage::Float(Dtype::F32), &[self.config.experts, out / step]);
         }
         self.stay(slot, "float32");
-        self.bias_unit(slot, fused, layer, Work::SplitBiases { to, fused, layer })
-    }
-
-    /// Writes the biases that [`Self::gguf_biases`] planned.
-    pub(super) fn write_split_biases(&self, to: usize, fused: Fused, layer: usize, sink: &Sink) -> Result<()> {
-        let all = self.biases_of(fused, layer)?;
-        for (i, &(_, first, step)) in fused.parts().iter().enumerate() {
-            let part: Vec<u8> = all.iter().skip(first).step_by(step).flat_map(|v| v.to_le_bytes()).collect();
-            sink.write(to + i, 0, &part)?;
-        }
-        Ok(())
+        let split = Split { experts: false, projections: true };
+        self.bias_unit(slot, fused, layer, Work::Biases { to, fused, layer, float: Float::F32, split })
     }
 }
 

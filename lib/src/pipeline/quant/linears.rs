@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use super::store::{Lane, Place, Store};
-use super::{LinearJob, Plan, Work};
+use super::{LinearJob, Plan, Split, Work};
 use crate::checkpoint::header::TensorSpec;
 use crate::containers::compressed_tensors::Scheme;
 use crate::containers::dense::float_of;
@@ -169,7 +169,12 @@ impl<'a> Plan<'a> {
             self.add(slot.group, TensorSpec::new(kind.bias(fused, layer, expert), float.dtype(), [out]));
         }
         self.stay(slot, float.config_name());
-        self.bias_unit(slot, fused, layer, Work::ExpertBiases { to, fused, layer, float })
+        self.bias_unit(
+            slot,
+            fused,
+            layer,
+            Work::Biases { to, fused, layer, float, split: Split { experts: true, projections: false } },
+        )
     }
 
     /// The type of a layer's expert biases, whatever tensors they are in.
@@ -206,10 +211,15 @@ impl<'a> Plan<'a> {
                 Place::Plain { to, first: 0 }
             }
         };
-        let job = self.jobs.len();
-        self.job(linear, weight, float, place);
-        self.units_of(group, job..job + 1);
+        self.alone(group, linear, (weight, float), place);
         Ok(())
+    }
+
+    /// A job that shares its place with no other, and its units.
+    pub(super) fn alone(&mut self, group: usize, linear: Linear, opened: (Option<Weight<'a>>, Float), place: Place) {
+        let job = self.jobs.len();
+        self.job(linear, opened.0, opened.1, place);
+        self.units_of(group, job..job + 1);
     }
 
     pub(super) fn open(&self, linear: &Linear) -> Result<(Option<Weight<'a>>, Float)> {
@@ -218,7 +228,7 @@ impl<'a> Plan<'a> {
         Ok((weight, float))
     }
 
-    pub(super) fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
+    fn job(&mut self, linear: Linear, weight: Option<Weight<'a>>, float: Float, place: Place) {
         let stored = if matches!(place, Place::Plain { .. } | Place::Fused { .. }) {
             self.written(&linear, float)
         } else {
@@ -238,7 +248,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The units of `jobs`, which have one shape and one kind of store: the same rows of each, then the next.
-    pub(super) fn units_of(&mut self, group: usize, jobs: Range<usize>) {
+    fn units_of(&mut self, group: usize, jobs: Range<usize>) {
         let store = &self.jobs[jobs.start].store;
         let (out, step, bytes) = (store.shape.0, store.unit_rows(), store.bytes());
         // Without weights there is nothing to do, only to plan.
@@ -272,7 +282,12 @@ impl<'a> Plan<'a> {
             }
         }
         self.stay(slot, float.config_name());
-        self.bias_unit(slot, fused, layer, Work::Biases { to, fused, layer, float })
+        self.bias_unit(
+            slot,
+            fused,
+            layer,
+            Work::Biases { to, fused, layer, float, split: Split { experts: true, projections: true } },
+        )
     }
 
     /// The biases of a layer's experts as they were, but wider.
@@ -280,7 +295,12 @@ impl<'a> Plan<'a> {
         let float = self.float_of_biases(slot, fused, layer)?;
         let to = self.add(slot.group, TensorSpec::new(&slot.name, float.dtype(), slot.shape.clone()));
         self.stay(slot, float.config_name());
-        self.bias_unit(slot, fused, layer, Work::FusedBiases { to, fused, layer, float })
+        self.bias_unit(
+            slot,
+            fused,
+            layer,
+            Work::Biases { to, fused, layer, float, split: Split { experts: false, projections: false } },
+        )
     }
 
     /// The unit that does `work`, where biases are there.

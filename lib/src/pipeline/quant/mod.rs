@@ -47,6 +47,13 @@ use store::{Store, Values};
 
 pub use output::{KEPT, says_blocks};
 
+/// Which biases have a tensor of their own: experts first, then projections.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Split {
+    experts: bool,
+    projections: bool,
+}
+
 /// A unit of work; `to` is the (first) output tensor's number, `job` that of a [`LinearJob`].
 pub(super) enum Work<'a> {
     /// Pass a byte range on unchanged.
@@ -59,14 +66,8 @@ pub(super) enum Work<'a> {
     Convert { to: usize, tensor: TensorRef<'a>, range: Range<usize>, float: Float },
     /// One projection of an expert that stays MXFP4, as ggml's blocks.
     Blocks { to: usize, blocks: Blocks<'a>, scales: TensorRef<'a>, expert: usize, proj: Proj },
-    /// The biases of all experts of a layer; tensor `to` is the first part of all.
-    SplitBiases { to: usize, fused: Fused, layer: usize },
-    /// The biases of all experts of a layer, an expert and projection a tensor, from `to` on.
-    Biases { to: usize, fused: Fused, layer: usize, float: Float },
-    /// The biases of all experts of a layer in one tensor.
-    FusedBiases { to: usize, fused: Fused, layer: usize, float: Float },
-    /// The biases of all experts of a layer, a tensor an expert, from `to` on.
-    ExpertBiases { to: usize, fused: Fused, layer: usize, float: Float },
+    /// The biases of all experts of a layer, in tensors from `to` on.
+    Biases { to: usize, fused: Fused, layer: usize, float: Float, split: Split },
     /// A norm's weight or a bias.
     Vector { to: usize, name: String },
     /// Rows of a linear layer whose codes stay what they are.
@@ -426,10 +427,7 @@ impl<'a> Pipeline for Plan<'a> {
             Work::Copy { tensor, .. } | Work::Convert { tensor, .. } => Some(tensor.shard),
             Work::Blocks { scales, .. } => Some(scales.shard),
             Work::Vector { name, .. } => self.source?.get(name).map(|t| t.shard),
-            Work::SplitBiases { fused, layer, .. }
-            | Work::Biases { fused, layer, .. }
-            | Work::ExpertBiases { fused, layer, .. }
-            | Work::FusedBiases { fused, layer, .. } => {
+            Work::Biases { fused, layer, .. } => {
                 let source = self.source?;
                 // In other layouts they lie where the experts do.
                 let one = Linear { proj: fused.parts()[0].0, layer: *layer, expert: 0 };
@@ -451,20 +449,8 @@ impl<'a> Pipeline for Plan<'a> {
             Work::Blocks { to, blocks, scales, expert, proj } => {
                 gguf::write_blocks(*to, (blocks, scales), *expert, *proj, sink)?;
             }
-            Work::SplitBiases { to, fused, layer } => self.write_split_biases(*to, *fused, *layer, sink)?,
-            Work::Biases { to, fused, layer, float } => self.split_biases(*to, *fused, *layer, *float, sink)?,
-            Work::FusedBiases { to, fused, layer, float } => {
-                let mut bytes = Vec::new();
-                self.biases_of(*fused, *layer)?.iter().for_each(|&v| float.write(v, &mut bytes));
-                sink.write(*to, 0, &bytes)?;
-            }
-            Work::ExpertBiases { to, fused, layer, float } => {
-                let (out, _) = fused.shape(&self.config);
-                for (i, biases) in self.biases_of(*fused, *layer)?.chunks_exact(out).enumerate() {
-                    let mut bytes = Vec::new();
-                    biases.iter().for_each(|&v| float.write(v, &mut bytes));
-                    sink.write(to + i, 0, &bytes)?;
-                }
+            Work::Biases { to, fused, layer, float, split } => {
+                self.write_biases(*to, (*fused, *layer), *float, *split, sink)?;
             }
             Work::Vector { to, name } => self.write_vector(*to, name, sink)?,
             Work::Keep { job, rows } => self.keep(&self.jobs[*job], rows, &mut scratch.codes, sink)?,

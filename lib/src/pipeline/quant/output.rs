@@ -87,7 +87,7 @@ impl Plan<'_> {
         let mut formats: Vec<_> = coded.collect();
         formats.sort();
         formats.dedup();
-        let eps = self.raw_config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-5);
+        let eps = runtimes::eps(&self.raw_config);
         let gates =
             (0..self.config.layers).filter_map(|layer| self.coded(&Linear { proj: Proj::Gate, layer, expert: 0 }));
         Facts { experts, main, formats, groups: runtimes::groups(gates), hidden: self.config.hidden, eps }

@@ -1,6 +1,6 @@
 //! Tensors that are no linear layer's weight: norms, biases, sinks, and what is made of them where they do not pass through.
 
-use super::{Plan, Work};
+use super::{Plan, Split, Work};
 use crate::checkpoint::sink::Sink;
 use crate::containers;
 use crate::containers::dense::float_of;
@@ -72,14 +72,25 @@ impl Plan<'_> {
         containers::expert_biases(source, &self.config, fused, layer)
     }
 
-    pub(super) fn split_biases(&self, to: usize, fused: Fused, layer: usize, float: Float, sink: &Sink) -> Result<()> {
-        let (out, _) = fused.shape(&self.config);
+    /// Writes the biases of the experts of a layer into tensors from `to` on.
+    pub(super) fn write_biases(
+        &self,
+        to: usize,
+        (fused, layer): (Fused, usize),
+        float: Float,
+        split: Split,
+        sink: &Sink,
+    ) -> Result<()> {
+        let all = self.biases_of(fused, layer)?;
+        let width = if split.experts { fused.shape(&self.config).0 } else { all.len() };
         let mut number = to;
-        for expert in self.biases_of(fused, layer)?.chunks_exact(out) {
-            for &(_, first, step) in fused.parts() {
-                let mut part = Vec::new();
-                expert.iter().skip(first).step_by(step).for_each(|&v| float.write(v, &mut part));
-                sink.write(number, 0, &part)?;
+        for biases in all.chunks_exact(width) {
+            // Without a split every number is taken.
+            let whole = [(fused.parts()[0].0, 0, 1)];
+            for &(_, first, step) in if split.projections { fused.parts() } else { &whole } {
+                let mut bytes = Vec::new();
+                biases.iter().skip(first).step_by(step).for_each(|&v| float.write(v, &mut bytes));
+                sink.write(number, 0, &bytes)?;
                 number += 1;
             }
         }
