@@ -8,6 +8,7 @@ pub mod calibrate;
 pub mod checkpoint;
 pub mod containers;
 pub mod device;
+pub mod engine;
 pub mod error;
 pub mod evaluate;
 pub mod formats;

@@ -104,7 +104,7 @@ fn sweep(what: &What, common: &Common, job: Job, f: impl Fn(&Cpu, &Model) -> Res
     let mut rows = Vec::new();
     for threads in threads {
         resources.progress.note(&format!("{threads} threads"));
-        let times = f(&Cpu::new(threads)?, &model)?;
+        let times = f(&Cpu::new(threads)?.with(gptoss::engine::Numerics::Engine), &model)?;
         rows.push(times.row(threads, model.bytes_a_token()));
     }
     let mut manifest = Manifest::new("gptoss-bench", job);

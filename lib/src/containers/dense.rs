@@ -7,6 +7,7 @@ use safetensors::Dtype;
 
 use super::{Rows, Weight};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
+use crate::engine::view::{Kind, View};
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::model::{Linear, ModelConfig};
@@ -80,6 +81,15 @@ impl Rows for RowMajor<'_> {
 
     fn float(&self) -> Float {
         self.float
+    }
+
+    fn view(&self) -> Option<View<'_>> {
+        let kind = match self.float {
+            Float::Bf16 => Kind::Bf16,
+            Float::F16 => Kind::F16,
+            Float::F32 => Kind::F32,
+        };
+        View::new(kind, self.shape, self.bytes, (self.shape.1 * self.float.size(), kind.bytes()), None)
     }
 
     fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {

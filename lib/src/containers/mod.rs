@@ -14,6 +14,7 @@ use std::ops::Range;
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::source::Checkpoint;
 use crate::containers::compressed_tensors::Scheme;
+use crate::engine::view::View;
 use crate::error::{Error, Result};
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
@@ -54,6 +55,10 @@ pub trait Rows: Send + Sync {
     }
     /// The whole weight [out_features, in_features] where it lies in memory as f32.
     fn values(&self) -> Option<&[f32]> {
+        None
+    }
+    /// The stored bytes, where the engine has kernels for them.
+    fn view(&self) -> Option<View<'_>> {
         None
     }
     /// Whole rows into `out`, f32 [rows, in_features].

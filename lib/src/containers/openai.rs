@@ -9,6 +9,7 @@ use super::{Rows, Weight};
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::compressed_tensors::{Activations, Scheme, Strategy};
+use crate::engine::view::{Kind, ScaleKind, Scales, View};
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::formats::mxfp4::{BLOCK, BLOCK_BYTES};
@@ -90,6 +91,14 @@ impl Rows for ExpertRows<'_> {
             let codes = &self.blocks.codes[at * BLOCK_BYTES..][..groups * BLOCK_BYTES];
             decode::decode_row(codes, &self.blocks.scales[at..][..groups], out);
         }
+    }
+
+    fn view(&self) -> Option<View<'_>> {
+        let Blocks { codes, scales, rows, groups } = self.blocks;
+        let scales = Scales { kind: ScaleKind::E8m0, bytes: scales, row: groups, step: 1, group: BLOCK };
+        let row = (groups * BLOCK_BYTES, BLOCK_BYTES);
+        let view = View::new(Kind::E2m1, (rows, groups * BLOCK), codes, row, Some(scales))?;
+        Some(view.lane(self.first, self.step))
     }
 
     fn stored(&self) -> Option<Scheme> {

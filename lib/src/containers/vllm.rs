@@ -18,6 +18,7 @@ use super::{Rows, Weight};
 use crate::algorithms::rtn::Codes;
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::source::Checkpoint;
+use crate::engine::view::View;
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::formats::{FP8, NumberFormat};
@@ -239,6 +240,10 @@ impl Rows for Lane<'_> {
             let row = self.first + row * self.step;
             self.inner.read(row..row + 1, columns.clone(), out);
         }
+    }
+
+    fn view(&self) -> Option<View<'_>> {
+        Some(self.inner.view()?.lane(self.first, self.step))
     }
 
     fn stored(&self) -> Option<Scheme> {

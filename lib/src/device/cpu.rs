@@ -7,6 +7,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{Attention, Device, Experts, Heads, Moments};
 use crate::containers::Weight;
+use crate::engine::Numerics;
+use crate::engine::layer::{self, Layer};
 use crate::error::{Error, Result};
 use crate::evaluate::States;
 use crate::formats::activations::Activations;
@@ -22,6 +24,7 @@ const GRAIN: usize = 1 << 15;
 /// This processor.
 pub struct Cpu {
     pool: ThreadPool,
+    numerics: Numerics,
 }
 
 /// A matrix in memory.
@@ -60,7 +63,42 @@ impl Cpu {
     pub fn new(threads: usize) -> Result<Self> {
         let threads = threads.min(8 * std::thread::available_parallelism().map_or(1, Into::into));
         let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gptoss-{i}")).build();
-        Ok(Self { pool: pool.map_err(|e| Error::Refused(format!("cannot start {threads} threads: {e}")))? })
+        let pool = pool.map_err(|e| Error::Refused(format!("cannot start {threads} threads: {e}")))?;
+        Ok(Self { pool, numerics: Numerics::Exact })
+    }
+
+    /// The same, computing with `numerics`.
+    pub fn with(self, numerics: Numerics) -> Self {
+        Self { numerics, ..self }
+    }
+
+    /// `w` as the engine takes it, where it is asked for and can.
+    fn by_codes<'a>(&self, w: &'a Matrix<'_>) -> Option<Layer<'a>> {
+        if self.numerics == Numerics::Exact {
+            return None;
+        }
+        let inputs = (w.weight.inputs(), w.weight.input_scale());
+        Some(Layer { view: w.weight.view()?, bias: w.bias.as_deref(), inputs })
+    }
+
+    /// [`Device::experts`] by the engine, where it can take every expert that is needed; `rows_of` has the places of each
+    /// expert in `routes`.
+    fn experts_by_codes(
+        &self,
+        x: &Tensor,
+        routes: &Routes,
+        rows_of: &[Vec<usize>],
+        experts: &Experts<Matrix<'_>>,
+    ) -> Option<Vec<f32>> {
+        let used: Vec<usize> = (0..rows_of.len()).filter(|&e| !rows_of[e].is_empty()).collect();
+        let one = |&e: &usize| {
+            let (gate, up, down) = (&experts.gate[e], &experts.up[e], &experts.down[e]);
+            Some(layer::Expert { gate: self.by_codes(gate)?, up: self.by_codes(up)?, down: self.by_codes(down)? })
+        };
+        let layers = used.iter().map(one).collect::<Option<Vec<_>>>()?;
+        let rows: Vec<Vec<(usize, f32)>> =
+            used.iter().map(|&e| rows_of[e].iter().map(|&p| (p / routes.k, routes.weights[p])).collect()).collect();
+        Some(self.pool.install(|| layer::experts(&x.values, &layers, &rows, experts.alpha, experts.limit)))
     }
 
     /// Runs `f` on the pool's threads, which saves each operation inside it the way there.
@@ -159,6 +197,10 @@ impl Device for Cpu {
     }
 
     fn linear(&self, x: &Tensor, w: &Matrix<'_>) -> Result<Tensor> {
+        if let Some(layer) = self.by_codes(w) {
+            let values = self.pool.install(|| layer::linear(&x.values, layer));
+            return Ok(Tensor { columns: layer.view.shape().0, values });
+        }
         let mut out = Tensor::new(x.rows(), w.weight.shape().0);
         self.pool.install(|| {
             let inputs = w.weight.inputs();
@@ -250,6 +292,9 @@ impl Device for Cpu {
         let mut rows_of = vec![Vec::new(); experts.gate.len()];
         for (i, &expert) in routes.experts.iter().enumerate() {
             rows_of[expert as usize].push(i);
+        }
+        if let Some(values) = self.experts_by_codes(x, routes, &rows_of, experts) {
+            return Ok(Tensor { columns: x.columns, values });
         }
         let mut out = Tensor::new(x.rows(), x.columns);
         for (expert, places) in rows_of.iter().enumerate().filter(|(_, p)| !p.is_empty()) {

@@ -62,7 +62,7 @@ impl Packed {
 }
 
 /// An output [rows, columns] whose columns different threads write.
-struct Columns {
+pub(crate) struct Columns {
     first: *mut f32,
     rows: usize,
     columns: usize,
@@ -72,12 +72,18 @@ struct Columns {
 unsafe impl Sync for Columns {}
 
 impl Columns {
+    /// `out` [rows, columns]; it must live as long as this does, and nobody else may use it.
+    pub(crate) fn new(out: &mut [f32], rows: usize, columns: usize) -> Self {
+        assert_eq!(out.len(), rows * columns, "the caller fits shapes to each other");
+        Self { first: out.as_mut_ptr(), rows, columns }
+    }
+
     /// Columns `from..from + n` of a row.
     ///
     /// # Safety
     /// Nobody else holds any of them.
     #[allow(clippy::mut_from_ref, reason = "the caller promises that the ranges are disjoint")]
-    unsafe fn row(&self, row: usize, from: usize, n: usize) -> &mut [f32] {
+    pub(crate) unsafe fn row(&self, row: usize, from: usize, n: usize) -> &mut [f32] {
         assert!(row < self.rows && from + n <= self.columns, "inside the output");
         // SAFETY: inside the array, as was just checked; disjoint by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.columns + from), n) }
@@ -105,7 +111,7 @@ pub fn matmul<R: Rows + ?Sized>(x: &Packed, weight: &R, bias: Option<&[f32]>, ou
     let (n, k) = weight.shape();
     assert_eq!((x.columns, x.rows * n), (k, out.len()), "the caller fits shapes to each other");
     assert!(bias.is_none_or(|b| b.len() == n), "a bias has one value an output");
-    let out = Columns { first: out.as_mut_ptr(), rows: x.rows, columns: n };
+    let out = Columns::new(out, x.rows, n);
     let panels = n.div_ceil(WIDTH);
     let serial = x.rows * n * k < SERIAL;
     let threads = if serial { 1 } else { rayon::current_num_threads() };

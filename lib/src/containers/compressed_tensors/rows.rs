@@ -9,6 +9,7 @@ use crate::algorithms::rtn::{Codes, Target};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::{FLOATS, float_of};
 use crate::containers::{COLUMNS, Rows, Weight};
+use crate::engine::view::{Kind, ScaleKind, Scales, View};
 use crate::error::Result;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
@@ -212,6 +213,38 @@ impl Rows for Quantized<'_> {
                 at = end;
             }
         }
+    }
+
+    fn view(&self) -> Option<View<'_>> {
+        let kind = match (self.scheme.format(), self.scheme.weights.bits()) {
+            _ if self.zero_points.is_some() => return None,
+            (Format::Packed, 4) => Kind::Int4,
+            (Format::Packed, 2) => Kind::Int2,
+            (Format::Packed, 8) => Kind::Int8Offset,
+            (Format::Int, 8) => Kind::Int8,
+            (Format::Mxfp4, _) => Kind::E2m1,
+            (Format::Float | Format::Naive, _) => Kind::E4m3,
+            _ => return None,
+        };
+        let columns = self.shape.1;
+        let groups = columns.div_ceil(self.scheme.group(columns));
+        let scale_kind = match (kind, self.float) {
+            (Kind::E2m1, _) => ScaleKind::E8m0,
+            (_, Float::Bf16) => ScaleKind::Bf16,
+            (_, Float::F16) => ScaleKind::F16,
+            (_, Float::F32) => ScaleKind::F32,
+        };
+        let step = scale_kind.size();
+        let row = match self.scheme.rows() {
+            1 => groups * step,
+            Target::ALL => 0,
+            _ => return None,
+        };
+        let scales =
+            Scales { kind: scale_kind, bytes: self.scales, row, step, group: self.scheme.group(columns) };
+        // A row begins at a whole word of 32 bits.
+        let row = self.codes.len() / self.shape.0;
+        View::new(kind, self.shape, self.codes, (row, kind.bytes()), Some(scales))
     }
 
     fn stored(&self) -> Option<Scheme> {

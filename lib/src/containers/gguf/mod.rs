@@ -13,6 +13,7 @@ use crate::checkpoint::gguf::{Storage, Tensor};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::compressed_tensors::{Activations, Scheme, Strategy};
+use crate::engine::view::{Kind, ScaleKind, Scales, View};
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::formats::ggml::Ggml;
@@ -123,6 +124,21 @@ impl Rows for BlockRows<'_> {
             let blocks = &self.bytes[row * width..][columns.start / group * size..columns.end / group * size];
             decode::ggml(self.ty, blocks, out);
         }
+    }
+
+    fn view(&self) -> Option<View<'_>> {
+        // Where the scale lies in a block, and where the codes.
+        let (kind, scale_kind, scale, codes) = match self.ty {
+            Ggml::Q4_0 => (Kind::Int4Halves, ScaleKind::F16, 0, 2),
+            Ggml::Q8_0 => (Kind::Int8, ScaleKind::F16, 0, 2),
+            Ggml::Mxfp4 => (Kind::E2m1Halves, ScaleKind::E8m0, 0, 1),
+            Ggml::Tq2_0 => (Kind::Tq2, ScaleKind::F16, 64, 0),
+            Ggml::Q4_1 | Ggml::Q5_0 | Ggml::Q5_1 | Ggml::Tq1_0 => return None,
+        };
+        let (row, step) = (self.ty.row_bytes(self.shape.1), self.ty.bytes());
+        let scales =
+            Scales { kind: scale_kind, bytes: &self.bytes[scale..], row, step, group: self.ty.group() };
+        View::new(kind, self.shape, &self.bytes[codes..], (row, step), Some(scales))
     }
 
     fn stored(&self) -> Option<Scheme> {

@@ -1,0 +1,202 @@
+//! How each kind's codes meet the inputs. Two groups of 32 columns go together, a half of a register each, so that one
+//! tree of additions sums two groups of four rows.
+
+use std::arch::x86_64::*;
+
+use super::{load, two_halves};
+use crate::engine::view::GROUP;
+
+/// Columns that go together.
+pub const PAIR: usize = 2 * GROUP;
+
+/// A kind's codes. A unit here is `PAIRS` pairs of groups.
+pub trait Codes<const PAIRS: usize> {
+    /// Bytes of the inputs of a pair, as [`Self::arrange`] leaves them.
+    const INPUTS: usize;
+
+    /// Lays out the inputs `x` of one pair of unit's columns [64], in the order in which [`Self::dots`] meets them.
+    fn arrange(x: &[i8; PAIR], out: &mut [u8]);
+
+    /// For each pair of groups the products' sums, with the kind's offset still in the codes: four parts of the first
+    /// group, four of the second.
+    ///
+    /// # Safety
+    /// AVX2 is there; `codes` has a unit, whose second half begins `step` bytes behind the first where groups stand alone;
+    /// `x` has its inputs.
+    unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; PAIRS];
+}
+
+/// 4 bits: E2M1 where `TABLE`, integers otherwise; ggml's order where `HALVES`.
+pub struct Nibbles<const TABLE: bool, const HALVES: bool>;
+
+/// Twice the values of E2M1 codes, 12 added.
+pub const DOUBLED: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+
+/// The low and the high nibbles of two groups at `first` and `second`, decoded.
+///
+/// # Safety
+/// AVX2 is there, and 16 bytes at both.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub unsafe fn nibbles<const TABLE: bool>(first: *const u8, second: *const u8) -> [__m256i; 2] {
+    // SAFETY: the caller's.
+    let codes = unsafe { two_halves(first, second) };
+    let mask = _mm256_set1_epi8(15);
+    let (low, high) = (_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask));
+    if !TABLE {
+        return [low, high];
+    }
+    // SAFETY: 16 bytes.
+    let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(DOUBLED.as_ptr().cast()) });
+    [_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high)]
+}
+
+impl<const TABLE: bool, const HALVES: bool> Codes<1> for Nibbles<TABLE, HALVES> {
+    const INPUTS: usize = 64;
+
+    #[inline(always)]
+    fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
+        let out = &mut out[..64];
+        for i in 0..16 {
+            let (low, high) = if HALVES { (i, i + 16) } else { (2 * i, 2 * i + 1) };
+            out[i] = x[low] as u8;
+            out[16 + i] = x[GROUP + low] as u8;
+            out[32 + i] = x[high] as u8;
+            out[48 + i] = x[GROUP + high] as u8;
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; 1] {
+        // SAFETY: the caller's.
+        let ([low, high], x) = unsafe { (nibbles::<TABLE>(codes, codes.add(step)), [load(x), load(x.add(32))]) };
+        // 4 products of at most 24 * 128 fit 16 bits.
+        let sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, x[0]), _mm256_maddubs_epi16(high, x[1]));
+        [_mm256_madd_epi16(sums, _mm256_set1_epi16(1))]
+    }
+}
+
+/// 8 bits, with 128 added where `OFFSET`. Inputs are 16 bits wide, so that -128 times -128 is no exception.
+pub struct Bytes<const OFFSET: bool>;
+
+/// Codes of 8 bits with their sign.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub fn signed<const OFFSET: bool>(codes: __m256i) -> __m256i {
+    if OFFSET { _mm256_xor_si256(codes, _mm256_set1_epi8(-128)) } else { codes }
+}
+
+impl<const OFFSET: bool> Codes<1> for Bytes<OFFSET> {
+    const INPUTS: usize = 128;
+
+    #[inline(always)]
+    fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
+        let out = out[..128].as_chunks_mut::<2>().0;
+        for i in 0..8 {
+            // Even columns of the first halves of both groups, odd ones; the same of the second halves.
+            for (part, first) in [(0, 0), (1, 1), (2, 16), (3, 17)] {
+                out[part * 16 + i] = i16::from(x[first + 2 * i]).to_le_bytes();
+                out[part * 16 + 8 + i] = i16::from(x[GROUP + first + 2 * i]).to_le_bytes();
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; 1] {
+        // SAFETY: the caller's.
+        let (a, b, x) = unsafe {
+            let second = codes.add(step);
+            (
+                two_halves(codes, second),
+                two_halves(codes.add(16), second.add(16)),
+                [load(x), load(x.add(32)), load(x.add(64)), load(x.add(96))],
+            )
+        };
+        let (a, b) = (signed::<OFFSET>(a), signed::<OFFSET>(b));
+        // A 16-bit word holds an even column below an odd one. Shifted up, the even one is 256 times itself, and so is its
+        // product; that is taken back behind the sum.
+        let even = _mm256_add_epi32(
+            _mm256_madd_epi16(_mm256_slli_epi16::<8>(a), x[0]),
+            _mm256_madd_epi16(_mm256_slli_epi16::<8>(b), x[2]),
+        );
+        let odd = _mm256_add_epi32(
+            _mm256_madd_epi16(_mm256_srai_epi16::<8>(a), x[1]),
+            _mm256_madd_epi16(_mm256_srai_epi16::<8>(b), x[3]),
+        );
+        [_mm256_add_epi32(_mm256_srai_epi32::<8>(even), odd)]
+    }
+}
+
+/// 2 bits, four columns a byte.
+pub struct Quarters;
+
+impl Codes<1> for Quarters {
+    const INPUTS: usize = 64;
+
+    #[inline(always)]
+    fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
+        let out = &mut out[..64];
+        for i in 0..8 {
+            for part in 0..4 {
+                let at = part / 2 * 32 + part % 2 * 8 + i;
+                out[at] = x[4 * i + part] as u8;
+                out[at + 16] = x[GROUP + 4 * i + part] as u8;
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; 1] {
+        // SAFETY: the caller's.
+        let (first, second, x) = unsafe {
+            let eight = |at: *const u8| at.cast::<i64>().read_unaligned();
+            (eight(codes), eight(codes.add(step)), [load(x), load(x.add(32))])
+        };
+        let [low, high] = quarters(first, second);
+        let sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, x[0]), _mm256_maddubs_epi16(high, x[1]));
+        [_mm256_madd_epi16(sums, _mm256_set1_epi16(1))]
+    }
+}
+
+/// The codes of two groups: columns 4 i, then 4 i + 1 of each in its half of the first register, 4 i + 2 and 4 i + 3 in the
+/// second.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub fn quarters(first: i64, second: i64) -> [__m256i; 2] {
+    let codes = _mm256_set_epi64x(second, second, first, first);
+    let shifted = _mm256_srlv_epi64(codes, _mm256_set_epi64x(2, 0, 2, 0));
+    let mask = _mm256_set1_epi8(3);
+    [_mm256_and_si256(shifted, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(shifted), mask)]
+}
+
+/// ggml's TQ2_0: a register has a quarter of the columns of half a block, a group.
+pub struct Tq2;
+
+impl Codes<4> for Tq2 {
+    const INPUTS: usize = 64;
+
+    #[inline(always)]
+    fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
+        out[..64].iter_mut().zip(x).for_each(|(o, x)| *o = *x as u8);
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn dots(codes: *const u8, _step: usize, x: *const u8) -> [__m256i; 4] {
+        let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
+        // SAFETY: the caller's: 64 bytes of codes, 256 inputs.
+        let (halves, x) = unsafe {
+            ([load(codes), load(codes.add(32))], |group: usize| load(x.add(group * GROUP)))
+        };
+        let sums = |codes, group| _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x(group)), ones);
+        let both = |a, b| {
+            _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
+        };
+        let pair = |h: __m256i, group| both(sums(h, group), sums(_mm256_srli_epi16::<2>(h), group + 1));
+        let next = |h| _mm256_srli_epi16::<4>(h);
+        [pair(halves[0], 0), pair(next(halves[0]), 2), pair(halves[1], 4), pair(next(halves[1]), 6)]
+    }
+}

@@ -1,0 +1,106 @@
+//! The scales of four rows, group by group: [groups, 4].
+
+use std::arch::x86_64::*;
+
+use crate::engine::view::{GROUP, ScaleKind, Scales, View};
+use crate::formats::mx;
+
+/// Fills `out` [at least groups, 4] with the scales of `rows`.
+///
+/// # Safety
+/// AVX2 and F16C are there; the rows are the view's.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+pub unsafe fn four_rows(view: &View, rows: [usize; 4], out: &mut [f32]) {
+    let groups = view.groups();
+    let out = &mut out.as_chunks_mut::<4>().0[..groups];
+    let Some(s) = view.scales() else { return out.fill([1.0; 4]) };
+    if s.group >= view.shape().1 {
+        return out.fill(rows.map(|r| view.scale(r, 0)));
+    }
+    if s.kind == ScaleKind::E8m0 && s.step == 1 && s.group == GROUP {
+        let bytes = rows.map(|r| &s.bytes[r * s.row..][..groups]);
+        // SAFETY: the caller's.
+        return unsafe { powers(bytes, out) };
+    }
+    let first = rows.map(|r| s.bytes[r * s.row..].as_ptr());
+    // SAFETY: the view has checked that each row has its scales.
+    unsafe {
+        match s.kind {
+            ScaleKind::E8m0 => each::<E8M0>(s, first, out),
+            ScaleKind::Bf16 => each::<BF16>(s, first, out),
+            ScaleKind::F16 => each::<F16>(s, first, out),
+            ScaleKind::F32 => each::<F32>(s, first, out),
+        }
+    }
+}
+
+const E8M0: u8 = 0;
+const BF16: u8 = 1;
+const F16: u8 = 2;
+const F32: u8 = 3;
+
+/// The scales of four rows that begin at `first`, wherever a row has them.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn each<const KIND: u8>(s: &Scales, first: [*const u8; 4], out: &mut [[f32; 4]]) {
+    for (i, out) in out.chunks_mut(s.group / GROUP).enumerate() {
+        // SAFETY: the caller's: scale i of each row is there; four numbers.
+        unsafe {
+            let at = i * s.step;
+            let [a, b, c, d] = first;
+            let [a, b, c, d] = [a.add(at), b.add(at), c.add(at), d.add(at)];
+            let two = |at: *const u8| u64::from(at.cast::<u16>().read_unaligned());
+            let words = || _mm_cvtsi64_si128((two(a) | two(b) << 16 | two(c) << 32 | two(d) << 48) as i64);
+            let four = match KIND {
+                E8M0 => power(_mm_cvtsi32_si128(i32::from_le_bytes([*a, *b, *c, *d]))),
+                BF16 => _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words())),
+                F16 => _mm_cvtph_ps(words()),
+                _ => {
+                    let one = |at: *const u8| at.cast::<f32>().read_unaligned();
+                    _mm_setr_ps(one(a), one(b), one(c), one(d))
+                }
+            };
+            for out in out {
+                _mm_storeu_ps(out.as_mut_ptr(), four);
+            }
+        }
+    }
+}
+
+/// 2^(e - 127) of the low four bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn power(bytes: __m128i) -> __m128 {
+    // A byte of 0 stands for 2^-127, which has no bit of the exponent set, and 255 is no number.
+    let bits = _mm_max_epi32(_mm_slli_epi32::<23>(_mm_cvtepu8_epi32(bytes)), _mm_set1_epi32(1 << 22));
+    let infinite = _mm_cmpeq_epi32(bits, _mm_set1_epi32(0x7f80_0000));
+    _mm_castsi128_ps(_mm_or_si128(bits, _mm_and_si128(infinite, _mm_set1_epi32(1 << 22))))
+}
+
+/// Powers of two, 8 groups at a time.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn powers(bytes: [&[u8]; 4], out: &mut [[f32; 4]]) {
+    let (eights, rest) = out.as_chunks_mut::<8>();
+    for (i, out) in eights.iter_mut().enumerate() {
+        let [a, b, c, d] = bytes;
+        let to = out.as_mut_ptr().cast::<f32>();
+        // SAFETY: 8 scales of each row are left, and 32 numbers.
+        unsafe {
+            let eight = |row: &[u8]| _mm_loadl_epi64(row.as_ptr().add(8 * i).cast());
+            let (ab, cd) = (_mm_unpacklo_epi8(eight(a), eight(b)), _mm_unpacklo_epi8(eight(c), eight(d)));
+            for (half, four) in [_mm_unpacklo_epi16(ab, cd), _mm_unpackhi_epi16(ab, cd)].into_iter().enumerate() {
+                let to = to.add(16 * half);
+                _mm_storeu_ps(to, power(four));
+                _mm_storeu_ps(to.add(4), power(_mm_srli_si128::<4>(four)));
+                _mm_storeu_ps(to.add(8), power(_mm_srli_si128::<8>(four)));
+                _mm_storeu_ps(to.add(12), power(_mm_srli_si128::<12>(four)));
+            }
+        }
+    }
+    let done = eights.len() * 8;
+    for (i, out) in rest.iter_mut().enumerate() {
+        *out = bytes.map(|b| mx::scale(b[done + i]));
+    }
+}

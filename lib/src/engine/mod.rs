@@ -1,0 +1,195 @@
+//! Matrix products straight from stored codes, for inputs that are rounded to int8: what makes text fast. Weights stay
+//! where their checkpoint is mapped; nothing is dequantized but a few rows at a time, in a register or a cache.
+//!
+//! The numerics are fixed ([`reference`]): integer sums of 32 columns are exact, and what is summed in f32 is summed in one
+//! order, so every kernel, batch size and number of threads gives the same bits, and so does every container of the same
+//! weight. Weights that are floats meet f32 inputs.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+pub mod inputs;
+pub mod layer;
+mod portable;
+pub mod reference;
+pub mod view;
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::formats::activations::Activations;
+use crate::ops::matmul::Columns;
+use inputs::Inputs;
+use view::{Kind, View};
+
+/// Bytes of codes that are worth waking a thread for, and that one piece of work has.
+const PIECE: usize = 1 << 16;
+/// Most inputs that meet a weight row by row; more meet it panel by panel.
+const FEW: usize = 4;
+
+/// What linear layers compute with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Numerics {
+    /// The stored codes, and inputs in int8 where weights are integers: fast.
+    Engine,
+    /// The values that the codes stand for, and inputs in f32, but where the scheme says otherwise.
+    #[default]
+    Exact,
+}
+
+/// Inputs [rows, columns] of linear layers, rounded when a kernel asks for it.
+pub struct Source<'a> {
+    values: &'a [f32],
+    columns: usize,
+    /// And their scale, where it is a fixed one.
+    activations: (Activations, f32),
+    rounded: OnceLock<Inputs>,
+}
+
+/// Some rows of a [`Source`] in the order in which a kernel meets them.
+pub struct Ready {
+    rows: usize,
+    how: How,
+}
+
+enum How {
+    #[cfg(target_arch = "x86_64")]
+    Vectors(Vec<avx2::vector::Arranged>),
+    #[cfg(target_arch = "x86_64")]
+    Batch(avx2::panels::Batch),
+    #[cfg(target_arch = "x86_64")]
+    Floats(avx2::floats::Arranged),
+    Integers(Inputs),
+    Plain(Vec<f32>),
+}
+
+/// One product: `out` [rows of inputs, rows of the weight] = inputs W^T + bias.
+pub struct Task<'a> {
+    /// The weight.
+    pub view: View<'a>,
+    /// One number an output.
+    pub bias: Option<&'a [f32]>,
+    /// What [`Source::ready`] made for the weight's kind.
+    pub inputs: &'a Ready,
+    /// The result.
+    pub out: &'a mut [f32],
+}
+
+impl<'a> Source<'a> {
+    /// `values` [rows, columns]. `activations` is what the layers' scheme does to them, with the
+    /// scale of a fixed one; layers with float inputs get them in
+    /// int8 as [`Inputs::new`] says, where their weights are integers.
+    pub fn new(values: &'a [f32], columns: usize, activations: (Activations, f32)) -> Self {
+        Self { values, columns, activations, rounded: OnceLock::new() }
+    }
+
+    /// These rows for weights of `kind`.
+    pub fn ready(&self, rows: &[usize], kind: Kind) -> Ready {
+        self.ready_for(rows, kind, fast())
+    }
+
+    fn ready_for(&self, rows: &[usize], kind: Kind, fast: bool) -> Ready {
+        let how = if kind.is_float() { self.floats(rows, kind, fast) } else { self.integers(rows, kind, fast) };
+        Ready { rows: rows.len(), how }
+    }
+
+    fn integers(&self, rows: &[usize], kind: Kind, fast: bool) -> How {
+        let all = self.rounded.get_or_init(|| Inputs::new(self.values, self.columns, self.activations.0));
+        #[cfg(target_arch = "x86_64")]
+        if fast && rows.len() <= FEW {
+            return How::Vectors(rows.iter().map(|&i| avx2::vector::Arranged::new(all, i, kind)).collect());
+        } else if fast {
+            return How::Batch(avx2::panels::Batch::new(all, rows, kind));
+        }
+        let _ = (kind, fast);
+        How::Integers(all.select(rows))
+    }
+
+    fn floats(&self, rows: &[usize], kind: Kind, fast: bool) -> How {
+        let mut values: Vec<f32> =
+            rows.iter().flat_map(|&i| &self.values[i * self.columns..][..self.columns]).copied().collect();
+        let (activations, scale) = self.activations;
+        values.chunks_exact_mut(self.columns).for_each(|x| activations.quantize_token(x, scale));
+        #[cfg(target_arch = "x86_64")]
+        if fast {
+            return How::Floats(avx2::floats::Arranged::new(&values, self.columns, kind));
+        }
+        let _ = (kind, fast);
+        How::Plain(values)
+    }
+}
+
+/// Whether this processor has a faster way than the portable one.
+fn fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return avx2::is_here();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// What computes here: `avx2` or `portable`.
+pub fn path() -> &'static str {
+    if fast() { "avx2" } else { "portable" }
+}
+
+/// All of `tasks`, their rows shared among the threads of the current pool.
+pub fn multiply(tasks: &mut [Task]) {
+    let threads = rayon::current_num_threads();
+    let total: usize = tasks.iter().map(|t| t.view.shape().0 * t.view.row_bytes() * t.inputs.rows.div_ceil(FEW)).sum();
+    let mut pieces: Vec<(usize, Range<usize>)> = Vec::new();
+    for (i, task) in tasks.iter().enumerate() {
+        let (rows, a_row) = (task.view.shape().0, task.view.row_bytes() * task.inputs.rows.div_ceil(FEW));
+        // Whole panels, and several pieces a thread, so that none waits long for the others.
+        let n = (PIECE / a_row.max(1)).clamp(8, 64).min(rows.div_ceil(threads)).next_multiple_of(8);
+        pieces.extend((0..rows).step_by(n).map(|r| (i, r..rows.min(r + n))));
+    }
+    let outs: Vec<Columns> =
+        tasks.iter_mut().map(|t| Columns::new(t.out, t.inputs.rows, t.view.shape().0)).collect();
+    let tasks = &*tasks;
+    // SAFETY: every piece has rows of the weight of its own.
+    let one = |(i, rows): &(usize, Range<usize>)| unsafe { piece(&tasks[*i], rows.clone(), &outs[*i]) };
+    if threads == 1 || total < PIECE {
+        pieces.iter().for_each(one);
+    } else {
+        pieces.par_iter().for_each(one);
+    }
+}
+
+/// # Safety
+/// Nobody else writes these columns of `out`.
+unsafe fn piece(task: &Task, rows: Range<usize>, out: &Columns) {
+    let (n, first) = (task.inputs.rows, rows.start);
+    // SAFETY: the caller's.
+    let mut outs: Vec<&mut [f32]> = (0..n).map(|i| unsafe { out.row(i, first, rows.len()) }).collect();
+    let view = &task.view;
+    match &task.inputs.how {
+        #[cfg(target_arch = "x86_64")]
+        How::Vectors(inputs) => avx2::vector::integers(view, rows, inputs, &mut outs),
+        #[cfg(target_arch = "x86_64")]
+        How::Batch(batch) => avx2::panels::integers_here(view, rows.clone(), batch, |i, r, eight| {
+            let n = eight.len().min(rows.end - r);
+            outs[i][r - first..r - first + n].copy_from_slice(&eight[..n]);
+        }),
+        #[cfg(target_arch = "x86_64")]
+        How::Floats(inputs) => avx2::floats::floats(view, rows, inputs, &mut outs),
+        How::Integers(inputs) => {
+            outs.iter_mut().enumerate().for_each(|(i, out)| portable::integers(view, rows.clone(), inputs, i, out));
+        }
+        How::Plain(x) => {
+            let x = x.chunks_exact(view.shape().1);
+            outs.iter_mut().zip(x).for_each(|(out, x)| portable::floats(view, rows.clone(), x, out));
+        }
+    }
+    if let Some(bias) = task.bias {
+        for out in outs {
+            out.iter_mut().zip(&bias[first..]).for_each(|(o, b)| *o += b);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,185 @@
+use proptest::prelude::*;
+
+use super::view::{GROUP, ScaleKind, Scales};
+use super::*;
+
+/// A weight with bytes of its own.
+struct Owned {
+    kind: Kind,
+    shape: (usize, usize),
+    codes: Vec<u8>,
+    step: usize,
+    scales: Vec<u8>,
+    scale_kind: ScaleKind,
+    group: usize,
+}
+
+impl Owned {
+    /// Random codes; a fifth of the int8 ones are -128.
+    fn random(kind: Kind, rows: usize, units: usize, (scale_kind, groups): (ScaleKind, usize), seed: u64) -> Self {
+        let mut s = seed | 1;
+        let mut next = move || {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            s
+        };
+        let columns = units * kind.unit();
+        // As in ggml's blocks, something else may lie between units.
+        let step = kind.bytes() + if kind.is_float() { 0 } else { (next() % 3) as usize };
+        let mut codes: Vec<u8> = (0..rows * units * step).map(|_| (next() >> 20) as u8).collect();
+        if kind == Kind::Int8 {
+            codes.iter_mut().for_each(|c| *c = if next() % 5 == 0 { 128 } else { *c });
+        }
+        if matches!(kind, Kind::Bf16 | Kind::F16 | Kind::F32) {
+            // Exponents that no sum of a row overflows with.
+            for (i, v) in (0..rows * columns).map(|i| (i, (next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0)) {
+                let bytes = match kind {
+                    Kind::Bf16 => half::bf16::from_f32(v).to_le_bytes().to_vec(),
+                    Kind::F16 => half::f16::from_f32(v * 1e-3).to_le_bytes().to_vec(),
+                    _ => v.to_le_bytes().to_vec(),
+                };
+                codes[i * bytes.len()..(i + 1) * bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+        if kind == Kind::E4m3 {
+            codes.iter_mut().for_each(|c| *c = if *c & 0x7f == 0x7f { 0x08 } else { *c });
+        }
+        let group = if kind.is_float() || groups == 0 { columns } else { GROUP * groups };
+        let per_row = columns.div_ceil(group);
+        let mut scales = Vec::new();
+        for _ in 0..rows * per_row {
+            let v = (next() >> 40) as f32 / (1u64 << 24) as f32 - 0.3;
+            match scale_kind {
+                ScaleKind::E8m0 => scales.push([0, 90, 120, 127, 130, 200][next() as usize % 6]),
+                ScaleKind::Bf16 => scales.extend(half::bf16::from_f32(v).to_le_bytes()),
+                ScaleKind::F16 => scales.extend(half::f16::from_f32(v).to_le_bytes()),
+                ScaleKind::F32 => scales.extend(v.to_le_bytes()),
+            }
+        }
+        Self { kind, shape: (rows, columns), codes, step, scales, scale_kind, group }
+    }
+
+    fn view(&self) -> View<'_> {
+        let per_row = self.shape.1.div_ceil(self.group);
+        let size = self.scale_kind.size();
+        let scales =
+            Scales { kind: self.scale_kind, bytes: &self.scales, row: per_row * size, step: size, group: self.group };
+        let row = self.shape.1 / self.kind.unit() * self.step;
+        View::new(self.kind, self.shape, &self.codes, (row, self.step), Some(scales)).unwrap()
+    }
+}
+
+fn values(n: usize, seed: u32) -> Vec<f32> {
+    let mut s = seed;
+    let next = || {
+        s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        // Large ones below 0, so that int8 tokens have -128.
+        let v = (s >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        if s.is_multiple_of(37) { -127.5 } else { v }
+    };
+    std::iter::repeat_with(next).take(n).collect()
+}
+
+fn reference(view: &View, x: &[f32], activations: Activations, bias: Option<&[f32]>) -> Vec<f32> {
+    let (rows, columns) = view.shape();
+    let inputs = (!view.kind().is_float()).then(|| Inputs::new(x, columns, activations));
+    let mut out = Vec::new();
+    for (i, x) in x.chunks_exact(columns).enumerate() {
+        let mut x = x.to_vec();
+        activations.quantize_token(&mut x, 1.0);
+        for r in 0..rows {
+            let sum = match &inputs {
+                Some(inputs) => super::reference::integers(view, r, inputs, i),
+                None => super::reference::floats(view, r, &x),
+            };
+            out.push(bias.map_or(sum, |b| sum + b[r]));
+        }
+    }
+    out
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    // No number is like another: processors may differ in the payload.
+    values.iter().map(|v| if v.is_nan() { u32::MAX } else { v.to_bits() }).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn every_kernel_is_the_reference_bit_for_bit(
+        kind in prop::sample::select(Kind::ALL.to_vec()),
+        rows in 1usize..40,
+        units in 1usize..12,
+        scales in (prop::sample::select(vec![ScaleKind::E8m0, ScaleKind::Bf16, ScaleKind::F16, ScaleKind::F32]), 0usize..4),
+        n in prop_oneof![1usize..8, Just(70)],
+        activations in prop::sample::select(vec![Activations::Float, Activations::DynamicTokenInt8]),
+        lane in any::<bool>(),
+        seed: u64,
+    ) {
+        let weight = Owned::random(kind, rows, units, scales, seed);
+        let whole = weight.view();
+        let view = if lane && rows > 1 { whole.lane(1, 2) } else { whole };
+        let (out, columns) = view.shape();
+        let x = values(n * columns, seed as u32);
+        let bias = (seed % 2 == 0).then(|| values(out, 7));
+        let want = bits(&reference(&view, &x, activations, bias.as_deref()));
+        for (fast, threads) in [(true, 1), (true, 3), (false, 2)] {
+            if fast && !super::fast() {
+                continue;
+            }
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let source = Source::new(&x, columns, (activations, 1.0));
+            // Backwards, as experts pick their rows.
+            let picked: Vec<usize> = (0..n).rev().collect();
+            let inputs = source.ready_for(&picked, kind, fast);
+            let mut have = vec![f32::NAN; n * out];
+            let task = Task { view, bias: bias.as_deref(), inputs: &inputs, out: &mut have };
+            pool.install(|| multiply(&mut [task]));
+            let have: Vec<f32> = have.chunks_exact(out).rev().flatten().copied().collect();
+            prop_assert_eq!(bits(&have), want.clone(), "fast {}, {} threads", fast, threads);
+        }
+    }
+}
+
+#[test]
+fn the_worst_codes_do_not_saturate() {
+    // Every product as large as it can be, of both signs, in the longest group sums.
+    for kind in Kind::ALL.into_iter().filter(|k| !k.is_float()) {
+        for byte in [0x00u8, 0x77, 0xff, 0x80, 0x7f, 0xaa] {
+            if kind == Kind::Ternary || kind == Kind::Tq2 {
+                continue; // 3 is no code; random ones were tested above.
+            }
+            let units = 4;
+            let columns = units * kind.unit();
+            let codes = vec![byte; 8 * units * kind.bytes()];
+            let ones = 1f32.to_le_bytes().repeat(8);
+            let scales = Scales { kind: ScaleKind::F32, bytes: &ones, row: 4, step: 4, group: columns };
+            let (row, step) = (units * kind.bytes(), kind.bytes());
+            let view = View::new(kind, (8, columns), &codes, (row, step), Some(scales)).unwrap();
+            for (n, sign) in [(1, -1.0), (1, 1.0), (9, -1.0), (9, 1.0)] {
+                let x = vec![sign * 3f32; n * columns];
+                let want = reference(&view, &x, Activations::DynamicTokenInt8, None);
+                let inputs = Source::new(&x, columns, (Activations::DynamicTokenInt8, 1.0)).ready(&(0..n).collect::<Vec<_>>(), kind);
+                let mut have = vec![0f32; n * 8];
+                multiply(&mut [Task { view, bias: None, inputs: &inputs, out: &mut have }]);
+                assert_eq!(bits(&have), bits(&want), "{kind:?} {byte:#x} {n} {sign}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_kernels_cannot_take_is_no_view() {
+    let bytes = [0u8; 4096];
+    let scales = |group| Some(Scales { kind: ScaleKind::F32, bytes: &bytes, row: 64, step: 4, group });
+    let view = |kind, columns, scales| View::new(kind, (2, columns), &bytes, (512, 16.max(Kind::bytes(kind))), scales);
+    assert!(view(Kind::Int4, 64, scales(32)).is_some());
+    assert!(view(Kind::Int4, 48, scales(16)).is_none(), "half a group");
+    assert!(view(Kind::Int4, 64, scales(16)).is_none(), "scales change inside a group");
+    assert!(view(Kind::Int4, 64, None).is_none(), "no scales");
+    assert!(view(Kind::E4m3, 64, scales(32)).is_none(), "scales change inside a chain");
+    assert!(view(Kind::E4m3, 64, scales(64)).is_some());
+    assert!(view(Kind::Tq2, 128, scales(128)).is_none(), "half a block");
+}
