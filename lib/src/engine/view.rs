@@ -272,6 +272,11 @@ impl<'a> View<'a> {
         &self.codes[r * self.row + u * self.step..][..self.kind.bytes()]
     }
 
+    /// Bytes from a row to the next.
+    pub fn row(&self) -> usize {
+        self.row
+    }
+
     /// Bytes from a unit to the next.
     pub fn step(&self) -> usize {
         self.step

@@ -119,6 +119,8 @@ unsafe fn four_rows<C: Codes<P>, const P: usize>(view: &View, rows: [usize; 4], 
     // Where a unit is one group, a pair is two of them.
     let stride = if P == 1 { 2 * step } else { step };
     let starts = rows.map(|r| view.unit(r, 0).as_ptr());
+    // The next four rows are asked for while these are met; the scales come first, and would wait for each line.
+    let ahead = 4 * view.row();
     let mut chains = _mm256_setzero_ps();
     for u in 0..units {
         // SAFETY: unit u lies inside each row, its inputs inside `a`, its scales inside `scales`.
@@ -127,6 +129,9 @@ unsafe fn four_rows<C: Codes<P>, const P: usize>(view: &View, rows: [usize; 4], 
             // No `map`: what it calls is not compiled for this processor, and so not inlined.
             let [r0, r1, r2, r3] = starts;
             let at = u * stride;
+            for r in starts {
+                _mm_prefetch::<_MM_HINT_T0>(r.wrapping_add(at + ahead).cast());
+            }
             let r0 = C::dots(r0.add(at), step, x);
             let r1 = C::dots(r1.add(at), step, x);
             let r2 = C::dots(r2.add(at), step, x);
