@@ -48,6 +48,12 @@ pub struct LayerArgs {
     /// Type of the other weights
     #[arg(long, value_name = "TYPE", value_parser = WeightType::parse, help_heading = "Recipe")]
     pub mw_type: Option<WeightType>,
+    /// Quantize the output head too, with this scheme and --mw-algo where it is gptq, else rtn
+    #[arg(long, value_name = "SCHEME", help_heading = "Recipe")]
+    pub lm_head: Option<SchemeName>,
+    /// Quantize the embedding too, with this scheme; always rtn, for no inputs are multiplied with it
+    #[arg(long, visible_alias = "embeddings", value_name = "SCHEME", help_heading = "Recipe")]
+    pub embed_tokens: Option<SchemeName>,
     /// Find the experts by their names, as always
     #[arg(long, overrides_with = "auto_detect_experts", help_heading = "Recipe")]
     pub auto_detect_experts: bool,
@@ -83,7 +89,8 @@ pub struct LayerArgs {
     /// The same for the other weights alone
     #[arg(long, value_enum, value_name = "KIND", help_heading = "Recipe")]
     pub mw_symmetry: Option<Symmetry>,
-    /// More modules to leave as they are, beside embed_tokens, mlp.router and lm_head: name components (q_proj, layers.0),
+    /// More modules to leave as they are, beside mlp.router and, unless a flag gives them a scheme, embed_tokens and lm_head:
+    /// name components (q_proj, layers.0),
     /// re: and a regular expression, or glob: and a shell pattern; may be given several times, names also with commas between
     #[arg(long, value_name = "PATTERN", help_heading = "Recipe")]
     pub extra_ignore: Vec<String>,

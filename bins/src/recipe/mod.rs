@@ -6,6 +6,7 @@ mod kernels;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use gptoss::algorithms::Algorithm;
 use gptoss::model::{ModelConfig, linears};
 use gptoss::pipeline::progress::Progress;
 use gptoss::pipeline::quant::target::Wish;
@@ -106,6 +107,8 @@ impl RecipeArgs {
             ("--mw-type", l.mw_type.is_some()),
             ("--experts-group-size", l.experts_group_size.is_some()),
             ("--mw-group-size", l.mw_group_size.is_some()),
+            ("--lm-head", l.lm_head.is_some()),
+            ("--embed-tokens", l.embed_tokens.is_some()),
             ("--experts-regex", l.experts_regex.is_some()),
             ("--symmetric", l.symmetric),
             ("--asymmetric", l.asymmetric),
@@ -186,7 +189,7 @@ impl RecipeArgs {
     fn flags_alone(&self) -> Result<Recipe> {
         let l = &self.layers;
         let symmetry = |own: Option<Symmetry>| own.map_or(!l.asymmetric, |s| s == Symmetry::Symmetric);
-        let algorithm = l.algo.unwrap_or(gptoss::algorithms::Algorithm::Gptq);
+        let algorithm = l.algo.unwrap_or(Algorithm::Gptq);
         let group_size = l.group_size.unwrap_or(GroupSize::Auto);
         let observer = l.observer.unwrap_or_default();
         let experts = LayerRecipe {
@@ -213,6 +216,15 @@ impl RecipeArgs {
             };
             recipe.overrides =
                 vec![over("mlp.experts", pattern, &recipe.mw), over(pattern, "mlp.experts", &recipe.experts)];
+        }
+        for (module, scheme, calibrated) in
+            [("embed_tokens", l.embed_tokens, false), ("lm_head", l.lm_head, recipe.mw.algorithm == Algorithm::Gptq)]
+        {
+            let Some(scheme) = scheme else { continue };
+            recipe.ignore.retain(|p| p != module);
+            let algorithm = if calibrated { Algorithm::Gptq } else { Algorithm::Rtn };
+            let layer = LayerRecipe { algorithm, scheme, ..recipe.mw.clone() };
+            recipe.overrides.push(Override { targets: vec![module.to_owned()], ignore: Vec::new(), layer });
         }
         Ok(recipe)
     }
