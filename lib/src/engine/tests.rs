@@ -51,7 +51,7 @@ impl Owned {
         for _ in 0..rows * per_row {
             let v = (next() >> 40) as f32 / (1u64 << 24) as f32 - 0.3;
             match scale_kind {
-                ScaleKind::E8m0 => scales.push([0, 90, 120, 127, 130, 200][next() as usize % 6]),
+                ScaleKind::E8m0 => scales.push([0, 90, 120, 127, 130, 200, 255][next() as usize % 7]),
                 ScaleKind::Bf16 => scales.extend(half::bf16::from_f32(v).to_le_bytes()),
                 ScaleKind::F16 => scales.extend(half::f16::from_f32(v).to_le_bytes()),
                 ScaleKind::F32 => scales.extend(v.to_le_bytes()),

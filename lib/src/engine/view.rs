@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::formats::minifloat::Minifloat;
-use crate::formats::{mx, mxfp4};
+use crate::formats::mxfp4;
 
 /// Columns that share one scale of the inputs, and at least one of the weight.
 pub const GROUP: usize = 32;
@@ -149,7 +149,7 @@ fn doubled(code: u8) -> i32 {
 /// How a scale is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScaleKind {
-    /// A byte e for 2^(e - 127).
+    /// A byte e for 2^(e - 127). 255, which is no number, becomes infinite: nothing plausible comes of either.
     E8m0,
     /// BF16.
     Bf16,
@@ -173,7 +173,7 @@ impl ScaleKind {
     #[inline(always)]
     pub fn read(self, bytes: &[u8]) -> f32 {
         match self {
-            Self::E8m0 => mx::scale(bytes[0]),
+            Self::E8m0 => f32::from_bits((u32::from(bytes[0]) << 23).max(1 << 22)),
             Self::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
             Self::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
             Self::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),

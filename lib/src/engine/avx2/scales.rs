@@ -3,7 +3,6 @@
 use std::arch::x86_64::*;
 
 use crate::engine::view::{GROUP, ScaleKind, Scales, View};
-use crate::formats::mx;
 
 /// Fills `out` [at least groups, 4] with the scales of `rows`.
 ///
@@ -44,39 +43,50 @@ const F32: u8 = 3;
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn each<const KIND: u8>(s: &Scales, first: [*const u8; 4], out: &mut [[f32; 4]]) {
+    if s.group == GROUP {
+        for (i, out) in out.iter_mut().enumerate() {
+            // SAFETY: the caller's: scale i of each row is there; four numbers.
+            unsafe { _mm_storeu_ps(out.as_mut_ptr(), four::<KIND>(first, i * s.step)) };
+        }
+        return;
+    }
     for (i, out) in out.chunks_mut(s.group / GROUP).enumerate() {
-        // SAFETY: the caller's: scale i of each row is there; four numbers.
-        unsafe {
-            let at = i * s.step;
-            let [a, b, c, d] = first;
-            let [a, b, c, d] = [a.add(at), b.add(at), c.add(at), d.add(at)];
-            let two = |at: *const u8| u64::from(at.cast::<u16>().read_unaligned());
-            let words = || _mm_cvtsi64_si128((two(a) | two(b) << 16 | two(c) << 32 | two(d) << 48) as i64);
-            let four = match KIND {
-                E8M0 => power(_mm_cvtsi32_si128(i32::from_le_bytes([*a, *b, *c, *d]))),
-                BF16 => _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words())),
-                F16 => _mm_cvtph_ps(words()),
-                _ => {
-                    let one = |at: *const u8| at.cast::<f32>().read_unaligned();
-                    _mm_setr_ps(one(a), one(b), one(c), one(d))
-                }
-            };
-            for out in out {
-                _mm_storeu_ps(out.as_mut_ptr(), four);
+        // SAFETY: as above.
+        let scales = unsafe { four::<KIND>(first, i * s.step) };
+        for out in out {
+            // SAFETY: four numbers.
+            unsafe { _mm_storeu_ps(out.as_mut_ptr(), scales) };
+        }
+    }
+}
+
+/// The scales of four rows, `at` bytes behind their first ones.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn four<const KIND: u8>(first: [*const u8; 4], at: usize) -> __m128 {
+    // SAFETY: the caller's.
+    unsafe {
+        let [a, b, c, d] = first;
+        let [a, b, c, d] = [a.add(at), b.add(at), c.add(at), d.add(at)];
+        let two = |at: *const u8| u64::from(at.cast::<u16>().read_unaligned());
+        let words = || _mm_cvtsi64_si128((two(a) | two(b) << 16 | two(c) << 32 | two(d) << 48) as i64);
+        match KIND {
+            E8M0 => {
+                let bits = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(i32::from_le_bytes([*a, *b, *c, *d])));
+                _mm_castsi128_ps(_mm_max_epi32(_mm_slli_epi32::<23>(bits), _mm_set1_epi32(LEAST)))
+            }
+            BF16 => _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words())),
+            F16 => _mm_cvtph_ps(words()),
+            _ => {
+                let one = |at: *const u8| at.cast::<f32>().read_unaligned();
+                _mm_setr_ps(one(a), one(b), one(c), one(d))
             }
         }
     }
 }
 
-/// 2^(e - 127) of the low four bytes.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn power(bytes: __m128i) -> __m128 {
-    // A byte of 0 stands for 2^-127, which has no bit of the exponent set, and 255 is no number.
-    let bits = _mm_max_epi32(_mm_slli_epi32::<23>(_mm_cvtepu8_epi32(bytes)), _mm_set1_epi32(1 << 22));
-    let infinite = _mm_cmpeq_epi32(bits, _mm_set1_epi32(0x7f80_0000));
-    _mm_castsi128_ps(_mm_or_si128(bits, _mm_and_si128(infinite, _mm_set1_epi32(1 << 22))))
-}
+/// The bits of 2^-127, which a byte of 0 stands for; the exponent alone would make it 0.
+const LEAST: i32 = 1 << 22;
 
 /// Powers of two, 8 groups at a time.
 #[inline]
@@ -89,18 +99,21 @@ unsafe fn powers(bytes: [&[u8]; 4], out: &mut [[f32; 4]]) {
         // SAFETY: 8 scales of each row are left, and 32 numbers.
         unsafe {
             let eight = |row: &[u8]| _mm_loadl_epi64(row.as_ptr().add(8 * i).cast());
+            let put = |two: __m128i, at: usize| {
+                let bits = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(two));
+                let bits = _mm256_max_epi32(bits, _mm256_set1_epi32(LEAST));
+                _mm256_storeu_ps(to.add(at), _mm256_castsi256_ps(bits));
+            };
             let (ab, cd) = (_mm_unpacklo_epi8(eight(a), eight(b)), _mm_unpacklo_epi8(eight(c), eight(d)));
-            for (half, four) in [_mm_unpacklo_epi16(ab, cd), _mm_unpackhi_epi16(ab, cd)].into_iter().enumerate() {
-                let to = to.add(16 * half);
-                _mm_storeu_ps(to, power(four));
-                _mm_storeu_ps(to.add(4), power(_mm_srli_si128::<4>(four)));
-                _mm_storeu_ps(to.add(8), power(_mm_srli_si128::<8>(four)));
-                _mm_storeu_ps(to.add(12), power(_mm_srli_si128::<12>(four)));
-            }
+            let (low, high) = (_mm_unpacklo_epi16(ab, cd), _mm_unpackhi_epi16(ab, cd));
+            put(low, 0);
+            put(_mm_srli_si128::<8>(low), 8);
+            put(high, 16);
+            put(_mm_srli_si128::<8>(high), 24);
         }
     }
     let done = eights.len() * 8;
     for (i, out) in rest.iter_mut().enumerate() {
-        *out = bytes.map(|b| mx::scale(b[done + i]));
+        *out = bytes.map(|b| ScaleKind::E8m0.read(&b[done + i..]));
     }
 }
