@@ -15,7 +15,9 @@ use gptoss::checkpoint::digest::record;
 use gptoss::checkpoint::hub::{self, Located, Wanted};
 use gptoss::checkpoint::source::Checkpoint;
 use gptoss::checkpoint::{CONFIG, INDEX};
+use gptoss::engine::Numerics;
 use gptoss::manifest::{FileSet, Manifest, Volatile};
+use gptoss::model::Model;
 use gptoss::pipeline::executor::map;
 use gptoss::pipeline::meter::Reading;
 use gptoss::pipeline::progress::Progress;
@@ -98,6 +100,25 @@ pub fn run(tool: &str, body: impl FnOnce() -> Result<ExitCode>) -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// Parses the name of numerics.
+pub fn parse_numerics(text: &str) -> Result<Numerics, String> {
+    Numerics::ALL.into_iter().find(|n| n.name() == text).ok_or_else(|| "wanted engine or exact".into())
+}
+
+/// Says which layers the engine has no kernels for.
+pub fn note_kernels(model: &Model, numerics: Numerics, progress: &Progress) -> Result<()> {
+    let without = if numerics == Numerics::Engine { model.without_kernel()? } else { Vec::new() };
+    if let Some(first) = without.first() {
+        progress.note(&format!(
+            "{} linear layers, such as {}, are stored in a way that the engine has no kernel for: their values are computed \
+             with, which is slower",
+            without.len(),
+            first.module()
+        ));
+    }
+    Ok(())
 }
 
 /// Parses a number of threads.

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use gptoss::checkpoint::hub::{Located, Wanted, locate};
 use gptoss::device::cpu::Cpu;
+use gptoss::engine::Numerics;
 use gptoss::evaluate::Room;
 use gptoss::manifest::{Job, Manifest};
 use gptoss::model::Model;
@@ -17,7 +18,7 @@ use gptoss::text::tokenizer::Tokenizer;
 use gptoss::verify::quality::quality;
 
 use crate::text::TextArgs;
-use crate::{Common, default_offload, volatile};
+use crate::{Common, default_offload, parse_numerics, volatile};
 
 /// Flags of `gptoss-verify quality`.
 #[derive(Debug, clap::Args)]
@@ -27,6 +28,10 @@ pub struct QualityArgs {
     /// The checkpoint that it was made from, for KL divergence and agreement [default: with a manifest, its source]
     #[arg(long, value_name = "SRC")]
     against: Option<String>,
+    /// What the checkpoint computes with: exact (values and inputs in f32), or engine (stored codes, inputs in int8), which
+    /// also measures what that changes; the source is always exact
+    #[arg(long, value_name = "NAME", value_parser = parse_numerics, default_value = "exact")]
+    numerics: Numerics,
     #[command(flatten)]
     text: TextArgs,
     /// Where hidden states go that do not fit in --max-memory [default: TMPDIR, or /var/tmp]
@@ -49,9 +54,10 @@ impl QualityArgs {
         let device = Cpu::new(resources.threads)?;
         let offload = self.offload_folder.clone().unwrap_or_else(default_offload);
         let room = Room { memory: resources.max_memory, offload: &offload, progress: &resources.progress };
-        let report = device.enter(|| quality(&device, &model, reference.as_ref(), &text, &room))?;
+        let report = device.enter(|| quality(&device, self.numerics, &model, reference.as_ref(), &text, &room))?;
 
-        let mut manifest = Manifest::new("gptoss-verify", Job::Quality { against: reference.is_some() });
+        let job = Job::Quality { against: reference.is_some() };
+        let mut manifest = Manifest::new("gptoss-verify", job).with(self.numerics);
         manifest.source = source_at.as_ref().map(|s| crate::file_set(&s.dir, resources.threads)).transpose()?;
         manifest.output = Some(crate::file_set(&model_at.dir, resources.threads)?);
         manifest.quality = Some(report);

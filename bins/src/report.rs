@@ -128,11 +128,19 @@ fn quality(o: &mut String, q: &QualityReport) {
         line(o, "KL divergence", &format!("mean {:.6}, 99% below {:.6}", r.kl_mean, r.kl_p99));
         line(o, "same top token", &format!("{:.2}%", 100.0 * r.top1_agreement));
     }
+    if let Some(e) = &q.engine {
+        let kl = format!("KL mean {:.6}, 99% below {:.6}", e.kl_mean, e.kl_p99);
+        line(o, "engine, exact", &format!("{kl}, same top token {:.2}%", 100.0 * e.top1_agreement));
+    }
 }
 
 fn bench(o: &mut String, rows: &[BenchRow]) {
     for r in rows {
-        let rate = r.gigabytes_per_second.map(|g| format!(", {g:.2} GB/s")).unwrap_or_default();
+        let rate = match (r.gigabytes_per_second, r.read_gigabytes_per_second) {
+            (Some(g), Some(read)) => format!(", {g:.2} GB/s, {:.0}% of plain reads", 100.0 * g / read),
+            (Some(g), None) => format!(", {g:.2} GB/s"),
+            _ => String::new(),
+        };
         let bytes = human(r.bytes_per_token);
         let slow = format!("{:.2} in the slowest tenth", r.slow_tokens_per_second);
         line(

@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::MANIFEST;
+use crate::engine::Numerics;
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::ops::dequantize::HalfCounts;
@@ -20,6 +21,9 @@ pub const SCHEMA: &str = "gptoss.manifest/1";
 
 /// The arithmetic of this version; raised when a change of code changes bits, so that no run resumes across it.
 pub const NUMERICS: &str = "cpu-1";
+
+/// The same of the engine, whose inputs are int8.
+pub const ENGINE_NUMERICS: &str = "cpu-engine-1";
 
 /// One manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -336,6 +340,9 @@ pub struct BenchRow {
     /// Those times the rate, in 10^9 bytes a second, for decode; a prefill reads a weight once for many tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub gigabytes_per_second: Option<f64>,
+    /// What as many threads reach that do nothing but read the same weights, measured in the same run; for decode.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub read_gigabytes_per_second: Option<f64>,
 }
 
 impl Manifest {
@@ -360,6 +367,13 @@ impl Manifest {
             environment: None,
             volatile: None,
         }
+    }
+
+    /// The same, of a model that ran with `numerics`.
+    pub fn with(mut self, numerics: Numerics) -> Self {
+        let name = if numerics == Numerics::Engine { ENGINE_NUMERICS } else { NUMERICS };
+        self.numerics = name.into();
+        self
     }
 
     /// Parses a manifest that came from `origin`.

@@ -12,7 +12,9 @@ use gptoss::manifest::{BenchRow, Job, Manifest};
 use gptoss::model::Model;
 use gptoss::model::forward::Session;
 use gptoss::pipeline::meter::Meter;
-use gptoss_tools::{Common, parse_threads, run, source, volatile};
+use gptoss::engine::Numerics;
+use gptoss::ops::bandwidth::read_rate;
+use gptoss_tools::{Common, note_kernels, parse_numerics, parse_threads, run, source, volatile};
 
 /// Measure tokens a second, and the bytes of weights that a token needs.
 #[derive(Parser)]
@@ -64,6 +66,9 @@ struct What {
     /// A checkpoint's folder or a hub id; without it, the output of the manifest on standard input
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
+    /// What it computes with: engine (stored codes, inputs in int8) or exact (values and inputs in f32)
+    #[arg(long, value_name = "NAME", value_parser = parse_numerics, default_value = "engine")]
+    numerics: Numerics,
     /// Numbers of threads to try, such as 1,2,4
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_threads)]
     sweep: Vec<usize>,
@@ -96,6 +101,7 @@ fn sweep(what: &What, common: &Common, job: Job, f: impl Fn(&Cpu, &Model) -> Res
     let (resources, meter) = (common.resources(), Meter::start());
     let located: Located = source(what.model.as_deref(), "--model", Wanted::Everything, &resources.progress)?;
     let model = Model::open(&located.dir)?;
+    note_kernels(&model, what.numerics, &resources.progress)?;
     let mut threads = what.sweep.clone();
     if threads.is_empty() {
         threads.extend(std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|&n| n < resources.threads));
@@ -104,16 +110,21 @@ fn sweep(what: &What, common: &Common, job: Job, f: impl Fn(&Cpu, &Model) -> Res
     let mut rows = Vec::new();
     for threads in threads {
         resources.progress.note(&format!("{threads} threads"));
-        let times = f(&Cpu::new(threads)?.with(gptoss::engine::Numerics::Engine), &model)?;
-        rows.push(times.row(threads, model.bytes_a_token()));
+        let device = Cpu::new(threads)?.with(what.numerics);
+        let times = f(&device, &model)?;
+        let read = (times.tokens == 1).then(|| device.enter(|| read_rate(&model.some_weights(READ))));
+        rows.push(times.row(threads, model.bytes_a_token(), read));
     }
-    let mut manifest = Manifest::new("gptoss-bench", job);
+    let mut manifest = Manifest::new("gptoss-bench", job).with(what.numerics);
     let mut run = volatile(&located, None, meter.read(), resources.threads, 0);
     run.bench = rows;
     manifest.volatile = Some(run);
     common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
 }
+
+/// Bytes of weights that are read to see how fast this machine reads.
+const READ: usize = 2 << 30;
 
 /// Steps of `tokens` tokens each; one token a step is a decode.
 struct Times {
@@ -122,12 +133,19 @@ struct Times {
 }
 
 impl Times {
-    fn row(mut self, threads: usize, bytes_per_token: u64) -> BenchRow {
+    fn row(mut self, threads: usize, bytes_per_token: u64, read: Option<f64>) -> BenchRow {
         self.steps.sort();
         let at = |share: usize| self.tokens as f64 / self.steps[(self.steps.len() - 1) * share / 10].as_secs_f64();
         let tokens_per_second = at(5);
         let gigabytes_per_second = (self.tokens == 1).then(|| tokens_per_second * bytes_per_token as f64 / 1e9);
-        BenchRow { threads, tokens_per_second, slow_tokens_per_second: at(9), bytes_per_token, gigabytes_per_second }
+        BenchRow {
+            threads,
+            tokens_per_second,
+            slow_tokens_per_second: at(9),
+            bytes_per_token,
+            gigabytes_per_second,
+            read_gigabytes_per_second: read,
+        }
     }
 }
 

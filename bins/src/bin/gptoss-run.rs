@@ -10,6 +10,7 @@ use clap::Parser;
 use gptoss::Error;
 use gptoss::checkpoint::hub::Wanted;
 use gptoss::device::cpu::Cpu;
+use gptoss::engine::Numerics;
 use gptoss::generate::{Defaults, Finish, Generated, Sampler, SamplingOptions, check_prompt, generate};
 use gptoss::model::Model;
 use gptoss::model::forward::Session;
@@ -17,7 +18,7 @@ use gptoss::pipeline::progress::Progress;
 use gptoss::text::chat::ChatTemplate;
 use gptoss::text::clock::Clock;
 use gptoss::text::tokenizer::{Special, Tokenizer};
-use gptoss_tools::{parse_threads, run, source};
+use gptoss_tools::{note_kernels, parse_numerics, parse_threads, run, source};
 use serde_json::{Value, json};
 
 /// Generate text from any checkpoint that the toolkit reads: MXFP4, BF16, FP16, quantized.
@@ -61,6 +62,9 @@ struct Args {
     /// Seed of the sampler
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Sampling")]
     seed: u64,
+    /// What it computes with: engine (stored codes, inputs in int8; fast) or exact (values and inputs in f32)
+    #[arg(long, value_name = "NAME", value_parser = parse_numerics, default_value = "engine")]
+    numerics: Numerics,
     /// Print one JSON object at the end instead of the text as it comes
     #[arg(long)]
     json: bool,
@@ -107,7 +111,9 @@ fn text(args: &Args) -> Result<ExitCode> {
     check_prompt(&model, &ids)?;
 
     let stop = interrupted()?;
-    let device = Cpu::new(args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into)))?;
+    note_kernels(&model, args.numerics, &progress)?;
+    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
+    let device = Cpu::new(threads)?.with(args.numerics);
     let mut stream = tokenizer.stream(if args.special { Special::Show } else { Special::Skip });
     if defaults.eos.is_empty() {
         progress.note(
@@ -189,6 +195,7 @@ fn report(args: &Args, text: &str, prompt_tokens: usize, done: &Generated) -> Re
             "finish": done.finish.name(),
             "prompt_tokens": prompt_tokens,
             "seed": args.seed,
+            "numerics": args.numerics.name(),
             "seconds_to_first_token": done.first.as_secs_f64(),
             "tokens_per_second": done.rate(),
         });

@@ -1,6 +1,7 @@
 //! The operations on this processor: threads over outputs, each with one owner and a fixed order of its sums.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -23,7 +24,7 @@ const GRAIN: usize = 1 << 15;
 
 /// This processor.
 pub struct Cpu {
-    pool: ThreadPool,
+    pool: Arc<ThreadPool>,
     numerics: Numerics,
 }
 
@@ -64,12 +65,12 @@ impl Cpu {
         let threads = threads.min(8 * std::thread::available_parallelism().map_or(1, Into::into));
         let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gptoss-{i}")).build();
         let pool = pool.map_err(|e| Error::Refused(format!("cannot start {threads} threads: {e}")))?;
-        Ok(Self { pool, numerics: Numerics::Exact })
+        Ok(Self { pool: Arc::new(pool), numerics: Numerics::Exact })
     }
 
-    /// The same, computing with `numerics`.
-    pub fn with(self, numerics: Numerics) -> Self {
-        Self { numerics, ..self }
+    /// The same threads, computing with `numerics`.
+    pub fn with(&self, numerics: Numerics) -> Self {
+        Self { pool: self.pool.clone(), numerics }
     }
 
     /// `w` as the engine takes it, where it is asked for and can.

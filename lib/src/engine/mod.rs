@@ -41,6 +41,19 @@ pub enum Numerics {
     Exact,
 }
 
+impl Numerics {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Engine, Self::Exact];
+
+    /// `engine` or `exact`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Engine => "engine",
+            Self::Exact => "exact",
+        }
+    }
+}
+
 /// Inputs [rows, columns] of linear layers, rounded when a kernel asks for it.
 pub struct Source<'a> {
     values: &'a [f32],

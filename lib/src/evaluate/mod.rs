@@ -70,33 +70,49 @@ fn head_work(m: &Model) -> u64 {
     (m.config.vocab * m.config.hidden) as u64
 }
 
-/// Figures of `model` on `sequences`; with a reference, of the distance from it too. Both have one vocabulary.
+/// A model, and what it runs on.
+pub struct Subject<'a, D> {
+    /// The device.
+    pub device: &'a D,
+    /// The model.
+    pub model: &'a Model,
+}
+
+impl<D> Clone for Subject<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D> Copy for Subject<'_, D> {}
+
+/// Figures of `subject` on `sequences`; with a reference, of the distance from it too. Both have one vocabulary.
 ///
 /// # Errors
 /// [`Error::Refused`] where a sequence is longer than a model's context, where vocabularies differ, or where a logit is no
 /// number.
 pub fn evaluate<D: Device>(
-    device: &D,
-    model: &Model,
-    reference: Option<&Model>,
+    subject: Subject<D>,
+    reference: Option<Subject<D>>,
     sequences: &[Sequence],
     room: &Room,
 ) -> Result<Figures> {
+    let model = subject.model;
     let tokens: usize = sequences.iter().map(|s| s.ids.len()).sum();
     let work = |m: &Model| tokens as u64 * (m.config.layers as u64 * layer_work(m) + head_work(m));
-    for m in std::iter::once(model).chain(reference) {
+    for Subject { device, model: m } in std::iter::once(subject).chain(reference) {
         fits(m, model, sequences)?;
         // Nothing of a layer is copied here but its biases: what is missing or broken shows before the work.
         (0..m.config.layers).try_for_each(|l| m.layer(device, l).map(drop))?;
         m.head(device)?;
     }
-    room.progress.start_counting("evaluate", work(model) + reference.map_or(0, work), Unit::Work);
+    room.progress.start_counting("evaluate", work(model) + reference.map_or(0, |r| work(r.model)), Unit::Work);
     let reference = match reference {
-        Some(r) => Some((r, last_states(device, r, sequences, room)?)),
+        Some(r) => Some((r, last_states(r, sequences, room)?)),
         None => None,
     };
-    let states = last_states(device, model, sequences, room)?;
-    let figures = compare(device, (model, states), reference, sequences, room)?;
+    let states = last_states(subject, sequences, room)?;
+    let figures = compare((subject, states), reference, sequences, room)?;
     room.progress.finish();
     Ok(figures)
 }
@@ -126,7 +142,8 @@ pub(crate) fn fits(m: &Model, model: &Model, sequences: &[Sequence]) -> Result<(
 }
 
 /// Hidden states behind the last layer, of all tokens.
-fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], room: &Room) -> Result<States> {
+fn last_states<D: Device>(subject: Subject<D>, sequences: &[Sequence], room: &Room) -> Result<States> {
+    let Subject { device, model } = subject;
     let c = &model.config;
     let most = (room.memory / 2 / bytes_a_token(c)).clamp(1, MOST_TOKENS as u64) as usize;
     let batches = batches(sequences.iter().map(|s| s.ids.len()), most);
@@ -159,23 +176,24 @@ fn last_states<D: Device>(device: &D, model: &Model, sequences: &[Sequence], roo
 }
 
 fn compare<D: Device>(
-    device: &D,
-    (model, states): (&Model, States),
-    reference: Option<(&Model, States)>,
+    (subject, states): (Subject<D>, States),
+    reference: Option<(Subject<D>, States)>,
     sequences: &[Sequence],
     room: &Room,
 ) -> Result<Figures> {
     let (targets, counts) = targets(sequences);
+    let Subject { device, model } = subject;
     let c = &model.config;
     // Logits and what they are computed from, of both models.
     let a_row = 8 * (c.vocab + 4 * c.hidden) as u64;
     let most = (room.memory / 2 / a_row).clamp(1, MOST_LOGITS as u64) as usize;
     let head = model.head(device)?;
     let reference = match &reference {
-        Some((m, s)) => Some((*m, m.head(device)?, s)),
+        Some((r, s)) => Some((*r, r.model.head(r.device)?, s)),
         None => None,
     };
-    let logits = |m: &Model, head: &Head<'_, D>, states: &States, rows: Range<usize>| {
+    let logits = |of: Subject<D>, head: &Head<'_, D>, states: &States, rows: Range<usize>| {
+        let Subject { device, model: m } = of;
         let work = rows.len() as u64 * head_work(m);
         let x = device.upload(states.get(rows).to_vec(), m.config.hidden)?;
         let logits = forward::logits(device, m, head, &x);
@@ -186,9 +204,9 @@ fn compare<D: Device>(
     let mut rows = Vec::with_capacity(targets.len());
     for first in (0..targets.len()).step_by(most) {
         let range = first..targets.len().min(first + most);
-        let ours = logits(model, &head, &states, range.clone())?;
+        let ours = logits(subject, &head, &states, range.clone())?;
         let theirs = match &reference {
-            Some((m, head, states)) => Some(logits(m, head, states, range.clone())?),
+            Some((r, head, states)) => Some(logits(*r, head, states, range.clone())?),
             None => None,
         };
         rows.extend(device.compare(&ours, theirs.as_ref(), &targets[range])?);

@@ -91,6 +91,29 @@ impl Model {
         Ok(rules)
     }
 
+    /// The linear layers whose codes the engine has no kernel for: it takes their values.
+    pub fn without_kernel(&self) -> Result<Vec<Linear>> {
+        let mut without = Vec::new();
+        for linear in self.linears() {
+            if containers::open(&self.checkpoint, &self.config, &linear)?.view().is_none() {
+                without.push(linear);
+            }
+        }
+        Ok(without)
+    }
+
+    /// The weights, tensor by tensor, up to about `most` bytes of them.
+    pub fn some_weights(&self, most: usize) -> Vec<&[u8]> {
+        let mut left = most;
+        let tensors = self.checkpoint.names().filter_map(|n| self.checkpoint.get(n)).map(|t| t.bytes);
+        let taken = tensors.take_while(|b| {
+            let take = left > 0;
+            left = left.saturating_sub(b.len());
+            take
+        });
+        taken.collect()
+    }
+
     /// Bytes of weights that one token needs: everything once, but of the experts the share that it is routed to, and of
     /// the embedding one row.
     pub fn bytes_a_token(&self) -> u64 {

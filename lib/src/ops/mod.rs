@@ -6,6 +6,7 @@
 //! no such instruction), and the compiler fuses nothing by itself.
 
 pub mod attention;
+pub mod bandwidth;
 pub mod cholesky;
 pub mod compare;
 pub mod decode;

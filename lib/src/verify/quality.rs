@@ -3,9 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::device::Device;
+use crate::device::cpu::Cpu;
+use crate::engine::Numerics;
 use crate::error::{Error, Result};
-use crate::evaluate::{Figures, Room, evaluate};
+use crate::evaluate::{Figures, Room, Subject, evaluate};
 use crate::formats::activations::Activations;
 use crate::model::Model;
 use crate::text::{Text, TextReport};
@@ -27,9 +28,13 @@ pub struct QualityReport {
     /// The same text through the source; absent without one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reference: Option<ReferenceReport>,
+    /// What the engine's numerics change: the checkpoint with them beside itself in exact ones. Absent where the figures
+    /// above are exact.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub engine: Option<ReferenceReport>,
 }
 
-/// A source's figures, and the distance from it. Distances are over every position, the last of a sequence included.
+/// A reference's figures, and the distance from it. Distances are over every position, the last of a sequence included.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReferenceReport {
@@ -49,9 +54,10 @@ pub struct ReferenceReport {
     pub top1_agreement: f64,
 }
 
-/// Measures `model` on `text`, beside `reference` where there is one.
-pub fn quality<D: Device>(
-    device: &D,
+/// Measures `model` on `text`, computing with `numerics`, beside `reference` in exact ones where there is one.
+pub fn quality(
+    device: &Cpu,
+    numerics: Numerics,
     model: &Model,
     reference: Option<&Model>,
     text: &Text,
@@ -66,35 +72,47 @@ pub fn quality<D: Device>(
     }
     // Broken containers are found before the work.
     let activations = model.activations()?;
-    let of_reference = reference.map(Model::activations).transpose()?;
-    let figures = evaluate(device, model, reference, &text.sequences, room)?;
+    let (device, exact) = (device.with(numerics), device.with(Numerics::Exact));
+    let subject = Subject { device: &device, model };
+    let beside = |model| Subject { device: &exact, model };
+    let figures = evaluate(subject, reference.map(beside), &text.sequences, room)?;
     let predicted = figures.predicted.iter().filter(|p| **p).count();
     let nll = mean(&figures, |r| r.nll, predicted);
     let perplexity = libm::exp(nll);
-    let reference = of_reference.map(|activations| {
-        let nll = mean(&figures, |r| r.reference_nll, predicted);
-        let mut kl: Vec<f64> = figures.rows.iter().map(|r| r.kl).collect();
-        let kl_mean = kl.iter().sum::<f64>() / kl.len() as f64;
-        kl.sort_by(f64::total_cmp);
-        let same = figures.rows.iter().filter(|r| r.same_top).count();
-        ReferenceReport {
-            activations,
-            nll,
-            perplexity: libm::exp(nll),
-            perplexity_ratio: perplexity / libm::exp(nll),
-            kl_mean,
-            kl_p99: kl[(kl.len() * 99).div_ceil(100).max(1) - 1],
-            top1_agreement: same as f64 / figures.rows.len() as f64,
-        }
-    });
+    let against = |figures: &Figures, model: &Model| -> Result<ReferenceReport> {
+        Ok(distance(figures, model.activations()?, perplexity, predicted))
+    };
+    let engine = match numerics {
+        Numerics::Exact => None,
+        Numerics::Engine => Some(against(&evaluate(subject, Some(beside(model)), &text.sequences, room)?, model)?),
+    };
     Ok(QualityReport {
         text: text.report.clone(),
         activations,
         predicted: predicted as u64,
         nll,
         perplexity,
-        reference,
+        reference: reference.map(|r| against(&figures, r)).transpose()?,
+        engine,
     })
+}
+
+/// How far `figures` are from their reference, whose inputs are as `activations` say.
+fn distance(figures: &Figures, activations: Vec<Activations>, perplexity: f64, predicted: usize) -> ReferenceReport {
+    let nll = mean(figures, |r| r.reference_nll, predicted);
+    let mut kl: Vec<f64> = figures.rows.iter().map(|r| r.kl).collect();
+    let kl_mean = kl.iter().sum::<f64>() / kl.len() as f64;
+    kl.sort_by(f64::total_cmp);
+    let same = figures.rows.iter().filter(|r| r.same_top).count();
+    ReferenceReport {
+        activations,
+        nll,
+        perplexity: libm::exp(nll),
+        perplexity_ratio: perplexity / libm::exp(nll),
+        kl_mean,
+        kl_p99: kl[(kl.len() * 99).div_ceil(100).max(1) - 1],
+        top1_agreement: same as f64 / figures.rows.len() as f64,
+    }
 }
 
 /// The mean over predicted tokens, summed in their order.
