@@ -16,6 +16,8 @@ const PANELS: usize = 4;
 pub struct Quadratic {
     /// For each tile of [`HEIGHT`] columns all rows, [k, height].
     tiles: Vec<Vec<f32>>,
+    /// H_jj, damped.
+    diagonal: Vec<f32>,
     columns: usize,
 }
 
@@ -35,7 +37,8 @@ impl Quadratic {
             }
             tile
         };
-        Self { tiles: (0..n.div_ceil(HEIGHT)).into_par_iter().map(tile).collect(), columns: n }
+        let tiles = (0..n.div_ceil(HEIGHT)).into_par_iter().map(tile).collect();
+        Self { tiles, diagonal: diagonal.iter().map(|d| (d + damping) as f32).collect(), columns: n }
     }
 }
 
@@ -68,6 +71,67 @@ pub fn descend(w: &[f32], q: &mut Quantized, quadratic: &Quadratic, target: Targ
             }
         }
     });
+}
+
+/// The scale of every group by least squares, its codes and all other errors as they are: s + (d H c^T) / (c H c^T), group
+/// after group, for codes c and the errors d of a row. For scales of single rows, of formats without zero points.
+pub fn refit(w: &[f32], q: &mut Quantized, quadratic: &Quadratic, target: Target) {
+    let n = quadratic.columns;
+    let (height, groups) = (PANELS * WIDTH * n, target.groups(n));
+    let strips = w.par_chunks(height).zip(q.codes.codes.par_chunks(height)).zip(q.values.par_chunks_mut(height));
+    let params = q.codes.params.par_chunks_mut(PANELS * WIDTH * groups);
+    strips.zip(params).for_each(|(((w, codes), values), params)| {
+        let rows = w.len() / n;
+        for first in (0..rows).step_by(WIDTH) {
+            // Rows that are not there repeat the last.
+            let row = |lane: usize| (first + lane).min(rows - 1);
+            let mut d: Vec<Lanes> =
+                (0..n).map(|j| std::array::from_fn(|l| w[row(l) * n + j] - values[row(l) * n + j])).collect();
+            let c: Vec<Lanes> = (0..n).map(|j| std::array::from_fn(|l| f32::from(codes[row(l) * n + j]))).collect();
+            for g in 0..groups {
+                let columns = g * target.group..n.min((g + 1) * target.group);
+                let step = quadratic.step(&d, &c, columns.clone());
+                for l in 0..WIDTH.min(rows - first) {
+                    let p = &mut params[(first + l) * groups + g];
+                    let scale = target.stored_scale(p.scale + step[l]);
+                    if !(scale > 0.0 && scale.is_finite() && step[l] != 0.0) {
+                        continue;
+                    }
+                    p.scale = scale;
+                    for j in columns.clone() {
+                        let at = (first + l) * n + j;
+                        values[at] = target.format.dequantize(codes[at], *p, target.float);
+                        d[j][l] = w[at] - values[at];
+                    }
+                }
+            }
+        }
+    });
+}
+
+impl Quadratic {
+    /// What the scales of the group `columns` lack: (d H c^T) / (c H c^T) of each row, 0 where its codes are all 0.
+    fn step(&self, d: &[Lanes], c: &[Lanes], columns: std::ops::Range<usize>) -> Lanes {
+        let (mut lack, mut own) = ([0f32; WIDTH], [0f32; WIDTH]);
+        for t in columns.start / HEIGHT..columns.end.div_ceil(HEIGHT) {
+            let tile = &self.tiles[t];
+            let height = tile.len() / self.columns;
+            let (mut through, mut inside) = ([[0f32; WIDTH]; HEIGHT], [[0f32; WIDTH]; HEIGHT]);
+            kernel(tile, height, d.as_flattened(), &mut through);
+            let part = &tile[columns.start * height..columns.end * height];
+            kernel(part, height, c[columns.clone()].as_flattened(), &mut inside);
+            for r in (0..height).filter(|r| columns.contains(&(t * HEIGHT + r))) {
+                let j = t * HEIGHT + r;
+                for l in 0..WIDTH {
+                    // A tile has ratios to the diagonal, and 0 on it.
+                    let weight = c[j][l] * self.diagonal[j];
+                    lack[l] = weight.mul_add(through[r][l] + d[j][l], lack[l]);
+                    own[l] = weight.mul_add(inside[r][l] + c[j][l], own[l]);
+                }
+            }
+        }
+        std::array::from_fn(|l| if own[l] > 0.0 { lack[l] / own[l] } else { 0.0 })
+    }
 }
 
 /// [`WIDTH`] rows, by column.

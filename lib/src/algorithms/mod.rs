@@ -3,6 +3,7 @@
 pub mod awq;
 pub mod descent;
 pub mod gptq;
+pub mod pt_bitnet;
 pub mod rtn;
 pub mod scales;
 pub mod smoothquant;
@@ -22,12 +23,15 @@ pub enum Algorithm {
     Rtn,
     /// Each column's rounding error is made up for by the columns that follow, as the inputs' second moments say.
     Gptq,
+    /// GPTQ on scales that are fitted to the outputs, then codes and scales in turns.
+    #[serde(rename = "pt-bitnet")]
+    PtBitnet,
     /// Channels that see large inputs are scaled up before rounding, and the norm in front of them down.
     Awq,
 }
 
 /// Names that users of other tools know and that this version does not have.
-const NOT_YET: [&str; 3] = ["qqq", "ternary", "pt-bitnet"];
+const NOT_YET: [&str; 1] = ["qqq"];
 
 impl std::str::FromStr for Algorithm {
     type Err = Error;
@@ -37,11 +41,12 @@ impl std::str::FromStr for Algorithm {
             "rtn" => Ok(Self::Rtn),
             "gptq" => Ok(Self::Gptq),
             "awq" => Ok(Self::Awq),
+            "pt-bitnet" | "ptbitnet" | "ternary" => Ok(Self::PtBitnet),
             other if NOT_YET.contains(&other) => Err(Error::Refused(format!(
-                "the algorithm {other} is not in this version; it has rtn, which needs no data, gptq and awq"
+                "the algorithm {other} is not in this version; it has rtn, which needs no data, gptq, awq and pt-bitnet"
             ))),
             other => {
-                Err(Error::Refused(format!("there is no algorithm {other:?}; this version has rtn, gptq and awq")))
+                Err(Error::Refused(format!("there is no algorithm {other:?}; this version has rtn, gptq, awq and pt-bitnet")))
             }
         }
     }
@@ -54,6 +59,7 @@ impl Algorithm {
             Self::Rtn => "RTN",
             Self::Gptq => "GPTQ",
             Self::Awq => "AWQ",
+            Self::PtBitnet => "PTBITNET",
         }
     }
 

@@ -39,6 +39,12 @@ impl Target {
         columns.div_ceil(self.group)
     }
 
+    /// `scale` as it is stored: ggml's are rounded where they are used.
+    #[inline(always)]
+    pub fn stored_scale(self, scale: f32) -> f32 {
+        if matches!(self.format, NumberFormat::Ggml(_)) { scale } else { self.float.round(scale) }
+    }
+
     /// The parameters for weights between `min` and `max`.
     #[inline(always)]
     pub fn fit(self, min: f32, max: f32) -> Params {

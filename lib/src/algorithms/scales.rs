@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::rtn::Target;
 use crate::formats::float::Float;
 use crate::formats::ggml::Ggml;
-use crate::formats::{NumberFormat, Params};
+use crate::formats::{NumberFormat, Params, ternary};
 use crate::ops::round;
 use crate::recipe::Observer;
 
@@ -67,6 +67,9 @@ pub fn fit_rows(
         let group = g * target.group..columns.min((g + 1) * target.group);
         let parts = w.chunks_exact(columns).map(|row| &row[group.clone()]);
         *p = exact(parts.clone(), target).unwrap_or_else(|| match (observer, blocks) {
+            (Observer::Minmax, _) if matches!(target.format, NumberFormat::Ternary(_)) => {
+                Params { scale: ternary::absmean(parts, target.float), zero_point: 0.0 }
+            }
             (Observer::Minmax, _) => {
                 let (min, max) = extremes(parts);
                 target.fit(min, max)
@@ -130,6 +133,9 @@ fn exact<'w>(mut parts: impl Iterator<Item = &'w [f32]> + Clone, target: Target)
 
 /// The shrunken range that costs least; the widest of equals.
 fn least<'w>(parts: impl Iterator<Item = &'w [f32]>, target: Target, mut cost: impl FnMut(Params) -> f64) -> Params {
+    if is_ternary(target.format) {
+        return least_ternary(parts, target, cost);
+    }
     let (min, max) = extremes(parts);
     let mut best = (f64::INFINITY, target.fit(min, max));
     // A scale that is a power of two changes only with a power of two.
@@ -145,6 +151,22 @@ fn least<'w>(parts: impl Iterator<Item = &'w [f32]>, target: Target, mut cost: i
         }
     }
     best.1
+}
+
+/// Whether codes are -1, 0 and 1.
+pub fn is_ternary(format: NumberFormat) -> bool {
+    matches!(format, NumberFormat::Ternary(_) | NumberFormat::Ggml(Ggml::Tq1_0 | Ggml::Tq2_0))
+}
+
+/// The scale between 0.7 and 2.25 times the mean of |w| that costs least: there lie the best ones of weights from evenly
+/// spread to long-tailed.
+fn least_ternary<'w>(parts: impl Iterator<Item = &'w [f32]>, target: Target, mut cost: impl FnMut(Params) -> f64) -> Params {
+    let mean = ternary::absmean(parts, Float::F32);
+    let candidates = (0..STEPS).map(|i| 0.7 + 0.05 * i as f32);
+    let stored = |f: f32| if matches!(target.format, NumberFormat::Ggml(_)) { mean * f } else { ternary::positive(mean * f, target.float) };
+    let candidates = candidates.map(|f| Params { scale: stored(f), zero_point: 0.0 });
+    let best = candidates.map(|p| (cost(p), p)).min_by(|a, b| a.0.total_cmp(&b.0));
+    best.expect("there are candidates").1
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::algorithms::descent::{Quadratic, descend};
 use crate::algorithms::gptq::gptq;
+use crate::algorithms::pt_bitnet::pt_bitnet;
 use crate::algorithms::rtn::{Codes, ErrorSums, Target};
 use crate::algorithms::scales::Blocks;
 use crate::algorithms::sweep::{Factor, Rounding, Unfactorable, Zeros, sweep};
@@ -213,7 +214,8 @@ fn round_off(
     // Clipping is a part of AWQ (section 3.2 of the paper leaves it to its code).
     let observer = if algorithm == Algorithm::Awq { Observer::Mse } else { treatment.layer.observer };
     let asked = recipe.gptq.dampening_frac;
-    let swept = inputs.filter(|_| algorithm == Algorithm::Gptq).and_then(|inputs| {
+    let sweeps = matches!(algorithm, Algorithm::Gptq | Algorithm::PtBitnet);
+    let swept = inputs.filter(|_| sweeps).and_then(|inputs| {
         usable(inputs.for_gptq(recipe), asked, module, "it was rounded to nearest", notes)
             .map(|factor| (inputs, factor))
     });
@@ -224,6 +226,11 @@ fn round_off(
         let params = scales::fit(w, *columns, target, observer, blocks.as_ref());
         return nearest(w, *columns, target, params, problem.scaled || zeros.is_some());
     };
+    if algorithm == Algorithm::PtBitnet {
+        let blocks = Blocks::of(&inputs.moments.gram, *columns, target.group);
+        let q = pt_bitnet(w, factor, &blocks, inputs.quadratic(factor.dampening_frac), target, zeros);
+        return Rounded { codes: Some(q.codes), values: q.values, ..Rounded::default() };
+    }
     let mut q = gptq(w, factor, target, observer, zeros.map_or(Zeros::None, Zeros::Fixed));
     for _ in 0..recipe.gptq.descent {
         // Toward the weight as it was: zeros are made up for here too.

@@ -9,11 +9,13 @@ pub mod minifloat;
 pub mod mx;
 pub mod mxfp4;
 pub mod nvfp4;
+pub mod ternary;
 
 use float::Float;
 use ggml::Ggml;
 use int::IntFormat;
 use minifloat::Minifloat;
+use ternary::Trits;
 
 /// A number format of weights: which codes there are, how a scale is fitted, what a code means under it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub enum NumberFormat {
     Nvfp4,
     /// One of ggml's block types.
     Ggml(Ggml),
+    /// -1, 0 and 1.
+    Ternary(Trits),
     /// Floats of 16 bits, which have no codes and no scales: only values.
     Half(Float),
 }
@@ -64,6 +68,8 @@ impl NumberFormat {
             Self::Mx(m) => format!("mx{}", float(m)),
             Self::Nvfp4 => "nvfp4".into(),
             Self::Ggml(ty) => ty.name().into(),
+            Self::Ternary(Trits::Quarters) => "ternary".into(),
+            Self::Ternary(Trits::Fifths) => "ternary_b3".into(),
             Self::Half(Float::F16) => "fp16".into(),
             Self::Half(_) => "bf16".into(),
         }
@@ -76,6 +82,7 @@ impl NumberFormat {
             Self::Float(m) | Self::Mx(m) => m.bits() as u8,
             Self::Nvfp4 => 4,
             Self::Ggml(ty) => ty.bits(),
+            Self::Ternary(_) => 2,
             Self::Half(_) => 16,
         }
     }
@@ -84,12 +91,12 @@ impl NumberFormat {
     pub fn symmetric(self) -> bool {
         match self {
             Self::Int(int) => int.symmetric,
-            Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) | Self::Half(_) => true,
+            Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) | Self::Ternary(_) | Self::Half(_) => true,
         }
     }
 
     /// The parameters for weights between `min` and `max`, which are of type `float`; `global` is the tensor's global scale,
-    /// for NVFP4 alone.
+    /// for NVFP4 alone. Ternary scales come from all weights ([`ternary::absmean`]); the extremes alone tell half of theirs.
     #[inline(always)]
     pub fn fit(self, min: f32, max: f32, float: Float, global: f32) -> Params {
         match self {
@@ -98,6 +105,9 @@ impl NumberFormat {
             Self::Mx(m) => mx::fit(m, min, max),
             Self::Nvfp4 => nvfp4::fit(min, max, float, global),
             Self::Ggml(ty) => ty.fit(min, max),
+            Self::Ternary(_) => {
+                Params { scale: ternary::positive(0.5 * max.max(-min), float), zero_point: 0.0 }
+            }
             Self::Half(_) => Params { scale: 1.0, zero_point: 0.0 },
         }
     }
@@ -111,6 +121,7 @@ impl NumberFormat {
             Self::Mx(m) => m.code(m.round(w / p.scale)) as i8,
             Self::Nvfp4 => Minifloat::E2M1.code(Minifloat::E2M1.round(w / p.scale)) as i8,
             Self::Ggml(ty) => ty.round(w, p.scale, p.zero_point).0,
+            Self::Ternary(_) => float.round(w / p.scale).max(-1.0).min(1.0).round_ties_even() as i8,
             Self::Half(_) => 0,
         }
     }
@@ -122,7 +133,7 @@ impl NumberFormat {
     #[inline(always)]
     pub fn dequantize(self, code: i8, p: Params, float: Float) -> f32 {
         match self {
-            Self::Int(_) => int::dequantize(code, p, float),
+            Self::Int(_) | Self::Ternary(_) => int::dequantize(code, p, float),
             Self::Float(m) => float.round(m.value(code as u8) * p.scale),
             // A power of two rounds nothing.
             Self::Mx(m) => m.value(code as u8) * p.scale,

@@ -180,6 +180,15 @@ fn lanes_of<const N: usize>(
                 values[i] = float.round((integer - TO_INTEGER - zero[i]) * scale[i]);
             }
         }
+        NumberFormat::Ternary(_) => {
+            for i in 0..N {
+                let scaled = quotient.round(w[i] / scale[i]);
+                let above = if scaled > -1.0 { scaled } else { -1.0 };
+                let integer = if above < 1.0 { above } else { 1.0 } + TO_INTEGER;
+                codes[i] = integer.to_bits() as i8;
+                values[i] = float.round((integer - TO_INTEGER) * scale[i]);
+            }
+        }
         // Quotients of a power of two are exact; those of NVFP4 are f32 whatever the weights are.
         NumberFormat::Float(Minifloat::E2M1) => {
             floats::<N>(Minifloat::E2M1, (quotient, float), w, scale, codes, values)
@@ -290,6 +299,7 @@ mod tests {
             2 => float.prop_map(NumberFormat::Mx),
             1 => Just(NumberFormat::Nvfp4),
             3 => prop::sample::select(&Ggml::ALL[..]).prop_map(NumberFormat::Ggml),
+            1 => Just(NumberFormat::Ternary(crate::formats::ternary::Trits::Quarters)),
         ]
     }
 

@@ -2,6 +2,7 @@
 
 use super::{GroupSize, Kernels, LayerRecipe, Mask, Recipe, SchemeName};
 use crate::algorithms::Algorithm;
+use crate::formats::ggml::Ggml;
 use crate::error::{Error, Result};
 
 const W4A8: SchemeName = SchemeName::Int { bits: 4, int8_activations: true };
@@ -102,6 +103,16 @@ impl Recipe {
 }
 
 impl LayerRecipe {
+    /// Whether its scales belong to rows, may be any number, and stand alone.
+    fn is_for_pt_bitnet(&self) -> bool {
+        let scheme = match self.scheme {
+            SchemeName::Ternary(_) | SchemeName::Ggml(Ggml::Tq1_0 | Ggml::Tq2_0) => true,
+            SchemeName::Int { bits: 2..=4, int8_activations: false } => self.symmetric,
+            _ => false,
+        };
+        scheme && !matches!(self.group_size, GroupSize::Tensor | GroupSize::Block)
+    }
+
     /// Whether algorithm, scheme and symmetry go together.
     fn check(&self, name: &str) -> Result<()> {
         let scheme = self.scheme;
@@ -112,6 +123,12 @@ impl LayerRecipe {
         }
         if self.algorithm == Algorithm::Awq && matches!(self.group_size, GroupSize::Tensor | GroupSize::Block) {
             return refused(format!("{name}: AWQ searches groups and channels; take --group-size auto or channel"));
+        }
+        if self.algorithm == Algorithm::PtBitnet && self.is_rounded() && !self.is_for_pt_bitnet() {
+            return refused(format!(
+                "{name}: PT-BitNet is for ternary, ternary_b3, tq1_0, tq2_0 and symmetric w2a16 to w4a16 in groups or channels, \
+                 not for {scheme}; take the algorithm gptq with it"
+            ));
         }
         match scheme {
             SchemeName::Int { bits, int8_activations: true } if bits != 4 && bits != 8 => refused(format!(

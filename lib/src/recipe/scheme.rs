@@ -13,6 +13,7 @@ use crate::formats::float::Float;
 use crate::formats::ggml::Ggml;
 use crate::formats::int::IntFormat;
 use crate::formats::minifloat::Minifloat;
+use crate::formats::ternary::Trits;
 use crate::formats::{FP8, NumberFormat, mx, nvfp4};
 use crate::model::{Linear, ModelConfig};
 
@@ -53,12 +54,14 @@ pub enum SchemeName {
     Nvfp4,
     /// One of ggml's block types.
     Ggml(Ggml),
+    /// -1, 0 and 1, floating inputs.
+    Ternary(Trits),
     /// BF16 or FP16.
     Half(Float),
 }
 
 /// Names that are no pattern.
-const NAMES: [(&str, SchemeName); 26] = [
+const NAMES: [(&str, SchemeName); 28] = [
     ("keep", SchemeName::Keep),
     ("dense", SchemeName::Dense),
     ("w4afp8", SchemeName::W4afp8),
@@ -76,6 +79,8 @@ const NAMES: [(&str, SchemeName); 26] = [
     ("mxfp6_e3m2", SchemeName::Mx(Minifloat::E3M2)),
     ("mxfp4", SchemeName::Mx(Minifloat::E2M1)),
     ("nvfp4", SchemeName::Nvfp4),
+    ("ternary", SchemeName::Ternary(Trits::Quarters)),
+    ("ternary_b3", SchemeName::Ternary(Trits::Fifths)),
     ("bf16", SchemeName::Half(Float::Bf16)),
     ("fp16", SchemeName::Half(Float::F16)),
     ("q4_0", SchemeName::Ggml(Ggml::Q4_0)),
@@ -99,7 +104,7 @@ const ALIASES: [(&str, &str); 6] = [
 
 /// All schemes, for messages.
 pub const SCHEMES: &str = "w2a16 to w8a16, w4a8, w8a8, w4afp8, fp8, fp8_static, fp8_block, fp8a16, fp8_e5m2, fp6, fp6_e3m2, \
-fp4, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, nvfp4, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, bf16, fp16, dense and keep";
+fp4, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, nvfp4, ternary, ternary_b3, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, bf16, fp16, dense and keep";
 
 impl FromStr for SchemeName {
     type Err = Error;
@@ -162,7 +167,7 @@ impl SchemeName {
             Self::Mx(_) => Some(GroupSize::Size(mx::BLOCK)),
             Self::Nvfp4 => Some(GroupSize::Size(nvfp4::GROUP)),
             Self::Ggml(ty) => Some(GroupSize::Size(ty.group())),
-            Self::Int { .. } | Self::W4afp8 | Self::Float(_) => None,
+            Self::Int { .. } | Self::W4afp8 | Self::Float(_) | Self::Ternary(_) => None,
         }
     }
 
@@ -171,7 +176,7 @@ impl SchemeName {
         match self {
             Self::Int { int8_activations, .. } => int8_activations,
             Self::W4afp8 | Self::Fp8 | Self::Fp8Static | Self::Fp8Block => true,
-            Self::Keep | Self::Dense | Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) | Self::Half(_) => {
+            Self::Keep | Self::Dense | Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) | Self::Ternary(_) | Self::Half(_) => {
                 false
             }
         }
@@ -259,6 +264,13 @@ impl LayerRecipe {
             SchemeName::Float(table) => {
                 scheme(NumberFormat::Float(table), self.strategy(linear, inp)?, Activations::Float)
             }
+            SchemeName::Ternary(trits) => match self.strategy(linear, inp)? {
+                s @ (Strategy::Group(_) | Strategy::Channel) => scheme(NumberFormat::Ternary(trits), s, Activations::Float),
+                _ => Err(Error::Refused(format!(
+                    "ternary scales belong to a group or a channel; {} has another --group-size",
+                    linear.module()
+                ))),
+            },
             SchemeName::Mx(table) => blocks(NumberFormat::Mx(table), mx::BLOCK),
             SchemeName::Nvfp4 => blocks(NumberFormat::Nvfp4, nvfp4::GROUP),
             SchemeName::Half(float) => scheme(NumberFormat::Half(float), Strategy::Channel, Activations::Float),

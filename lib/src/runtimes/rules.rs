@@ -23,6 +23,8 @@ const OURS: &str = "this project's containers/";
 
 const LOST_NAMES: &str =
     "names of single experts' gate_proj, up_proj and down_proj are unknown to its loader, which drops them";
+const OWN_FORMAT: &str = "ternary codes are no format of compressed-tensors";
+const TERNARY_INSTEAD: &str = "w2a16, or tq2_0 in a GGUF file for llama.cpp";
 const KEPT: &str =
     "quant_method is compressed-tensors, so the kept MXFP4 experts are not recognised; see gptoss_kept in config.json";
 const MIXED: &str =
@@ -68,6 +70,8 @@ pub(super) static RULES: &[Rule] = &[
         VLLM_WNA16,
         "--pad-to 128",
     ),
+    rule(Vllm, &[MainIs(Format::Ternary)], DoesNotLoad, OWN_FORMAT, VLLM_CT, TERNARY_INSTEAD),
+    rule(Vllm, &[MainIs(Format::TernaryBase3)], DoesNotLoad, OWN_FORMAT, VLLM_CT, TERNARY_INSTEAD),
     rule(
         Vllm,
         &[MainIs(Format::Mxfp6)],
@@ -131,6 +135,8 @@ pub(super) static RULES: &[Rule] = &[
         TRANSFORMERS_MXFP4,
         "",
     ),
+    rule(Transformers, &[MainIs(Format::Ternary)], DoesNotLoad, OWN_FORMAT, TRANSFORMERS_CT, TERNARY_INSTEAD),
+    rule(Transformers, &[MainIs(Format::TernaryBase3)], DoesNotLoad, OWN_FORMAT, TRANSFORMERS_CT, TERNARY_INSTEAD),
     rule(
         Transformers,
         &[Experts(DenseExperts), Main(Coded)],

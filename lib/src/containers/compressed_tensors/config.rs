@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::formats::activations;
 use crate::formats::int::IntFormat;
 use crate::formats::minifloat::Minifloat;
+use crate::formats::ternary::Trits;
 use crate::formats::{FP8, MXFP4, NumberFormat, mx, nvfp4};
 use crate::model::Proj;
 
@@ -20,6 +21,10 @@ const VERSION: &str = "0.20.0";
 /// As config.json spells the types of MX scales and of NVFP4's.
 const E8M0: &str = "torch.uint8";
 const E4M3: &str = "torch.float8_e4m3fn";
+
+/// Types of our own.
+const TERNARY: &str = "ternary";
+const TERNARY_BASE3: &str = "ternary-base3";
 
 /// A regular expression for every module of one projection.
 pub fn target(proj: Proj) -> String {
@@ -65,7 +70,12 @@ fn input_arguments(activations: Activations) -> Value {
 fn arguments(format: NumberFormat, strategy: &str, group_size: Option<usize>, dynamic: bool) -> Value {
     json!({
         "num_bits": format.bits(),
-        "type": if matches!(format, NumberFormat::Int(_)) { "int" } else { "float" },
+        "type": match format {
+            NumberFormat::Int(_) => "int",
+            NumberFormat::Ternary(Trits::Quarters) => TERNARY,
+            NumberFormat::Ternary(Trits::Fifths) => TERNARY_BASE3,
+            _ => "float",
+        },
         "symmetric": format.symmetric(),
         "group_size": group_size,
         "strategy": strategy,
@@ -211,6 +221,12 @@ fn parse_weights(arguments: &Value, strategy: Strategy) -> std::result::Result<N
         (Some("float"), Some(8), MX, Some(E8M0), true) => Ok(NumberFormat::Mx(Minifloat::E4M3)),
         (Some("float"), Some(8), _, None, true) => Ok(FP8),
         (Some("float"), ..) => Err(format!("float weights with {arguments} are not read by this version")),
+        (Some(TERNARY), Some(2), Strategy::Group(_) | Strategy::Channel, None, true) => {
+            Ok(NumberFormat::Ternary(Trits::Quarters))
+        }
+        (Some(TERNARY_BASE3), Some(2), Strategy::Group(_) | Strategy::Channel, None, true) => {
+            Ok(NumberFormat::Ternary(Trits::Fifths))
+        }
         _ => Err(format!("weights of type {kind} are not read by this version; int and float are")),
     }
 }
@@ -236,6 +252,8 @@ mod tests {
             (NumberFormat::Mx(Minifloat::E2M3), Strategy::Group(32), Activations::Float, "mxfp6-pack-quantized"),
             (NumberFormat::Mx(Minifloat::E4M3), Strategy::Group(32), Activations::Float, "mxfp8-quantized"),
             (NumberFormat::Nvfp4, Strategy::Group(16), Activations::Float, "nvfp4-pack-quantized"),
+            (NumberFormat::Ternary(Trits::Quarters), Strategy::Group(64), Activations::Float, "ternary-quantized"),
+            (NumberFormat::Ternary(Trits::Fifths), Strategy::Channel, Activations::Float, "ternary-base3-quantized"),
         ] {
             let scheme = Scheme { weights, strategy, activations };
             let Value::Object(config) = encode(&[(scheme, vec![target(Proj::Q)])], &[]) else { panic!("an object") };

@@ -15,6 +15,7 @@ use crate::checkpoint::header::TensorSpec;
 pub use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::formats::minifloat::Minifloat;
+use crate::formats::ternary::Trits;
 use crate::formats::{FP8, MXFP4, NumberFormat, Params, mx, mxfp4, nvfp4};
 use crate::ops::decode;
 
@@ -59,6 +60,12 @@ pub enum Format {
     /// E2M1 codes, two a byte, E4M3 scales, and one f32 number.
     #[serde(rename = "nvfp4-pack-quantized")]
     Nvfp4,
+    /// Ternary codes in two bits. No other program's format.
+    #[serde(rename = "ternary-quantized")]
+    Ternary,
+    /// Ternary codes, five a byte. No other program's format.
+    #[serde(rename = "ternary-base3-quantized")]
+    TernaryBase3,
 }
 
 /// How one linear layer is stored.
@@ -85,6 +92,8 @@ impl Scheme {
             (NumberFormat::Mx(Minifloat::E2M3), _) => Format::Mxfp6,
             (NumberFormat::Mx(Minifloat::E4M3), _) => Format::Mxfp8,
             (NumberFormat::Nvfp4, _) => Format::Nvfp4,
+            (NumberFormat::Ternary(Trits::Quarters), _) => Format::Ternary,
+            (NumberFormat::Ternary(Trits::Fifths), _) => Format::TernaryBase3,
             (NumberFormat::Float(_) | NumberFormat::Mx(_) | NumberFormat::Ggml(_) | NumberFormat::Half(_), _) => {
                 return None;
             }
@@ -154,6 +163,8 @@ impl Scheme {
             Format::Int => spec("weight", Dtype::I8, &[out, inp]),
             Format::Float | Format::Naive | Format::Mxfp8 => spec("weight", Dtype::F8_E4M3, &[out, inp]),
             Format::Mxfp4 | Format::Mxfp6 | Format::Nvfp4 => spec("weight_packed", Dtype::U8, &[out, inp * bits / 8]),
+            Format::Ternary => spec("weight_packed", Dtype::U8, &[out, Trits::Quarters.row_bytes(inp)]),
+            Format::TernaryBase3 => spec("weight_packed", Dtype::U8, &[out, Trits::Fifths.row_bytes(inp)]),
         }];
         let scale = match format {
             Format::Mxfp4 | Format::Mxfp6 | Format::Mxfp8 => Dtype::U8,
@@ -200,6 +211,8 @@ impl Scheme {
             }
             Format::Mxfp4 | Format::Nvfp4 => mxfp4::pack(&codes.codes),
             Format::Mxfp6 => pack_sixes(&codes.codes),
+            Format::Ternary => pack_trits(&codes.codes, inp, Trits::Quarters),
+            Format::TernaryBase3 => pack_trits(&codes.codes, inp, Trits::Fifths),
         });
         // Rows that share parameters repeat them; each is stored once.
         let rows = match self.strategy {
@@ -242,6 +255,13 @@ impl Scheme {
         }
         to.push(if first == 0 { whole } else { Vec::new() });
     }
+}
+
+/// Packs each row of `columns` ternary codes.
+fn pack_trits(codes: &[i8], columns: usize, trits: Trits) -> Vec<u8> {
+    let mut out = Vec::with_capacity(codes.len() / columns * trits.row_bytes(columns));
+    codes.chunks_exact(columns).for_each(|row| trits.pack(row, &mut out));
+    out
 }
 
 /// Packs codes of 6 bits, four in three bytes, the first in the low bits.

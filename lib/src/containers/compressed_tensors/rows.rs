@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::formats::activations::Activations;
 use crate::formats::float::Float;
 use crate::formats::minifloat::Minifloat;
+use crate::formats::ternary::Trits;
 use crate::formats::{Params, mx};
 use crate::model::{Linear, ModelConfig};
 use crate::ops::decode;
@@ -155,6 +156,12 @@ impl Quantized<'_> {
                 unpack_range(codes, at, u32::from(self.scheme.weights.bits()), unpacked);
                 decode::integers(unpacked, p, self.float, out);
             }
+            Format::Ternary | Format::TernaryBase3 => {
+                let trits = if self.scheme.format() == Format::Ternary { Trits::Quarters } else { Trits::Fifths };
+                let unpacked = &mut [0i8; COLUMNS][..out.len()];
+                unpacked.iter_mut().zip(at..).for_each(|(q, c)| *q = trits.code(codes, c));
+                decode::integers(unpacked, p, self.float, out);
+            }
             // Groups begin at whole bytes.
             Format::Mxfp4 | Format::Nvfp4 => decode::e2m1(&codes[at / 2..], p.scale, self.float, out),
             Format::Mxfp6 => decode::e2m3(&codes[at / 4 * 3..], p.scale, self.float, out),
@@ -223,6 +230,7 @@ impl Rows for Quantized<'_> {
             (Format::Packed, 8) => Kind::Int8Offset,
             (Format::Int, 8) => Kind::Int8,
             (Format::Mxfp4, _) => Kind::E2m1,
+            (Format::Ternary, _) => Kind::Ternary,
             (Format::Float | Format::Naive, _) => Kind::E4m3,
             _ => return None,
         };
@@ -266,6 +274,8 @@ impl Rows for Quantized<'_> {
             let codes = &mut out.codes[at..];
             match self.scheme.format() {
                 Format::Packed => unpack_range(packed, 0, u32::from(self.scheme.weights.bits()), codes),
+                Format::Ternary => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Quarters.code(packed, c)),
+                Format::TernaryBase3 => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Fifths.code(packed, c)),
                 Format::Mxfp4 => codes
                     .chunks_mut(2)
                     .zip(packed)
@@ -317,7 +327,12 @@ mod tests {
             strategy: Sharing::Group(group),
             activations: Activations::Float,
         });
-        prop_oneof![4 => ints, 1 => fp8, 2 => blocks]
+        let ternary = (prop::sample::select(vec![Trits::Quarters, Trits::Fifths]), 1usize..140).prop_map(|(t, n)| Scheme {
+            weights: NumberFormat::Ternary(t),
+            strategy: Sharing::Group(n),
+            activations: Activations::Float,
+        });
+        prop_oneof![1 => ternary, 4 => ints, 1 => fp8, 2 => blocks]
     }
 
     proptest! {
