@@ -202,3 +202,69 @@ fn bench_says_tokens_a_second_and_bytes_a_token() {
     assert!(m["volatile"]["bench"][0]["tokens_per_second"].as_f64().unwrap() > 10.0);
     assert_eq!(m["job"]["what"], "prefill");
 }
+
+/// What a system call of the child's shell limits: a shell that sets it, then becomes the tool.
+fn limited(limit: &str, tool: &str, model: &Path) -> Ran {
+    let line = format!("{limit}; exec \"$0\" \"$@\"");
+    let mut c = std::process::Command::new("sh");
+    c.args(["-c", &line, support::exe(tool), "--temperature", "0", "--max-tokens", "4", "--prompt", "The function"]);
+    run(c.args(["--json", "--threads", "2", "--model"]).arg(model))
+}
+
+#[test]
+fn a_model_twice_as_large_as_memory_may_be_still_generates() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, vocab) = (dir.path().join("model"), 2048);
+    let config: Value = serde_json::from_slice(&std::fs::read(tiny().join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["vocab_size"], vocab, "the tokenizer's");
+    let shape = [("num_hidden_layers", 2), ("num_local_experts", 16), ("vocab_size", vocab)];
+    support::synthetic::write(&model, &support::synthetic::config(&shape));
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tiny().join(file), model.join(file)).unwrap();
+    }
+    let size = std::fs::metadata(model.join("model-00000-of-00001.safetensors")).unwrap().len();
+    let free = json(&limited("true", "gptoss-run", &model));
+    assert_eq!(free["tokens"].as_array().unwrap().len(), 4);
+    // No copy of the weights fits into half of their size.
+    let half = size / 2;
+    let data = json(&limited(&format!("ulimit -d {}", half / 1024), "gptoss-run", &model));
+    assert_eq!(data["tokens"], free["tokens"]);
+    // Where control groups can be made, mapped pages count too: the system takes them back and reads them again.
+    let group = Path::new("/sys/fs/cgroup/memory").join(format!("gptoss-{}", std::process::id()));
+    if std::fs::create_dir(&group).is_ok() {
+        std::fs::write(group.join("memory.limit_in_bytes"), half.to_string()).unwrap();
+        // Pages that other processes have read are counted for them.
+        let copy = support::copy_folder(&model, &dir.path().join("copy"));
+        run(std::process::Command::new("sync").arg("-f").arg(copy.join("model-00000-of-00001.safetensors")));
+        let drop = format!(
+            "dd of={} oflag=nocache conv=notrunc,fdatasync count=0 2>&-",
+            copy.join("model-00000-of-00001.safetensors").display()
+        );
+        run(std::process::Command::new("sh").args(["-c", &drop]));
+        let join = format!("echo $$ > {}/cgroup.procs", group.display());
+        let ran = limited(&join, "gptoss-run", &copy);
+        let most = std::fs::read_to_string(group.join("memory.max_usage_in_bytes")).unwrap();
+        std::fs::remove_dir(&group).unwrap();
+        assert_eq!(json(&ran)["tokens"], free["tokens"]);
+        let most: u64 = most.trim().parse().unwrap();
+        assert!(most <= half && most > size / 8, "{most} of {half}");
+    }
+}
+
+#[test]
+fn numerics_are_chosen_and_recorded() {
+    let text = |numerics: &str| json(&generate(&tiny(), &format!("--max-tokens 4 --json --numerics {numerics}"), "A"));
+    assert_eq!(
+        (text("engine")["numerics"].as_str(), text("exact")["numerics"].as_str()),
+        (Some("engine"), Some("exact"))
+    );
+    let bench = |numerics: &str| {
+        let mut c = command("gptoss-bench decode --quiet --tokens 2 --context 4 --sweep 1 --numerics");
+        run(c.arg(numerics).arg("--model").arg(tiny())).manifest()
+    };
+    let (engine, exact) = (bench("engine"), bench("exact"));
+    assert_eq!((engine["numerics"].as_str(), exact["numerics"].as_str()), (Some("cpu-engine-1"), Some("cpu-1")));
+    assert!(engine["volatile"]["bench"][0]["read_gigabytes_per_second"].as_f64().unwrap() > 0.0);
+    let wrong = run(command("gptoss-run --prompt x --numerics fast --model").arg(tiny()));
+    assert!(wrong.code == 2 && wrong.err.contains("wanted engine or exact"), "{}", wrong.err);
+}

@@ -216,6 +216,9 @@ pub struct ErrorReport {
     pub rms: f64,
     /// Norm of the difference over the norm of the original.
     pub relative: f64,
+    /// Share of the codes that are 0, where they have two bits.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub zeros: Option<f64>,
     /// Numbers that are NaN or infinite on one side; the other figures leave them out.
     #[serde(skip_serializing_if = "is_zero", default)]
     pub non_finite: u64,

@@ -27,7 +27,8 @@ pub struct FileArgs {
 /// How layers are quantized.
 #[derive(Debug, Clone, Args)]
 pub struct LayerArgs {
-    /// Algorithm for both classes: gptq, awq (int4 weights alone), rtn (needs no calibration text) [default: gptq]
+    /// Algorithm for both classes: gptq, awq (int4 weights alone), pt-bitnet (2 to 4 bits), rtn (needs no calibration text)
+    /// [default: gptq, for ternary schemes pt-bitnet]
     #[arg(long, visible_alias = "method", value_name = "NAME", help_heading = "Recipe")]
     pub algo: Option<Algorithm>,
     /// Algorithm for the experts [default: --algo]

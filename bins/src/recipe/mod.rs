@@ -207,6 +207,12 @@ impl RecipeArgs {
             observer,
         };
         let mut recipe = Recipe::new(experts, mw);
+        for (own, layer) in [(l.experts_algo, &mut recipe.experts), (l.mw_algo, &mut recipe.mw)] {
+            // What GPTQ makes of absmean is no use.
+            if own.or(l.algo).is_none() && layer.scheme.is_ternary() {
+                layer.algorithm = Algorithm::PtBitnet;
+            }
+        }
         recipe.ignore = DEFAULT_IGNORE.map(str::to_owned).to_vec();
         if let Some(pattern) = &l.experts_regex {
             let over = |targets: &str, ignore: &str, layer: &LayerRecipe| Override {

@@ -83,7 +83,13 @@ pub fn rtn(w: &[f32], columns: usize, target: Target, observer: Observer, out: &
             out.params.extend_from_slice(&params);
         }
     }
+    sums.zeros = zeros(target.format, &out.codes);
     sums
+}
+
+/// How many codes are 0, where a format has so few that it matters.
+pub fn zeros(format: NumberFormat, codes: &[i8]) -> u64 {
+    if format.bits() == 2 { codes.iter().filter(|c| **c == 0).count() as u64 } else { 0 }
 }
 
 /// Lanes of the running sums: their order is part of the result, so it is fixed here and not left to the processor.
@@ -100,6 +106,8 @@ pub struct ErrorSums {
     pub max_error: f32,
     /// Numbers seen.
     pub count: u64,
+    /// Codes that are 0, of formats of two bits.
+    pub zeros: u64,
     /// Numbers that are NaN or infinite on one side, left out of the sums.
     pub non_finite: u64,
 }
@@ -113,6 +121,7 @@ impl ErrorSums {
         }
         self.max_error = self.max_error.max(other.max_error);
         self.count += other.count;
+        self.zeros += other.zeros;
         self.non_finite += other.non_finite;
     }
 }

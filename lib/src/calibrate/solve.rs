@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::algorithms::descent::{Quadratic, descend};
 use crate::algorithms::gptq::gptq;
 use crate::algorithms::pt_bitnet::pt_bitnet;
-use crate::algorithms::rtn::{Codes, ErrorSums, Target};
+use crate::algorithms::rtn::{Codes, ErrorSums, Target, zeros};
 use crate::algorithms::scales::Blocks;
 use crate::algorithms::sweep::{Factor, Rounding, Unfactorable, Zeros, sweep};
 use crate::algorithms::{Algorithm, scales, wanda};
@@ -132,6 +132,9 @@ pub fn solve(problem: Problem, recipe: &Recipe) -> Result<Rounded> {
     let parts: Vec<ErrorSums> =
         rounded.values.par_chunks(columns).zip(problem.w.par_chunks(columns)).map(part).collect();
     parts.iter().for_each(|p| rounded.errors.merge(p));
+    if let (Some(codes), Some(scheme)) = (&rounded.codes, problem.treatment.scheme) {
+        rounded.errors.zeros = zeros(scheme.weights, &codes.codes);
+    }
     if !rounded.errors.squared_error.iter().sum::<f64>().is_finite() {
         let float = problem.float.config_name();
         return Err(Error::Refused(format!("{module} spans more than {float} can scale; is it damaged?")));

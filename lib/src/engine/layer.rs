@@ -104,7 +104,17 @@ pub fn experts(x: &[f32], experts: &[Expert], rows_of: &[Vec<(usize, f32)>], alp
     }
 
     let mut next = 0;
-    let places: Vec<Vec<usize>> = picked.iter().map(|rows| rows.iter().map(|_| { next += 1; next - 1 }).collect()).collect();
+    let places: Vec<Vec<usize>> = picked
+        .iter()
+        .map(|rows| {
+            rows.iter()
+                .map(|_| {
+                    next += 1;
+                    next - 1
+                })
+                .collect()
+        })
+        .collect();
     let mut results = vec![0f32; pairs * columns];
     let jobs = experts.iter().zip(&places).zip(parts(&mut results, &picked, columns));
     products(&hidden, inner, jobs.map(|((e, rows), out)| Job { layer: e.down, rows, out }).collect());

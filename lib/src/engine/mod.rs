@@ -160,8 +160,7 @@ pub fn multiply(tasks: &mut [Task]) {
         let n = (PIECE / a_row.max(1)).clamp(8, 64).min(rows.div_ceil(threads)).next_multiple_of(8);
         pieces.extend((0..rows).step_by(n).map(|r| (i, r..rows.min(r + n))));
     }
-    let outs: Vec<Columns> =
-        tasks.iter_mut().map(|t| Columns::new(t.out, t.inputs.rows, t.view.shape().0)).collect();
+    let outs: Vec<Columns> = tasks.iter_mut().map(|t| Columns::new(t.out, t.inputs.rows, t.view.shape().0)).collect();
     let tasks = &*tasks;
     // SAFETY: every piece has rows of the weight of its own.
     let one = |(i, rows): &(usize, Range<usize>)| unsafe { piece(&tasks[*i], rows.clone(), &outs[*i]) };

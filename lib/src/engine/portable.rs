@@ -15,7 +15,7 @@ pub fn integers(view: &View, rows: std::ops::Range<usize>, inputs: &Inputs, i: u
             }
         };
     }
-    arms!(E2m1, E2m1Halves, Int4, Int4Halves, Int8, Int8Offset, Int2, Ternary, Tq2);
+    arms!(E2m1, E2m1Halves, Int4, Int4Halves, Int8, Int8Offset, Int2, Ternary, Base3, Tq2);
 }
 
 #[inline(always)]
@@ -33,7 +33,7 @@ fn integers_of<const UNIT: usize>(
     let mut codes = [0i16; UNIT];
     for (r, out) in rows.zip(out) {
         let mut chains = [0f32; 2];
-        for (u, x) in x.as_chunks::<UNIT>().0.iter().enumerate() {
+        for (u, x) in x.chunks(UNIT).enumerate() {
             unpack(kind, view.unit(r, u), &mut codes);
             for (g, (codes, x)) in codes.as_chunks::<GROUP>().0.iter().zip(x.as_chunks::<GROUP>().0).enumerate() {
                 let mut sum = 0i32;

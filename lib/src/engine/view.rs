@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use crate::formats::minifloat::Minifloat;
 use crate::formats::mxfp4;
+use crate::formats::ternary::{FIFTHS, Trits};
 
 /// Columns that share one scale of the inputs, and at least one of the weight.
 pub const GROUP: usize = 32;
@@ -27,6 +28,8 @@ pub enum Kind {
     Int2,
     /// The same with 1 added, so -1, 0 and 1.
     Ternary,
+    /// -1, 0 and 1, five a byte, 320 columns in 64 bytes as [`Trits::Fifths`] says; the last ones may be less than a unit.
+    Base3,
     /// -1, 0 and 1, 256 columns in 64 bytes: in each half byte b has columns b, b + 32, b + 64, b + 96. ggml's TQ2_0.
     Tq2,
     /// E4M3, one byte.
@@ -41,7 +44,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::E2m1,
         Self::E2m1Halves,
         Self::Int4,
@@ -50,6 +53,7 @@ impl Kind {
         Self::Int8Offset,
         Self::Int2,
         Self::Ternary,
+        Self::Base3,
         Self::Tq2,
         Self::E4m3,
         Self::Bf16,
@@ -66,6 +70,7 @@ impl Kind {
     pub const fn unit(self) -> usize {
         match self {
             Self::Tq2 => 256,
+            Self::Base3 => FIFTHS.0,
             _ => GROUP,
         }
     }
@@ -77,6 +82,7 @@ impl Kind {
             Self::Int8 | Self::Int8Offset | Self::E4m3 => 32,
             Self::Int2 | Self::Ternary => 8,
             Self::Tq2 => 64,
+            Self::Base3 => FIFTHS.1,
             Self::Bf16 | Self::F16 => 64,
             Self::F32 => 128,
         }
@@ -88,7 +94,7 @@ impl Kind {
             Self::E2m1 | Self::E2m1Halves => 12,
             Self::Int4 | Self::Int4Halves => 8,
             Self::Int2 => 2,
-            Self::Ternary | Self::Tq2 => 1,
+            Self::Ternary | Self::Base3 | Self::Tq2 => 1,
             _ => 0,
         }
     }
@@ -118,6 +124,7 @@ impl Kind {
             Self::Int8Offset => i32::from(unit[column]) - 128,
             Self::Int2 => quarter(unit[column / 4], column % 4) - 2,
             Self::Ternary => quarter(unit[column / 4], column % 4) - 1,
+            Self::Base3 => i32::from(Trits::Fifths.code(unit, FIFTHS.0, column)),
             Self::Tq2 => quarter(unit[column / 128 * 32 + column % 32], column % 128 / 32) - 1,
             Self::E4m3 | Self::Bf16 | Self::F16 | Self::F32 => panic!("floats are no integers"),
         }
@@ -221,10 +228,11 @@ impl<'a> View<'a> {
         scales: Option<Scales<'a>>,
     ) -> Option<Self> {
         let (rows, columns) = shape;
-        if rows == 0 || columns == 0 || !columns.is_multiple_of(kind.unit()) {
+        let part = if kind == Kind::Base3 { GROUP } else { kind.unit() };
+        if rows == 0 || columns == 0 || !columns.is_multiple_of(part) {
             return None;
         }
-        let last = (rows - 1) * row + (columns / kind.unit() - 1) * step + kind.bytes();
+        let last = (rows - 1) * row + (columns.div_ceil(kind.unit()) - 1) * step + kind.bytes();
         assert!(last <= codes.len() && step >= kind.bytes(), "a row's units are where the caller says");
         assert!(!kind.is_float() || step == kind.bytes(), "floats lie side by side");
         match scales {
@@ -295,6 +303,6 @@ impl<'a> View<'a> {
 
     /// Bytes of codes of one row.
     pub fn row_bytes(&self) -> usize {
-        self.shape.1 / self.kind.unit() * self.kind.bytes()
+        self.shape.1.div_ceil(self.kind.unit()) * self.kind.bytes()
     }
 }

@@ -11,6 +11,7 @@ pub enum Trits {
     /// Base 3, five a byte: 1.6 bits. 320 columns are 64 bytes; byte b of them has a column of each run of 64. In a run, bytes
     /// 0 to 15 have columns 0 to 15, 16 to 31 columns 32 to 47, 32 to 47 columns 16 to 31, and 48 to 63 the rest, so that two
     /// groups of 32 lie in the halves of one register. A byte is a fraction of 256: times 3 the next digit stands above it.
+    /// Columns behind the last whole block are stored in two bits where that is shorter than another block.
     Fifths,
 }
 
@@ -25,42 +26,50 @@ impl Trits {
     pub const fn row_bytes(self, columns: usize) -> usize {
         match self {
             Self::Quarters => columns.div_ceil(4),
-            Self::Fifths => columns.div_ceil(FIFTHS.0) * FIFTHS.1,
+            Self::Fifths => {
+                let whole = self.in_blocks(columns);
+                whole.div_ceil(FIFTHS.0) * FIFTHS.1 + (columns - whole).div_ceil(4)
+            }
         }
     }
 
-    /// The code of `column` of a packed row.
-    #[inline(always)]
-    pub fn code(self, row: &[u8], column: usize) -> i8 {
+    /// Columns of a row that lie in blocks of five a byte: all, or those of the whole blocks.
+    pub const fn in_blocks(self, columns: usize) -> usize {
+        let rest = columns % FIFTHS.0;
         match self {
-            Self::Quarters => (row[column / 4] >> (2 * (column % 4)) & 3) as i8 - 1,
-            Self::Fifths => {
-                let block = &row[column / FIFTHS.0 * FIFTHS.1..][..FIFTHS.1];
-                digit(block[place(column % RUN)], column % FIFTHS.0 / RUN)
-            }
+            Self::Quarters => 0,
+            Self::Fifths if rest.div_ceil(4) < FIFTHS.1 => columns - rest,
+            Self::Fifths => columns,
         }
+    }
+
+    /// The code of `column` of a packed row of `columns`.
+    #[inline(always)]
+    pub fn code(self, row: &[u8], columns: usize, column: usize) -> i8 {
+        let whole = self.in_blocks(columns);
+        if column < whole {
+            let block = &row[column / FIFTHS.0 * FIFTHS.1..][..FIFTHS.1];
+            return digit(block[place(column % RUN)], column % FIFTHS.0 / RUN);
+        }
+        let behind = column - whole;
+        (row[whole.div_ceil(FIFTHS.0) * FIFTHS.1 + behind / 4] >> (2 * (behind % 4)) & 3) as i8 - 1
     }
 
     /// Packs one row.
     pub fn pack(self, codes: &[i8], out: &mut Vec<u8>) {
-        match self {
-            Self::Quarters => {
-                out.extend(codes.chunks(4).map(|c| c.iter().rev().fold(0, |b, &c| b << 2 | (c + 1) as u8)));
-            }
-            Self::Fifths => {
-                for block in codes.chunks(FIFTHS.0) {
-                    let mut numbers = [0u16; FIFTHS.1];
-                    for run in 0..FIFTHS.0 / RUN {
-                        for (at, number) in (0..RUN).map(|c| (run * RUN + c, place(c))) {
-                            // Behind the row's end there are zeros.
-                            let digit = block.get(at).map_or(1, |&c| (c + 1) as u16);
-                            numbers[number] = numbers[number] * 3 + digit;
-                        }
-                    }
-                    out.extend(numbers.map(|n| (n * 256).div_ceil(243) as u8));
+        let (blocks, rest) = codes.split_at(self.in_blocks(codes.len()));
+        for block in blocks.chunks(FIFTHS.0) {
+            let mut numbers = [0u16; FIFTHS.1];
+            for run in 0..FIFTHS.0 / RUN {
+                for (at, number) in (0..RUN).map(|c| (run * RUN + c, place(c))) {
+                    // Behind the row's end there are zeros.
+                    let digit = block.get(at).map_or(1, |&c| (c + 1) as u16);
+                    numbers[number] = numbers[number] * 3 + digit;
                 }
             }
+            out.extend(numbers.map(|n| (n * 256).div_ceil(243) as u8));
         }
+        out.extend(rest.chunks(4).map(|c| c.iter().rev().fold(0, |b, &c| b << 2 | (c + 1) as u8)));
     }
 }
 
@@ -108,7 +117,7 @@ mod tests {
                 let mut row = Vec::new();
                 trits.pack(&codes, &mut row);
                 prop_assert_eq!(row.len(), trits.row_bytes(codes.len()));
-                let back: Vec<i8> = (0..codes.len()).map(|c| trits.code(&row, c)).collect();
+                let back: Vec<i8> = (0..codes.len()).map(|c| trits.code(&row, codes.len(), c)).collect();
                 prop_assert_eq!(&back, &codes);
             }
         }
@@ -119,6 +128,9 @@ mod tests {
         let mut row = Vec::new();
         Trits::Quarters.pack(&[-1, 0, 1, -1, 1], &mut row);
         assert_eq!(row, [0b00_10_01_00, 0b10]);
+        // Of gpt-oss's widths none has a rest in two bits.
+        let sizes = [2880, 4096, 128, 320 + 252, 320 + 253].map(|n| Trits::Fifths.row_bytes(n));
+        assert_eq!(sizes, [576, 832, 32, 64 + 63, 128]);
     }
 
     #[test]

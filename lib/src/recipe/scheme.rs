@@ -182,6 +182,11 @@ impl SchemeName {
         }
     }
 
+    /// Whether codes are -1, 0 and 1.
+    pub fn is_ternary(self) -> bool {
+        matches!(self, Self::Ternary(_) | Self::Ggml(Ggml::Tq1_0 | Ggml::Tq2_0))
+    }
+
     /// Whether zero points can be stored.
     pub fn may_be_asymmetric(self) -> bool {
         matches!(self, Self::Keep | Self::Dense | Self::Int { .. })

@@ -159,7 +159,8 @@ impl Quantized<'_> {
             Format::Ternary | Format::TernaryBase3 => {
                 let trits = if self.scheme.format() == Format::Ternary { Trits::Quarters } else { Trits::Fifths };
                 let unpacked = &mut [0i8; COLUMNS][..out.len()];
-                unpacked.iter_mut().zip(at..).for_each(|(q, c)| *q = trits.code(codes, c));
+                let columns = self.shape.1;
+                unpacked.iter_mut().zip(at..).for_each(|(q, c)| *q = trits.code(codes, columns, c));
                 decode::integers(unpacked, p, self.float, out);
             }
             // Groups begin at whole bytes.
@@ -231,6 +232,7 @@ impl Rows for Quantized<'_> {
             (Format::Int, 8) => Kind::Int8,
             (Format::Mxfp4, _) => Kind::E2m1,
             (Format::Ternary, _) => Kind::Ternary,
+            (Format::TernaryBase3, _) if Trits::Fifths.in_blocks(self.shape.1) == self.shape.1 => Kind::Base3,
             (Format::Float | Format::Naive, _) => Kind::E4m3,
             _ => return None,
         };
@@ -274,8 +276,8 @@ impl Rows for Quantized<'_> {
             let codes = &mut out.codes[at..];
             match self.scheme.format() {
                 Format::Packed => unpack_range(packed, 0, u32::from(self.scheme.weights.bits()), codes),
-                Format::Ternary => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Quarters.code(packed, c)),
-                Format::TernaryBase3 => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Fifths.code(packed, c)),
+                Format::Ternary => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Quarters.code(packed, columns, c)),
+                Format::TernaryBase3 => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Fifths.code(packed, columns, c)),
                 Format::Mxfp4 => codes
                     .chunks_mut(2)
                     .zip(packed)

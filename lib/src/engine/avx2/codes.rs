@@ -188,15 +188,59 @@ impl Codes<4> for Tq2 {
     unsafe fn dots(codes: *const u8, _step: usize, x: *const u8) -> [__m256i; 4] {
         let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
         // SAFETY: the caller's: 64 bytes of codes, 256 inputs.
-        let (halves, x) = unsafe {
-            ([load(codes), load(codes.add(32))], |group: usize| load(x.add(group * GROUP)))
-        };
-        let sums = |codes, group| _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x(group)), ones);
-        let both = |a, b| {
-            _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
-        };
+        let (halves, x) = unsafe { ([load(codes), load(codes.add(32))], |group: usize| load(x.add(group * GROUP))) };
+        let sums =
+            |codes, group| _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x(group)), ones);
+        let both =
+            |a, b| _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b));
         let pair = |h: __m256i, group| both(sums(h, group), sums(_mm256_srli_epi16::<2>(h), group + 1));
         let next = |h| _mm256_srli_epi16::<4>(h);
         [pair(halves[0], 0), pair(next(halves[0]), 2), pair(halves[1], 4), pair(next(halves[1]), 6)]
     }
+}
+
+/// Base 3: a byte's digits belong to five pairs of groups.
+pub struct Fifths;
+
+impl Codes<5> for Fifths {
+    const INPUTS: usize = 64;
+
+    #[inline(always)]
+    fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
+        Nibbles::<false, true>::arrange(x, out);
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn dots(codes: *const u8, _step: usize, x: *const u8) -> [__m256i; 5] {
+        // SAFETY: the caller's: 64 bytes of codes, 320 inputs.
+        let (mut low, mut high) = unsafe { (load(codes), load(codes.add(32))) };
+        let mut sums = [_mm256_setzero_si256(); 5];
+        for (p, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let x = unsafe { [load(x.add(64 * p)), load(x.add(64 * p + 32))] };
+            let products =
+                _mm256_add_epi16(_mm256_maddubs_epi16(digits(low), x[0]), _mm256_maddubs_epi16(digits(high), x[1]));
+            *sum = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+            (low, high) = (tripled(low), tripled(high));
+        }
+        sums
+    }
+}
+
+/// The first digit of each byte: the integer part of 3 / 256 of it.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub fn digits(bytes: __m256i) -> __m256i {
+    // It is 1 from 86 on, 2 from 171 on; a comparison gives -1.
+    let from = |least: i8| _mm256_cmpeq_epi8(_mm256_max_epu8(bytes, _mm256_set1_epi8(least)), bytes);
+    let both = _mm256_add_epi8(from(86), from(171_u8 as i8));
+    _mm256_sub_epi8(_mm256_setzero_si256(), both)
+}
+
+/// What the next digit is the first of.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub fn tripled(bytes: __m256i) -> __m256i {
+    _mm256_add_epi8(bytes, _mm256_add_epi8(bytes, bytes))
 }

@@ -138,7 +138,12 @@ unsafe fn all<const KIND: u8>(view: &View, rows: Range<usize>, inputs: &Arranged
 /// `H` rows of the weight from `r` on, `W` rows of the inputs from `i` on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn pass<const KIND: u8, const H: usize, const W: usize>(view: &View, r: usize, inputs: &Arranged, i: usize) -> [[f32; 3]; 4] {
+unsafe fn pass<const KIND: u8, const H: usize, const W: usize>(
+    view: &View,
+    r: usize,
+    inputs: &Arranged,
+    i: usize,
+) -> [[f32; 3]; 4] {
     let k = inputs.columns;
     let rows: [*const u8; H] = std::array::from_fn(|a| view.unit(r + a, 0).as_ptr());
     let x: [*const f32; W] = std::array::from_fn(|b| inputs.values[(i + b) * k..].as_ptr());

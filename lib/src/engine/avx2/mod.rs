@@ -21,7 +21,9 @@ pub fn is_here() -> bool {
 #[target_feature(enable = "avx2")]
 unsafe fn two_halves(low: *const u8, high: *const u8) -> __m256i {
     // SAFETY: the caller's.
-    unsafe { _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(_mm_loadu_si128(low.cast())), _mm_loadu_si128(high.cast())) }
+    unsafe {
+        _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(_mm_loadu_si128(low.cast())), _mm_loadu_si128(high.cast()))
+    }
 }
 
 /// 32 bytes.

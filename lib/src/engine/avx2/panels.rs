@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::codes::{nibbles, quarters, signed};
+use super::codes::{digits, nibbles, quarters, signed, tripled};
 use super::{load, scales};
 use crate::engine::inputs::Inputs;
 use crate::engine::view::{GROUP, Kind, View};
@@ -118,6 +118,7 @@ fn integers(
                 Kind::Int4 => decode::<INT4>(view, eight, &mut scratch.panel),
                 Kind::Int4Halves => decode::<INT4_HALVES>(view, eight, &mut scratch.panel),
                 Kind::Int2 | Kind::Ternary => decode::<QUARTERS>(view, eight, &mut scratch.panel),
+                Kind::Base3 => decode_base3(view, eight, &mut scratch.panel),
                 Kind::Tq2 => decode_tq2(view, eight, &mut scratch.panel),
                 Kind::Int8 => decode_bytes::<false>(view, eight, &mut scratch.panel),
                 Kind::Int8Offset => decode_bytes::<true>(view, eight, &mut scratch.panel),
@@ -177,7 +178,8 @@ unsafe fn in_order<const KIND: u8>(first: *const u8, second: *const u8) -> [__m2
             INT4_HALVES => nibbles::<false>(first, second),
             _ => {
                 let eight = |at: *const u8| at.cast::<i64>().read_unaligned();
-                let pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+                let pairs =
+                    _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
                 let [low, high] = quarters(eight(first), eight(second));
                 let (low, high) = (_mm256_shuffle_epi8(low, pairs), _mm256_shuffle_epi8(high, pairs));
                 [_mm256_unpacklo_epi16(low, high), _mm256_unpackhi_epi16(low, high)]
@@ -227,6 +229,38 @@ unsafe fn decode_tq2(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
                 *row = _mm256_and_si256(_mm256_srl_epi16(codes, shift), _mm256_set1_epi8(3));
             }
             put(rows, panel.as_mut_ptr().add(g * BLOCK));
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+unsafe fn decode_base3(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
+    let starts = rows.map(|r| view.unit(r, 0).as_ptr());
+    let zero = [_mm256_setzero_si256(); HEIGHT];
+    for unit in 0..view.groups().div_ceil(10) {
+        let (mut low, mut high) = (zero, zero);
+        for (i, s) in starts.iter().enumerate() {
+            // SAFETY: every row has whole units.
+            unsafe {
+                let codes = s.add(unit * view.step());
+                (low[i], high[i]) = (load(codes), load(codes.add(GROUP)));
+            }
+        }
+        for pair in 0..5 {
+            let (mut one, mut other) = (zero, zero);
+            for i in 0..HEIGHT {
+                // The first 16 columns of both groups, then the last 16.
+                let (a, b) = (digits(low[i]), digits(high[i]));
+                one[i] = _mm256_permute2x128_si256::<0x20>(a, b);
+                other[i] = _mm256_permute2x128_si256::<0x31>(a, b);
+                (low[i], high[i]) = (tripled(low[i]), tripled(high[i]));
+            }
+            for (g, columns) in [(unit * 10 + 2 * pair, one), (unit * 10 + 2 * pair + 1, other)] {
+                if g < view.groups() {
+                    // SAFETY: the panel has each group's block.
+                    unsafe { put(columns, panel.as_mut_ptr().add(g * BLOCK)) };
+                }
+            }
         }
     }
 }

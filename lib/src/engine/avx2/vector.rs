@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::codes::{Bytes, Codes, Nibbles, PAIR, Quarters, Tq2};
+use super::codes::{Bytes, Codes, Fifths, Nibbles, PAIR, Quarters, Tq2};
 use super::scales;
 use crate::engine::inputs::Inputs;
 use crate::engine::view::{GROUP, Kind, View};
@@ -30,6 +30,7 @@ impl Arranged {
             Kind::Int8 => Self::of::<Bytes<false>, 1>(inputs, i, kind),
             Kind::Int8Offset => Self::of::<Bytes<true>, 1>(inputs, i, kind),
             Kind::Int2 | Kind::Ternary => Self::of::<Quarters, 1>(inputs, i, kind),
+            Kind::Base3 => Self::of::<Fifths, 5>(inputs, i, kind),
             Kind::Tq2 => Self::of::<Tq2, 4>(inputs, i, kind),
             Kind::E4m3 | Kind::Bf16 | Kind::F16 | Kind::F32 => panic!("floats are no integers"),
         }
@@ -37,7 +38,7 @@ impl Arranged {
 
     fn of<C: Codes<P>, const P: usize>(inputs: &Inputs, i: usize, kind: Kind) -> Self {
         let groups = inputs.groups();
-        let pairs = groups.div_ceil(2);
+        let pairs = pairs(groups, P);
         let mut a = Self {
             kind,
             codes: vec![0; pairs * C::INPUTS],
@@ -50,7 +51,8 @@ impl Arranged {
         for (x, out) in whole.iter().zip(&mut outs) {
             C::arrange(x, out);
         }
-        if let Some(out) = outs.next() {
+        // What is behind the last column meets zeros.
+        if let (false, Some(out)) = (last.is_empty(), outs.next()) {
             let mut padded = [0i8; PAIR];
             padded[..last.len()].copy_from_slice(last);
             C::arrange(&padded, out);
@@ -71,7 +73,7 @@ impl Arranged {
 pub fn integers(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut [&mut [f32]]) {
     assert!(super::is_here(), "the caller has asked for this processor");
     assert!(rows.end <= view.shape().0 && inputs.len() == out.len(), "rows of the weight, one output an input");
-    assert!(inputs.iter().all(|a| a.kind == view.kind() && a.scales.len() == view.groups().div_ceil(2) * 8));
+    assert!(inputs.iter().all(|a| a.kind == view.kind() && a.scales.len() >= view.groups().div_ceil(2) * 8));
     // SAFETY: the features are there, and shapes were checked here and where views are made.
     unsafe {
         match view.kind() {
@@ -82,10 +84,16 @@ pub fn integers(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut 
             Kind::Int8 => fours::<Bytes<false>, 1>(view, rows, inputs, out),
             Kind::Int8Offset => fours::<Bytes<true>, 1>(view, rows, inputs, out),
             Kind::Int2 | Kind::Ternary => fours::<Quarters, 1>(view, rows, inputs, out),
+            Kind::Base3 => fours::<Fifths, 5>(view, rows, inputs, out),
             Kind::Tq2 => fours::<Tq2, 4>(view, rows, inputs, out),
             Kind::E4m3 | Kind::Bf16 | Kind::F16 | Kind::F32 => panic!("floats are no integers"),
         }
     }
+}
+
+/// Pairs of groups that hold `groups`, in whole units of `a_unit`.
+fn pairs(groups: usize, a_unit: usize) -> usize {
+    groups.div_ceil(2).next_multiple_of(a_unit)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -95,7 +103,7 @@ unsafe fn fours<C: Codes<P>, const P: usize>(
     inputs: &[Arranged],
     out: &mut [&mut [f32]],
 ) {
-    let mut scratch = vec![0f32; view.groups().div_ceil(2) * 8];
+    let mut scratch = vec![0f32; pairs(view.groups(), P) * 8];
     for first in rows.clone().step_by(4) {
         // A last row stands in for those that are missing.
         let four = std::array::from_fn(|i| (first + i).min(rows.end - 1));
@@ -113,9 +121,15 @@ unsafe fn fours<C: Codes<P>, const P: usize>(
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn four_rows<C: Codes<P>, const P: usize>(view: &View, rows: [usize; 4], a: &Arranged, scales: &[f32]) -> [f32; 4] {
-    let (pairs, step) = (view.groups() / 2, view.step());
-    let units = pairs / P;
+unsafe fn four_rows<C: Codes<P>, const P: usize>(
+    view: &View,
+    rows: [usize; 4],
+    a: &Arranged,
+    scales: &[f32],
+) -> [f32; 4] {
+    let step = view.step();
+    // Of single groups the last may be left over; others are padded to whole units.
+    let units = if P == 1 { view.groups() / 2 } else { pairs(view.groups(), P) / P };
     // Where a unit is one group, a pair is two of them.
     let stride = if P == 1 { 2 * step } else { step };
     let starts = rows.map(|r| view.unit(r, 0).as_ptr());
@@ -150,12 +164,12 @@ unsafe fn four_rows<C: Codes<P>, const P: usize>(view: &View, rows: [usize; 4], 
         }
         // SAFETY: no unit is longer than the half of 64 bytes; inputs and scales have whole pairs.
         unsafe {
-            let x = a.codes.as_ptr().add(pairs * C::INPUTS);
+            let x = a.codes.as_ptr().add(units * C::INPUTS);
             let mut parts = [_mm256_setzero_si256(); 4];
             for (part, both) in parts.iter_mut().zip(&both) {
                 *part = C::dots(both.as_ptr(), GROUP, x)[0];
             }
-            chains = add(chains, parts, a, scales, pairs);
+            chains = add(chains, parts, a, scales, units);
         }
     }
     let sums = _mm_add_ps(_mm256_castps256_ps128(chains), _mm256_extractf128_ps::<1>(chains));
