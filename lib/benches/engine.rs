@@ -18,14 +18,16 @@ use common::{median, numbers};
 /// An expert's gate and up.
 const SHAPE: (usize, usize) = (5760, 2880);
 
+/// Bytes from a unit to the next, and where scale and codes begin in it, where both lie in one block.
+type Block = Option<(usize, usize, usize)>;
+
 /// Codes and scales of many weights, as a container has them.
 struct Store {
     name: &'static str,
     kind: Kind,
     scale: ScaleKind,
     group: usize,
-    /// Bytes from a unit to the next, and where scale and codes begin in it, where both lie in one block.
-    block: Option<(usize, usize, usize)>,
+    block: Block,
     shape: (usize, usize),
     bytes: Vec<u8>,
     /// Bytes of the codes of one weight, and of its scales.
@@ -38,13 +40,14 @@ impl Store {
         kind: Kind,
         scale: ScaleKind,
         group: usize,
-        block: Option<(usize, usize, usize)>,
+        block: Block,
         copies: usize,
         shape: (usize, usize),
     ) -> Self {
         let units = shape.0 * shape.1 / kind.unit();
         let step = block.map_or(kind.bytes(), |b| b.0);
-        let scales = if block.is_some() || kind.is_float() { 0 } else { shape.0 * shape.1.div_ceil(group) * scale.size() };
+        let scales =
+            if block.is_some() || kind.is_float() { 0 } else { shape.0 * shape.1.div_ceil(group) * scale.size() };
         let sizes = (units * step, scales);
         let mut bytes = vec![0u8; copies * (sizes.0 + sizes.1)];
         // Any bytes are codes, and 0x3c3c is a scale of any kind, or near one.
@@ -69,10 +72,13 @@ impl Store {
         let units = self.shape.1 / self.kind.unit();
         let (kind, group) = (self.scale, self.group);
         if self.kind.is_float() {
-            return View::new(self.kind, self.shape, codes, (units * self.kind.bytes(), self.kind.bytes()), None).expect("fits");
+            return View::new(self.kind, self.shape, codes, (units * self.kind.bytes(), self.kind.bytes()), None)
+                .expect("fits");
         }
         let (step, at, scales) = match self.block {
-            Some((step, scale, at)) => (step, at, Scales { kind, bytes: &codes[scale..], row: units * step, step, group }),
+            Some((step, scale, at)) => {
+                (step, at, Scales { kind, bytes: &codes[scale..], row: units * step, step, group })
+            }
             None => {
                 let size = self.scale.size();
                 let row = self.shape.1.div_ceil(group) * size;
@@ -119,7 +125,7 @@ fn main() {
         "weight", "1 input", "read", "share", "in cache", "64", "512"
     );
     let (e8m0, f16, bf16) = (ScaleKind::E8m0, ScaleKind::F16, ScaleKind::Bf16);
-    let all: [(&str, Kind, ScaleKind, usize, Option<(usize, usize, usize)>); 12] = [
+    let all: [(&str, Kind, ScaleKind, usize, Block); 13] = [
         ("mxfp4", Kind::E2m1, e8m0, 32, None),
         ("gguf mxfp4", Kind::E2m1Halves, e8m0, 32, Some((17, 0, 1))),
         ("q4_0", Kind::Int4Halves, f16, 32, Some((18, 0, 2))),
@@ -130,11 +136,12 @@ fn main() {
         ("int8", Kind::Int8, bf16, SHAPE.1, None),
         ("int2 g64", Kind::Int2, bf16, 64, None),
         ("ternary g64", Kind::Ternary, bf16, 64, None),
+        ("base 3 g64", Kind::Base3, bf16, 64, None),
         ("bf16", Kind::Bf16, f16, SHAPE.1, None),
         ("f32", Kind::F32, f16, SHAPE.1, None),
     ];
     for (name, kind, scale, group, block) in all {
-        let copies = (400 << 20) / (SHAPE.0 * SHAPE.1 / 32 * kind.bytes());
+        let copies = (400 << 20) / (SHAPE.0 * SHAPE.1 / kind.unit() * kind.bytes());
         let store = Store::new(name, kind, scale, group, block, copies, SHAPE);
         let x = numbers(SHAPE.1);
         let mut out = vec![0f32; SHAPE.0];
@@ -151,8 +158,7 @@ fn main() {
         // Small enough for the second-level caches.
         let small = Store::new(name, kind, scale, group.min(SHAPE.1), block, 1, (256 * threads, SHAPE.1));
         let mut out = vec![0f32; small.shape.0];
-        let times: Vec<Duration> =
-            (0..400).map(|_| time(|| product(small.view(0), &x, black_box(&mut out)))).collect();
+        let times: Vec<Duration> = (0..400).map(|_| time(|| product(small.view(0), &x, black_box(&mut out)))).collect();
         let cached = rate(median(times), small.sizes.0 + small.sizes.1);
         let many = |n: usize| {
             let x = numbers(n * SHAPE.1);

@@ -7,13 +7,13 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use gptoss::checkpoint::hub::{Located, Wanted};
 use gptoss::device::cpu::Cpu;
+use gptoss::engine::Numerics;
 use gptoss::generate::check_prompt;
 use gptoss::manifest::{BenchRow, Job, Manifest};
 use gptoss::model::Model;
 use gptoss::model::forward::Session;
-use gptoss::pipeline::meter::Meter;
-use gptoss::engine::Numerics;
 use gptoss::ops::bandwidth::read_rate;
+use gptoss::pipeline::meter::Meter;
 use gptoss_tools::{Common, note_kernels, parse_numerics, parse_threads, run, source, volatile};
 
 /// Measure tokens a second, and the bytes of weights that a token needs.

@@ -211,6 +211,12 @@ mod tests {
             descend(&w, &mut q, &Quadratic::new(&gram, n, 0.01), target, Some(&zeros));
             let after = loss(&q.values, &w, &damped, n, tokens);
             prop_assert!(after <= before * (1.0 + 1e-5), "{} > {}", after, before);
+            // Scales by least squares lose no more either: exact ones, in f32.
+            if format.symmetric() {
+                refit(&w, &mut q, &Quadratic::new(&gram, n, 0.01), target);
+                let refitted = loss(&q.values, &w, &damped, n, tokens);
+                prop_assert!(refitted <= after * (1.0 + 1e-5), "{} > {}", refitted, after);
+            }
             for (i, (&code, value)) in q.codes.codes.iter().zip(&q.values).enumerate() {
                 prop_assert_eq!(format.dequantize(code, q.codes.params[i / 16], Float::F32), *value);
                 prop_assert!(!zeros[i] || *value == 0.0);

@@ -45,9 +45,9 @@ impl std::str::FromStr for Algorithm {
             other if NOT_YET.contains(&other) => Err(Error::Refused(format!(
                 "the algorithm {other} is not in this version; it has rtn, which needs no data, gptq, awq and pt-bitnet"
             ))),
-            other => {
-                Err(Error::Refused(format!("there is no algorithm {other:?}; this version has rtn, gptq, awq and pt-bitnet")))
-            }
+            other => Err(Error::Refused(format!(
+                "there is no algorithm {other:?}; this version has rtn, gptq, awq and pt-bitnet"
+            ))),
         }
     }
 }

@@ -160,10 +160,20 @@ pub fn is_ternary(format: NumberFormat) -> bool {
 
 /// The scale between 0.7 and 2.25 times the mean of |w| that costs least: there lie the best ones of weights from evenly
 /// spread to long-tailed.
-fn least_ternary<'w>(parts: impl Iterator<Item = &'w [f32]>, target: Target, mut cost: impl FnMut(Params) -> f64) -> Params {
+fn least_ternary<'w>(
+    parts: impl Iterator<Item = &'w [f32]>,
+    target: Target,
+    mut cost: impl FnMut(Params) -> f64,
+) -> Params {
     let mean = ternary::absmean(parts, Float::F32);
     let candidates = (0..STEPS).map(|i| 0.7 + 0.05 * i as f32);
-    let stored = |f: f32| if matches!(target.format, NumberFormat::Ggml(_)) { mean * f } else { ternary::positive(mean * f, target.float) };
+    let stored = |f: f32| {
+        if matches!(target.format, NumberFormat::Ggml(_)) {
+            mean * f
+        } else {
+            ternary::positive(mean * f, target.float)
+        }
+    };
     let candidates = candidates.map(|f| Params { scale: stored(f), zero_point: 0.0 });
     let best = candidates.map(|p| (cost(p), p)).min_by(|a, b| a.0.total_cmp(&b.0));
     best.expect("there are candidates").1

@@ -105,9 +105,7 @@ impl NumberFormat {
             Self::Mx(m) => mx::fit(m, min, max),
             Self::Nvfp4 => nvfp4::fit(min, max, float, global),
             Self::Ggml(ty) => ty.fit(min, max),
-            Self::Ternary(_) => {
-                Params { scale: ternary::positive(0.5 * max.max(-min), float), zero_point: 0.0 }
-            }
+            Self::Ternary(_) => Params { scale: ternary::positive(0.5 * max.max(-min), float), zero_point: 0.0 },
             Self::Half(_) => Params { scale: 1.0, zero_point: 0.0 },
         }
     }
@@ -121,7 +119,7 @@ impl NumberFormat {
             Self::Mx(m) => m.code(m.round(w / p.scale)) as i8,
             Self::Nvfp4 => Minifloat::E2M1.code(Minifloat::E2M1.round(w / p.scale)) as i8,
             Self::Ggml(ty) => ty.round(w, p.scale, p.zero_point).0,
-            Self::Ternary(_) => float.round(w / p.scale).max(-1.0).min(1.0).round_ties_even() as i8,
+            Self::Ternary(_) => float.round(w / p.scale).clamp(-1.0, 1.0).round_ties_even() as i8,
             Self::Half(_) => 0,
         }
     }

@@ -2,8 +2,8 @@
 
 use super::{GroupSize, Kernels, LayerRecipe, Mask, Recipe, SchemeName};
 use crate::algorithms::Algorithm;
-use crate::formats::ggml::Ggml;
 use crate::error::{Error, Result};
+use crate::formats::ggml::Ggml;
 
 const W4A8: SchemeName = SchemeName::Int { bits: 4, int8_activations: true };
 

@@ -176,9 +176,14 @@ impl SchemeName {
         match self {
             Self::Int { int8_activations, .. } => int8_activations,
             Self::W4afp8 | Self::Fp8 | Self::Fp8Static | Self::Fp8Block => true,
-            Self::Keep | Self::Dense | Self::Float(_) | Self::Mx(_) | Self::Nvfp4 | Self::Ggml(_) | Self::Ternary(_) | Self::Half(_) => {
-                false
-            }
+            Self::Keep
+            | Self::Dense
+            | Self::Float(_)
+            | Self::Mx(_)
+            | Self::Nvfp4
+            | Self::Ggml(_)
+            | Self::Ternary(_)
+            | Self::Half(_) => false,
         }
     }
 
@@ -270,7 +275,9 @@ impl LayerRecipe {
                 scheme(NumberFormat::Float(table), self.strategy(linear, inp)?, Activations::Float)
             }
             SchemeName::Ternary(trits) => match self.strategy(linear, inp)? {
-                s @ (Strategy::Group(_) | Strategy::Channel) => scheme(NumberFormat::Ternary(trits), s, Activations::Float),
+                s @ (Strategy::Group(_) | Strategy::Channel) => {
+                    scheme(NumberFormat::Ternary(trits), s, Activations::Float)
+                }
                 _ => Err(Error::Refused(format!(
                     "ternary scales belong to a group or a channel; {} has another --group-size",
                     linear.module()

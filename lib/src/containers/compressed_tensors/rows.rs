@@ -250,8 +250,7 @@ impl Rows for Quantized<'_> {
             Target::ALL => 0,
             _ => return None,
         };
-        let scales =
-            Scales { kind: scale_kind, bytes: self.scales, row, step, group: self.scheme.group(columns) };
+        let scales = Scales { kind: scale_kind, bytes: self.scales, row, step, group: self.scheme.group(columns) };
         // A row begins at a whole word of 32 bits.
         let row = self.codes.len() / self.shape.0;
         View::new(kind, self.shape, self.codes, (row, kind.bytes()), Some(scales))
@@ -276,8 +275,12 @@ impl Rows for Quantized<'_> {
             let codes = &mut out.codes[at..];
             match self.scheme.format() {
                 Format::Packed => unpack_range(packed, 0, u32::from(self.scheme.weights.bits()), codes),
-                Format::Ternary => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Quarters.code(packed, columns, c)),
-                Format::TernaryBase3 => codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Fifths.code(packed, columns, c)),
+                Format::Ternary => {
+                    codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Quarters.code(packed, columns, c))
+                }
+                Format::TernaryBase3 => {
+                    codes.iter_mut().enumerate().for_each(|(c, q)| *q = Trits::Fifths.code(packed, columns, c))
+                }
                 Format::Mxfp4 => codes
                     .chunks_mut(2)
                     .zip(packed)
@@ -329,10 +332,8 @@ mod tests {
             strategy: Sharing::Group(group),
             activations: Activations::Float,
         });
-        let ternary = (prop::sample::select(vec![Trits::Quarters, Trits::Fifths]), 1usize..140).prop_map(|(t, n)| Scheme {
-            weights: NumberFormat::Ternary(t),
-            strategy: Sharing::Group(n),
-            activations: Activations::Float,
+        let ternary = (prop::sample::select(vec![Trits::Quarters, Trits::Fifths]), 1usize..140).prop_map(|(t, n)| {
+            Scheme { weights: NumberFormat::Ternary(t), strategy: Sharing::Group(n), activations: Activations::Float }
         });
         prop_oneof![1 => ternary, 4 => ints, 1 => fp8, 2 => blocks]
     }

@@ -136,8 +136,7 @@ impl Rows for BlockRows<'_> {
             Ggml::Q4_1 | Ggml::Q5_0 | Ggml::Q5_1 | Ggml::Tq1_0 => return None,
         };
         let (row, step) = (self.ty.row_bytes(self.shape.1), self.ty.bytes());
-        let scales =
-            Scales { kind: scale_kind, bytes: &self.bytes[scale..], row, step, group: self.ty.group() };
+        let scales = Scales { kind: scale_kind, bytes: &self.bytes[scale..], row, step, group: self.ty.group() };
         View::new(kind, self.shape, &self.bytes[codes..], (row, step), Some(scales))
     }
 

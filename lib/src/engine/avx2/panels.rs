@@ -356,15 +356,15 @@ unsafe fn wide(s: &mut Scratch, batch: &Batch, tile: usize, n: usize) {
             for odd in 0..2 {
                 let panel = s.panel.as_ptr().add((2 * g + odd) * BLOCK);
                 let w = eight(panel);
-                for t in 0..n {
+                for (t, half) in halves.iter_mut().enumerate().take(n) {
                     let x = batch.codes.as_ptr().add((2 * at + odd * n + t) * GROUP).cast::<i32>();
                     let part = |j: usize| _mm256_madd_epi16(w[j], _mm256_set1_epi32(x.add(j).read_unaligned()));
                     let two = |j: usize| _mm256_add_epi32(part(j), part(j + 1));
                     let sums = _mm256_add_epi32(_mm256_add_epi32(two(0), two(2)), _mm256_add_epi32(two(4), two(6)));
                     if odd == 0 {
-                        halves[t] = sums;
+                        *half = sums;
                     } else {
-                        finish(_mm256_add_epi32(halves[t], sums), own, batch, at + t, chains.add(t * HEIGHT));
+                        finish(_mm256_add_epi32(*half, sums), own, batch, at + t, chains.add(t * HEIGHT));
                     }
                 }
             }
