@@ -197,7 +197,13 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         .manifest();
     for (flags, want) in [
         ("--experts-algo awq --experts w8a16", "the experts: AWQ is for w4a16, not for w8a16"),
-        ("--mw-algo qqq", "the algorithm qqq is not in this version; it has rtn, which needs no data, gptq and awq"),
+        ("--experts-algo pt-bitnet --experts w8a16", "the experts: PT-BitNet is for ternary"),
+        ("--experts ternary --experts-group-size tensor", "PT-BitNet is for ternary, ternary_b3"),
+        ("--algo rtn --experts ternary --experts-group-size tensor", "ternary scales belong to a group or a channel"),
+        (
+            "--mw-algo qqq",
+            "the algorithm qqq is not in this version; it has rtn, which needs no data, gptq, awq and pt-bitnet",
+        ),
         ("--mw-algo magic", "there is no algorithm \"magic\""),
         ("--experts fp6_e3m2", "compressed-tensors has no layout for fp6_e3m2"),
         ("--experts w4a8 --kernels absent", "w4a8 for the experts needs kernels, and none are installed here"),

@@ -416,3 +416,22 @@ fn the_table_of_sizes_is_what_the_plans_say() {
         assert_eq!(have, want, "run this test with GPTOSS_BLESS=1 to write {}", file.display());
     }
 }
+
+/// README's table of presets: what each stands for, and how large it makes 20b.
+#[test]
+fn presets_are_the_flags_that_readme_says_and_flags_replace_their_parts() {
+    let readme = std::fs::read_to_string(support::root().join("README.md")).unwrap();
+    for name in ["snapdragon", "ternary", "mobile-2bit"] {
+        let row = readme.lines().find(|l| l.starts_with(&format!("| `{name}` | `--"))).unwrap();
+        let cells: Vec<&str> = row.split('|').map(|c| c.trim().trim_matches('`')).collect();
+        let (by_name, by_flags) = (plan(&format!("--preset {name}"), &config("20b")), plan(cells[2], &config("20b")));
+        assert_eq!(by_name["job"], by_flags["job"], "{name}");
+        let gigabytes = by_name["plan"]["bytes"].as_f64().unwrap() / 1e9;
+        assert_eq!(format!("{gigabytes:.1} GB"), cells[3], "{name}");
+        let native = by_name["runtimes"].as_array().unwrap().iter().find(|r| r["runtime"] == "native").unwrap();
+        assert_eq!(native["status"], "loads");
+    }
+    let other = recipe("--preset ternary --mw w4a16 --experts-group-size 64", &config("20b"));
+    assert_eq!((&other["mw"]["scheme"], &other["experts"]["scheme"]), (&"w4a16".into(), &"ternary_b3".into()));
+    assert_eq!(other["experts"]["group_size"], serde_json::json!({"size": 64}));
+}

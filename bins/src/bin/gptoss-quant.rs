@@ -71,6 +71,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    let args = Args { recipe: args.recipe.with_preset(), ..args };
     run("gptoss-quant", || quantize(&args))
 }
 

@@ -8,8 +8,10 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser;
 use clap::{Args, ValueEnum};
 use gptoss::algorithms::Algorithm;
+use gptoss::formats::ggml::Ggml;
 use gptoss::formats::minifloat::Minifloat;
-use gptoss::recipe::{ActOrder, FewTokens, GroupSize, Mask, Observer, Pruner, SchemeName};
+use gptoss::formats::ternary::Trits;
+use gptoss::recipe::{ActOrder, Container, FewTokens, GroupSize, Mask, Observer, Pruner, SchemeName};
 
 use crate::text::parse_bool;
 
@@ -98,6 +100,56 @@ pub struct LayerArgs {
     /// How scales are fitted: minmax, or mse (shrunk to where the squared error is least) [default: minmax]
     #[arg(long, value_name = "NAME", help_heading = "Recipe")]
     pub observer: Option<Observer>,
+}
+
+/// Recipes with a name. Sizes are of gpt-oss-20b, divergences of the tiny model in tests/fixtures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Preset {
+    /// MXFP4 experts as they are, Q4_0, and Q8_0 for embedding and head, in a GGUF file: 11.8 GB, KL 0.003; llama.cpp and
+    /// gptoss-run. Of a BF16 checkpoint add --experts q4_0: 12.4 GB, KL 0.006
+    Snapdragon,
+    /// Experts of -1, 0 and 1 in base 3, a scale a row, int8 otherwise: 5.7 GB, KL 0.20; gptoss-run alone
+    Ternary,
+    /// Experts of 2 bits, int4 otherwise: 6.3 GB, KL 0.14; gptoss-run alone
+    #[value(name = "mobile-2bit")]
+    Mobile2bit,
+}
+
+impl Preset {
+    /// Schemes of experts, other weights, head and embedding.
+    fn schemes(self) -> [SchemeName; 4] {
+        let int = SchemeName::weight_only;
+        match self {
+            Self::Snapdragon => {
+                let eight = SchemeName::Ggml(Ggml::Q8_0);
+                [SchemeName::Keep, SchemeName::Ggml(Ggml::Q4_0), eight, eight]
+            }
+            Self::Ternary => [SchemeName::Ternary(Trits::Fifths), int(8), int(8), int(8)],
+            Self::Mobile2bit => [int(2), int(4), int(4), int(4)],
+        }
+    }
+
+    /// The container, where it is no matter of taste.
+    pub fn container(self) -> Option<Container> {
+        (self == Self::Snapdragon).then_some(Container::Gguf)
+    }
+
+    /// Lays itself under the flags that were given.
+    pub fn lay_under(self, l: &mut LayerArgs) {
+        let [experts, mw, head, embedding] = self.schemes();
+        // A type says which scheme is meant, too.
+        if l.experts_type.is_none() {
+            l.experts.get_or_insert(experts);
+        }
+        if l.mw_type.is_none() {
+            l.mw.get_or_insert(mw);
+        }
+        l.lm_head.get_or_insert(head);
+        l.embed_tokens.get_or_insert(embedding);
+        if self == Self::Ternary && l.group_size.is_none() {
+            l.experts_group_size.get_or_insert(GroupSize::Channel);
+        }
+    }
 }
 
 /// Settings of the algorithms.

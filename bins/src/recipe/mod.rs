@@ -18,7 +18,7 @@ use gptoss::recipe::{
 use gptoss::runtimes::Runtime;
 
 pub use self::flags::{
-    AlgorithmArgs, FileArgs, Installed, KernelArgs, LayerArgs, StatisticsArgs, Symmetry, WeightType,
+    AlgorithmArgs, FileArgs, Installed, KernelArgs, LayerArgs, Preset, StatisticsArgs, Symmetry, WeightType,
 };
 use crate::parse_size;
 
@@ -27,6 +27,9 @@ use crate::parse_size;
 pub struct RecipeArgs {
     #[command(flatten)]
     files: FileArgs,
+    /// A recipe by name; flags beside it replace its parts
+    #[arg(long, value_enum, value_name = "NAME", conflicts_with_all = ["config", "recipe", "keep_codes"], help_heading = "Recipe")]
+    preset: Option<Preset>,
     #[command(flatten)]
     layers: LayerArgs,
     #[command(flatten)]
@@ -60,6 +63,15 @@ pub struct RecipeArgs {
 }
 
 impl RecipeArgs {
+    /// The flags that were given, and those that a preset stands for.
+    pub fn with_preset(mut self) -> Self {
+        if let Some(preset) = self.preset {
+            preset.lay_under(&mut self.layers);
+            self.container = self.container.or(preset.container().filter(|_| self.target.is_none()));
+        }
+        self
+    }
+
     /// Finds what contradicts itself, before anything is looked at.
     pub fn check(&self) -> Result<()> {
         if self.algorithms.static_groups == Some(false) {

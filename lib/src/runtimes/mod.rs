@@ -291,7 +291,9 @@ mod tests {
         let mut used = vec![false; rules::RULES.len()];
         for experts in LAYOUTS {
             for main in [MainLayout::Dense, MainLayout::CompressedTensors] {
-                for (hidden, formats) in [(2880, vec![]), (2944, vec![Format::Mxfp6]), (2944, vec![])] {
+                let of = |format| (2944, vec![format]);
+                let odd = [Format::Mxfp6, Format::Ternary, Format::TernaryBase3].map(of);
+                for (hidden, formats) in [(2880, vec![]), (2944, vec![])].into_iter().chain(odd) {
                     let facts = Facts { formats, ..facts(experts, main, hidden) };
                     assert_eq!(report(&facts).len(), Runtime::ALL.len());
                     for runtime in Runtime::ALL {
