@@ -198,8 +198,11 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
     for (flags, want) in [
         ("--experts-algo awq --experts w8a16", "the experts: AWQ is for w4a16, not for w8a16"),
         ("--experts-algo pt-bitnet --experts w8a16", "the experts: PT-BitNet is for ternary"),
-        ("--experts ternary --experts-group-size tensor", "PT-BitNet is for ternary, ternary_b3"),
-        ("--algo rtn --experts ternary --experts-group-size tensor", "ternary scales belong to a group or a channel"),
+        (
+            "--experts-algo pt-bitnet --experts ternary --experts-group-size tensor",
+            "PT-BitNet is for ternary, ternary_b3",
+        ),
+        ("--experts ternary --experts-group-size tensor", "ternary scales belong to a group or a channel"),
         (
             "--mw-algo qqq",
             "the algorithm qqq is not in this version; it has rtn, which needs no data, gptq, awq and pt-bitnet",
