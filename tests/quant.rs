@@ -202,6 +202,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
             "--experts-algo pt-bitnet --experts ternary --experts-group-size tensor",
             "PT-BitNet is for ternary, ternary_b3",
         ),
+        ("--embed-tokens w8a8", "nothing is multiplied with the embedding"),
         ("--experts ternary --experts-group-size tensor", "ternary scales belong to a group or a channel"),
         (
             "--mw-algo qqq",

@@ -431,6 +431,8 @@ fn presets_are_the_flags_that_readme_says_and_flags_replace_their_parts() {
         let native = by_name["runtimes"].as_array().unwrap().iter().find(|r| r["runtime"] == "native").unwrap();
         assert_eq!(native["status"], "loads");
     }
+    let int4 = recipe("--preset ternary --experts w4a16", &config("20b"));
+    assert_eq!((&int4["experts"]["scheme"], &int4["experts"]["group_size"]), (&"w4a16".into(), &"auto".into()));
     let other = recipe("--preset ternary --mw w4a16 --experts-group-size 64", &config("20b"));
     assert_eq!((&other["mw"]["scheme"], &other["experts"]["scheme"]), (&"w4a16".into(), &"ternary_b3".into()));
     assert_eq!(other["experts"]["group_size"], serde_json::json!({"size": 64}));

@@ -138,15 +138,16 @@ impl Preset {
     pub fn lay_under(self, l: &mut LayerArgs) {
         let [experts, mw, head, embedding] = self.schemes();
         // A type says which scheme is meant, too.
-        if l.experts_type.is_none() {
-            l.experts.get_or_insert(experts);
+        let own = l.experts.is_none() && l.experts_type.is_none();
+        if own {
+            l.experts = Some(experts);
         }
         if l.mw_type.is_none() {
             l.mw.get_or_insert(mw);
         }
         l.lm_head.get_or_insert(head);
         l.embed_tokens.get_or_insert(embedding);
-        if self == Self::Ternary && l.group_size.is_none() {
+        if own && self == Self::Ternary && l.group_size.is_none() {
             l.experts_group_size.get_or_insert(GroupSize::Channel);
         }
     }

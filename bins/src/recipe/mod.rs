@@ -239,9 +239,15 @@ impl RecipeArgs {
             [("embed_tokens", l.embed_tokens, false), ("lm_head", l.lm_head, recipe.mw.algorithm == Algorithm::Gptq)]
         {
             let Some(scheme) = scheme else { continue };
+            if module == "embed_tokens" && scheme.rounds_inputs() {
+                bail!(
+                    "--embed-tokens {scheme}: nothing is multiplied with the embedding, so it has no inputs to round; take w8a16"
+                );
+            }
             recipe.ignore.retain(|p| p != module);
             let algorithm = if calibrated { Algorithm::Gptq } else { Algorithm::Rtn };
-            let layer = LayerRecipe { algorithm, scheme, ..recipe.mw.clone() };
+            let (group_size, observer) = (l.group_size.unwrap_or(GroupSize::Auto), recipe.mw.observer);
+            let layer = LayerRecipe { algorithm, observer, group_size, ..LayerRecipe::new(scheme) };
             recipe.overrides.push(Override { targets: vec![module.to_owned()], ignore: Vec::new(), layer });
         }
         Ok(recipe)

@@ -17,9 +17,9 @@ use crate::recipe::Observer;
 /// Turns of stage 2; later ones change next to nothing.
 const TURNS: usize = 6;
 
-/// Quantizes `w` [rows, columns], of which `zeros` stay zero; `blocks` and `quadratic` are of the Hessian that `factor` is.
+/// Quantizes `w` [rows, columns], of which `zeros` stay zero, so that it comes near `whole`, which has no zeros yet; `blocks` and `quadratic` are of the Hessian that `factor` is.
 pub fn pt_bitnet(
-    w: &[f32],
+    (w, whole): (&[f32], &[f32]),
     factor: &Factor,
     blocks: &Blocks,
     quadratic: &Quadratic,
@@ -31,9 +31,9 @@ pub fn pt_bitnet(
     let codes = Codes { codes: swept.codes, params, global: target.global, input_scale: 0.0 };
     let mut q = Quantized { codes, values: swept.values };
     for _ in 0..TURNS {
-        descend(w, &mut q, quadratic, target, zeros);
-        refit(w, &mut q, quadratic, target);
+        descend(whole, &mut q, quadratic, target, zeros);
+        refit(whole, &mut q, quadratic, target);
     }
-    descend(w, &mut q, quadratic, target, zeros);
+    descend(whole, &mut q, quadratic, target, zeros);
     q
 }

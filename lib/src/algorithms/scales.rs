@@ -77,7 +77,7 @@ pub fn fit_rows(
             (Observer::Mse, Some(blocks)) => least_for_outputs(parts, target, blocks, group.start),
             (Observer::Mse, None) => {
                 let cost = |p| parts.clone().map(|w| round::cost(w, target.format, p, target.float)).sum();
-                least(parts.clone(), target, cost)
+                least(parts.clone(), target, false, cost)
             }
         });
     }
@@ -98,7 +98,7 @@ fn least_for_outputs<'w>(
     let width = blocks.width;
     let (mut d, mut through) = (vec![0f32; width], vec![0f32; width]);
     let rule = (target.format, target.float, true);
-    least(parts.clone(), target, |p| {
+    least(parts.clone(), target, true, |p| {
         let mut sum = 0.0;
         for w in parts.clone() {
             let grams = blocks.values[first * width..].chunks_exact(width * width);
@@ -131,9 +131,14 @@ fn exact<'w>(mut parts: impl Iterator<Item = &'w [f32]> + Clone, target: Target)
     parts.all(|w| w.iter().all(fits)).then_some(p)
 }
 
-/// The shrunken range that costs least; the widest of equals.
-fn least<'w>(parts: impl Iterator<Item = &'w [f32]>, target: Target, mut cost: impl FnMut(Params) -> f64) -> Params {
-    if is_ternary(target.format) {
+/// The shrunken range that costs least; the widest of equals. Of ternary formats a scale near the mean, of ggml's where `wide`.
+fn least<'w>(
+    parts: impl Iterator<Item = &'w [f32]>,
+    target: Target,
+    wide: bool,
+    mut cost: impl FnMut(Params) -> f64,
+) -> Params {
+    if matches!(target.format, NumberFormat::Ternary(_)) || wide && is_ternary(target.format) {
         return least_ternary(parts, target, cost);
     }
     let (min, max) = extremes(parts);

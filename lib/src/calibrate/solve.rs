@@ -231,7 +231,7 @@ fn round_off(
     };
     if algorithm == Algorithm::PtBitnet {
         let blocks = Blocks::of(&inputs.moments.gram, *columns, target.group);
-        let q = pt_bitnet(w, factor, &blocks, inputs.quadratic(factor.dampening_frac), target, zeros);
+        let q = pt_bitnet((w, &problem.w), factor, &blocks, inputs.quadratic(factor.dampening_frac), target, zeros);
         return Rounded { codes: Some(q.codes), values: q.values, ..Rounded::default() };
     }
     let mut q = gptq(w, factor, target, observer, zeros.map_or(Zeros::None, Zeros::Fixed));

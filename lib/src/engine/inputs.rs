@@ -38,7 +38,8 @@ impl Inputs {
         for ((x, codes), (scales, sums)) in rows.zip(parameters) {
             match activations {
                 Activations::DynamicTokenInt8 => token(x, codes, scales, sums),
-                _ => blocks(x, codes, scales, sums),
+                Activations::Float => blocks(x, codes, scales, sums),
+                other => panic!("{} inputs meet no integers", other.name()),
             }
         }
         inputs
@@ -72,7 +73,8 @@ impl Inputs {
 fn token(x: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
     let (low, high) = extremes(x);
     let Params { scale, .. } = IntFormat { num_bits: 8, symmetric: true }.fit(low, high, Float::F32);
-    scales.fill(scale);
+    // What is not finite must not look like a number.
+    scales.fill(scale + x.iter().map(|v| v * 0.0).sum::<f32>());
     token_codes(x, scale, codes, sums);
 }
 
@@ -155,7 +157,9 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = vec![1f32; 32];
             x[7] = bad;
-            assert!(!Inputs::new(&x, 32, Activations::Float).scales[0].is_finite());
+            for activations in [Activations::Float, Activations::DynamicTokenInt8] {
+                assert!(!Inputs::new(&x, 32, activations).scales[0].is_finite());
+            }
         }
         let zeros = Inputs::new(&[0.0; 32], 32, Activations::Float);
         assert_eq!((zeros.scales[0], zeros.sums[0]), (0.0, 0));

@@ -3,7 +3,7 @@
 //!
 //! The numerics are fixed ([`reference`]): integer sums of 32 columns are exact, and what is summed in f32 is summed in one
 //! order, so every kernel, batch size and number of threads gives the same bits, and so does every container of the same
-//! weight. Weights that are floats meet f32 inputs.
+//! weight that has a kernel. Weights that are floats meet f32 inputs.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -175,6 +175,7 @@ pub fn multiply(tasks: &mut [Task]) {
 /// Nobody else writes these columns of `out`.
 unsafe fn piece(task: &Task, rows: Range<usize>, out: &Columns) {
     let (n, first) = (task.inputs.rows, rows.start);
+    assert!(task.bias.is_none_or(|b| b.len() == task.view.shape().0), "a bias has one value an output");
     // SAFETY: the caller's.
     let mut outs: Vec<&mut [f32]> = (0..n).map(|i| unsafe { out.row(i, first, rows.len()) }).collect();
     let view = &task.view;

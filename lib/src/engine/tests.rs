@@ -185,3 +185,20 @@ fn what_kernels_cannot_take_is_no_view() {
     assert!(view(Kind::E4m3, 64, scales(64)).is_some());
     assert!(view(Kind::Tq2, 128, scales(128)).is_none(), "half a block");
 }
+
+/// NaN survives what clamps: an infinite scale would become a plausible number in SwiGLU.
+#[test]
+fn a_scale_that_is_no_number_gives_none() {
+    let codes = vec![0x22u8; 8 * 16 * 16];
+    let mut scales = vec![127u8; 8 * 16];
+    scales[3 * 16 + 5] = 255;
+    let scales = Scales { kind: ScaleKind::E8m0, bytes: &scales, row: 16, step: 1, group: 32 };
+    let view = View::new(Kind::E2m1, (8, 512), &codes, (256, 16), Some(scales)).unwrap();
+    for n in [1, 9] {
+        let x = vec![1f32; n * 512];
+        let inputs = Source::new(&x, 512, (Activations::Float, 1.0)).ready(&(0..n).collect::<Vec<_>>(), Kind::E2m1);
+        let mut out = vec![0f32; n * 8];
+        multiply(&mut [Task { view, bias: None, inputs: &inputs, out: &mut out }]);
+        assert!(out.iter().enumerate().all(|(i, o)| o.is_nan() == (i % 8 == 3)), "{out:?}");
+    }
+}

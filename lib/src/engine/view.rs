@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 
 use crate::formats::minifloat::Minifloat;
-use crate::formats::mxfp4;
 use crate::formats::ternary::{FIFTHS, Trits};
+use crate::formats::{mx, mxfp4};
 
 /// Columns that share one scale of the inputs, and at least one of the weight.
 pub const GROUP: usize = 32;
@@ -156,7 +156,7 @@ fn doubled(code: u8) -> i32 {
 /// How a scale is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScaleKind {
-    /// A byte e for 2^(e - 127). 255, which is no number, becomes infinite: nothing plausible comes of either.
+    /// A byte e for 2^(e - 127); 255 is no number.
     E8m0,
     /// BF16.
     Bf16,
@@ -180,7 +180,7 @@ impl ScaleKind {
     #[inline(always)]
     pub fn read(self, bytes: &[u8]) -> f32 {
         match self {
-            Self::E8m0 => f32::from_bits((u32::from(bytes[0]) << 23).max(1 << 22)),
+            Self::E8m0 => mx::scale(bytes[0]),
             Self::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
             Self::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
             Self::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
@@ -229,11 +229,18 @@ impl<'a> View<'a> {
     ) -> Option<Self> {
         let (rows, columns) = shape;
         let part = if kind == Kind::Base3 { GROUP } else { kind.unit() };
-        if rows == 0 || columns == 0 || !columns.is_multiple_of(part) {
+        if rows == 0 || columns == 0 || scales.is_some_and(|s| s.group == 0) || !columns.is_multiple_of(part) {
             return None;
         }
-        let last = (rows - 1) * row + (columns.div_ceil(kind.unit()) - 1) * step + kind.bytes();
-        assert!(last <= codes.len() && step >= kind.bytes(), "a row's units are where the caller says");
+        let end = |row: usize, step: usize, n: usize, size: usize| {
+            let last = (rows - 1).checked_mul(row)?.checked_add((n - 1).checked_mul(step)?)?;
+            last.checked_add(size)
+        };
+        let last = end(row, step, columns.div_ceil(kind.unit()), kind.bytes());
+        assert!(
+            last.is_some_and(|l| l <= codes.len()) && step >= kind.bytes(),
+            "a row's units are where the caller says"
+        );
         assert!(!kind.is_float() || step == kind.bytes(), "floats lie side by side");
         match scales {
             None if !kind.is_float() => return None,
@@ -245,8 +252,8 @@ impl<'a> View<'a> {
                 if !fits {
                     return None;
                 }
-                let last = (rows - 1) * s.row + (groups - 1) * s.step + s.kind.size();
-                assert!(last <= s.bytes.len(), "every row has its scales");
+                let last = end(s.row, s.step, groups, s.kind.size());
+                assert!(last.is_some_and(|l| l <= s.bytes.len()), "every row has its scales");
             }
         }
         Some(Self { kind, shape, codes, row, step, scales })
@@ -263,7 +270,11 @@ impl<'a> View<'a> {
     }
 
     /// Every `step`-th row from `first` on.
+    ///
+    /// # Panics
+    /// Where there is no such row.
     pub fn lane(&self, first: usize, step: usize) -> Self {
+        assert!(first < self.shape.0 && step > 0, "a lane has rows");
         let scales = self.scales.map(|s| Scales { bytes: &s.bytes[first * s.row..], row: s.row * step, ..s });
         let shape = ((self.shape.0 - first).div_ceil(step), self.shape.1);
         Self { codes: &self.codes[first * self.row..], row: self.row * step, shape, scales, ..*self }
@@ -278,6 +289,12 @@ impl<'a> View<'a> {
     #[inline(always)]
     pub fn unit(&self, r: usize, u: usize) -> &'a [u8] {
         &self.codes[r * self.row + u * self.step..][..self.kind.bytes()]
+    }
+
+    /// Where row `r` begins: a pointer to all that follows.
+    #[inline(always)]
+    pub fn row_start(&self, r: usize) -> *const u8 {
+        self.codes[r * self.row..].as_ptr()
     }
 
     /// Bytes from a row to the next.

@@ -236,6 +236,10 @@ impl Rows for Quantized<'_> {
             (Format::Float | Format::Naive, _) => Kind::E4m3,
             _ => return None,
         };
+        // Inputs in FP8 are floats.
+        if !kind.is_float() && !matches!(self.scheme.activations, Activations::Float | Activations::DynamicTokenInt8) {
+            return None;
+        }
         let columns = self.shape.1;
         let groups = columns.div_ceil(self.scheme.group(columns));
         let scale_kind = match (kind, self.float) {

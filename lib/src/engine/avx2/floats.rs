@@ -145,7 +145,7 @@ unsafe fn pass<const KIND: u8, const H: usize, const W: usize>(
     i: usize,
 ) -> [[f32; 3]; 4] {
     let k = inputs.columns;
-    let rows: [*const u8; H] = std::array::from_fn(|a| view.unit(r + a, 0).as_ptr());
+    let rows: [*const u8; H] = std::array::from_fn(|a| view.row_start(r + a));
     let x: [*const f32; W] = std::array::from_fn(|b| inputs.values[(i + b) * k..].as_ptr());
     let mut chains = [[[_mm256_setzero_ps(); 2]; W]; H];
     for c in (0..k).step_by(CHAINS) {

@@ -19,6 +19,7 @@ const BLOCK: usize = HEIGHT * GROUP;
 
 /// Rows of inputs as panels meet them: by tile, then by group of columns, then by row.
 pub struct Batch {
+    kind: Kind,
     wide: bool,
     rows: usize,
     groups: usize,
@@ -40,6 +41,7 @@ impl Batch {
     pub fn new(inputs: &Inputs, rows: &[usize], kind: Kind) -> Self {
         let (groups, wide) = (inputs.groups(), is_wide(kind));
         let mut b = Self {
+            kind,
             wide,
             rows: rows.len(),
             groups,
@@ -103,7 +105,7 @@ fn integers(
     mut out: impl FnMut(usize, usize, &[f32; HEIGHT]),
 ) {
     assert!(super::is_here(), "the caller has asked for this processor");
-    assert!(rows.end <= view.shape().0 && batch.groups == view.groups() && batch.wide == is_wide(view.kind()));
+    assert!(rows.end <= view.shape().0 && batch.groups == view.groups() && batch.kind == view.kind());
     scratch.panel.resize(view.groups() * BLOCK * if batch.wide { 2 } else { 1 }, 0);
     scratch.scales.resize(view.groups() * HEIGHT, 0.0);
     scratch.four.resize(view.groups() * 4, 0.0);
@@ -197,7 +199,7 @@ fn zip([even, odd]: [__m256i; 2]) -> [__m256i; 2] {
 
 #[target_feature(enable = "avx2")]
 unsafe fn decode<const KIND: u8>(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
-    let starts = rows.map(|r| view.unit(r, 0).as_ptr());
+    let starts = rows.map(|r| view.row_start(r));
     let (step, groups) = (view.step(), view.groups());
     for g in (0..groups).step_by(2) {
         // A last group alone is decoded twice.
@@ -217,7 +219,7 @@ unsafe fn decode<const KIND: u8>(view: &View, rows: [usize; HEIGHT], panel: &mut
 
 #[target_feature(enable = "avx2")]
 unsafe fn decode_tq2(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
-    let starts = rows.map(|r| view.unit(r, 0).as_ptr());
+    let starts = rows.map(|r| view.row_start(r));
     for g in 0..view.groups() {
         let (unit, half, part) = (g / 8, g % 8 / 4, g % 4);
         let shift = _mm_cvtsi32_si128(2 * part as i32);
@@ -235,7 +237,7 @@ unsafe fn decode_tq2(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
 
 #[target_feature(enable = "avx2")]
 unsafe fn decode_base3(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
-    let starts = rows.map(|r| view.unit(r, 0).as_ptr());
+    let starts = rows.map(|r| view.row_start(r));
     let zero = [_mm256_setzero_si256(); HEIGHT];
     for unit in 0..view.groups().div_ceil(10) {
         let (mut low, mut high) = (zero, zero);
@@ -268,7 +270,7 @@ unsafe fn decode_base3(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
 /// 16 bits a column: registers of even columns, then registers of odd ones.
 #[target_feature(enable = "avx2")]
 unsafe fn decode_bytes<const OFFSET: bool>(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
-    let starts = rows.map(|r| view.unit(r, 0).as_ptr());
+    let starts = rows.map(|r| view.row_start(r));
     for g in 0..view.groups() {
         // SAFETY: as above; a block is twice as long.
         unsafe {

@@ -73,7 +73,9 @@ unsafe fn four<const KIND: u8>(first: [*const u8; 4], at: usize) -> __m128 {
         match KIND {
             E8M0 => {
                 let bits = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(i32::from_le_bytes([*a, *b, *c, *d])));
-                _mm_castsi128_ps(_mm_max_epi32(_mm_slli_epi32::<23>(bits), _mm_set1_epi32(LEAST)))
+                let bits = _mm_max_epi32(_mm_slli_epi32::<23>(bits), _mm_set1_epi32(LEAST));
+                let infinite = _mm_cmpeq_epi32(bits, _mm_set1_epi32(0x7f80_0000));
+                _mm_castsi128_ps(_mm_or_si128(bits, _mm_and_si128(infinite, _mm_set1_epi32(LEAST))))
             }
             BF16 => _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words())),
             F16 => _mm_cvtph_ps(words()),
@@ -102,6 +104,9 @@ unsafe fn powers(bytes: [&[u8]; 4], out: &mut [[f32; 4]]) {
             let put = |two: __m128i, at: usize| {
                 let bits = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(two));
                 let bits = _mm256_max_epi32(bits, _mm256_set1_epi32(LEAST));
+                // 255 is no number.
+                let infinite = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(0x7f80_0000));
+                let bits = _mm256_or_si256(bits, _mm256_and_si256(infinite, _mm256_set1_epi32(LEAST)));
                 _mm256_storeu_ps(to.add(at), _mm256_castsi256_ps(bits));
             };
             let (ab, cd) = (_mm_unpacklo_epi8(eight(a), eight(b)), _mm_unpacklo_epi8(eight(c), eight(d)));

@@ -132,7 +132,7 @@ unsafe fn four_rows<C: Codes<P>, const P: usize>(
     let units = if P == 1 { view.groups() / 2 } else { pairs(view.groups(), P) / P };
     // Where a unit is one group, a pair is two of them.
     let stride = if P == 1 { 2 * step } else { step };
-    let starts = rows.map(|r| view.unit(r, 0).as_ptr());
+    let starts = rows.map(|r| view.row_start(r));
     // The next four rows are asked for while these are met; the scales come first, and would wait for each line.
     let ahead = 4 * view.row();
     let mut chains = _mm256_setzero_ps();
