@@ -209,6 +209,17 @@ fn transformers_loads_quantized_attention_beside_plain_experts() {
         let said = judge("transformers_loads.py", &[&out, &golden, Path::new(bound)]);
         println!("{scheme}: {said}");
     }
+    // A quantized head loads, measured 2.4e-4; a quantized embedding does not, and the report says both.
+    for (flag, loads) in [("--lm-head", true), ("--embed-tokens", false)] {
+        let out = dir.path().join(flag);
+        let mut quant = command("gptoss-quant --quiet --algo rtn --experts keep --mw w8a16");
+        let manifest =
+            run(quant.args([flag, "w8a16"]).arg("--model-in").arg(&bf16).arg("--output-dir").arg(&out)).manifest();
+        assert_eq!(manifest["runtimes"][1]["status"] == "loads", loads, "{flag}");
+        if loads {
+            println!("{flag}: {}", judge("transformers_loads.py", &[&out, &golden, Path::new("4e-4")]));
+        }
+    }
     // Floats that stand for codes are a checkpoint like any other; measured 6.0e-4.
     let out = dir.path().join("dense");
     let mut quant = command("gptoss-quant --quiet --algo rtn --experts fp6 --mw fp8a16 --container dense");

@@ -353,6 +353,8 @@ fn sizes() -> String {
     );
     let schemes = [
         "keep",
+        "ternary",
+        "ternary_b3",
         "w2a16",
         "w3a16",
         "w4a16",
@@ -428,8 +430,11 @@ fn presets_are_the_flags_that_readme_says_and_flags_replace_their_parts() {
         assert_eq!(by_name["job"], by_flags["job"], "{name}");
         let gigabytes = by_name["plan"]["bytes"].as_f64().unwrap() / 1e9;
         assert_eq!(format!("{gigabytes:.1} GB"), cells[3], "{name}");
-        let native = by_name["runtimes"].as_array().unwrap().iter().find(|r| r["runtime"] == "native").unwrap();
-        assert_eq!(native["status"], "loads");
+        let loads = |r: &&Value| r["status"] == "loads";
+        let loading =
+            by_name["runtimes"].as_array().unwrap().iter().filter(loads).map(|r| r["runtime"].as_str().unwrap());
+        let named: Vec<&str> = loading.map(|r| if r == "native" { "gptoss-run" } else { r }).collect();
+        assert_eq!(cells[5].replace('`', "").split(", ").collect::<Vec<_>>(), named, "{name}");
     }
     let int4 = recipe("--preset ternary --experts w4a16", &config("20b"));
     assert_eq!((&int4["experts"]["scheme"], &int4["experts"]["group_size"]), (&"w4a16".into(), &"auto".into()));

@@ -113,7 +113,7 @@ fn product(view: View, x: &[f32], out: &mut [f32]) {
     let columns = view.shape().1;
     let rows: Vec<usize> = (0..x.len() / columns).collect();
     let inputs = Source::new(x, columns, (Activations::Float, 1.0)).ready(&rows, view.kind());
-    multiply(&mut [Task { view, bias: None, inputs: &inputs, out }]);
+    multiply(vec![Task { view, bias: None, inputs: &inputs, out }]);
 }
 
 fn main() {

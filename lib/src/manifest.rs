@@ -216,7 +216,7 @@ pub struct ErrorReport {
     pub rms: f64,
     /// Norm of the difference over the norm of the original.
     pub relative: f64,
-    /// Share of the codes that are 0, where they have two bits.
+    /// Share of the codes that are 0, where they have two bits and no zero point.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub zeros: Option<f64>,
     /// Numbers that are NaN or infinite on one side; the other figures leave them out.
@@ -343,7 +343,8 @@ pub struct BenchRow {
     /// Those times the rate, in 10^9 bytes a second, for decode; a prefill reads a weight once for many tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub gigabytes_per_second: Option<f64>,
-    /// What as many threads reach that do nothing but read the same weights, measured in the same run; for decode.
+    /// What as many threads reach that do nothing but read, over and over, the first 2 GiB of the weights by name; measured in
+    /// the same run, for decode. Of a model that is larger than memory it is no limit: what it reads stays there.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub read_gigabytes_per_second: Option<f64>,
 }

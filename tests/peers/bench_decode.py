@@ -41,12 +41,11 @@ def write_tokenizer(folder):
 
 def make(binaries, folder):
     source, out = folder / "synthetic", folder / "gguf"
-    if not (out / "model.gguf").exists():
-        subprocess.run([binaries / "examples/synthetic", source, "4", "32", str(VOCAB)], check=True)
-        write_tokenizer(source)
-        flags = "--algo rtn --container gguf --experts keep --mw q8_0 --lm-head q8_0 --embed-tokens q8_0 --quiet --force"
-        command = [binaries / "gptoss-quant", *flags.split(), "--model-in", source, "--output-dir", out]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([binaries / "examples/synthetic", source, "4", "32", str(VOCAB)], check=True)
+    write_tokenizer(source)
+    flags = "--algo rtn --container gguf --experts keep --mw q8_0 --lm-head q8_0 --embed-tokens q8_0 --quiet --force"
+    command = [binaries / "gptoss-quant", *flags.split(), "--model-in", source, "--output-dir", out]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 
 

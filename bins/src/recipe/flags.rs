@@ -97,7 +97,8 @@ pub struct LayerArgs {
     /// re: and a regular expression, or glob: and a shell pattern; may be given several times, names also with commas between
     #[arg(long, value_name = "PATTERN", help_heading = "Recipe")]
     pub extra_ignore: Vec<String>,
-    /// How scales are fitted: minmax, or mse (shrunk to where the squared error is least) [default: minmax]
+    /// How scales are fitted: minmax, or mse (shrunk to where the squared error is least); awq and pt-bitnet search by
+    /// themselves [default: minmax]
     #[arg(long, value_name = "NAME", help_heading = "Recipe")]
     pub observer: Option<Observer>,
 }
@@ -165,7 +166,7 @@ pub struct AlgorithmArgs {
     /// GPTQ's order of columns: static (alias weight; groups stay where they are) or off [default: static]
     #[arg(long, value_name = "ORDER", num_args = 0..=1, default_missing_value = "static", help_heading = "Algorithms")]
     pub actorder: Option<ActOrder>,
-    /// Passes of coordinate descent behind GPTQ's sweep; 0 is GPTQ as published [default: 2]
+    /// Passes of coordinate descent behind GPTQ's sweep; 0 is GPTQ as published, and pt-bitnet has its own number [default: 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=16), help_heading = "Algorithms")]
     pub descent: Option<u8>,
     /// Fit scales once, before the columns are gone through: always so

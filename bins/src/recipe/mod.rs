@@ -298,7 +298,9 @@ impl RecipeArgs {
     }
 
     fn sparsity(&self, recipe: &Recipe) -> Sparsity {
-        let a = &self.algorithms;
+        let (a, l) = (&self.algorithms, &self.layers);
+        let quantized =
+            [("embed_tokens", l.embed_tokens), ("lm_head", l.lm_head)].into_iter().filter(|m| m.1.is_some());
         let mask = a.mask.unwrap_or(Mask::Structured { zeros: 2, of: 4 });
         let share = match mask {
             Mask::Structured { zeros, of } => zeros as f64 / of as f64,
@@ -311,7 +313,8 @@ impl RecipeArgs {
             block_size: recipe.gptq.block_size,
             dampening_frac: recipe.gptq.dampening_frac,
             targets: Vec::new(),
-            ignore: Vec::new(),
+            // To quantize them is no wish for zeros in them.
+            ignore: quantized.map(|(module, _)| module.to_owned()).collect(),
         }
     }
 }

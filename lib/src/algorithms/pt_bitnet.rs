@@ -17,7 +17,8 @@ use crate::recipe::Observer;
 /// Turns of stage 2; later ones change next to nothing.
 const TURNS: usize = 6;
 
-/// Quantizes `w` [rows, columns], of which `zeros` stay zero, so that it comes near `whole`, which has no zeros yet; `blocks` and `quadratic` are of the Hessian that `factor` is.
+/// Quantizes `w` [rows, columns], of which `zeros` stay zero, so that it comes near `whole`, which has no zeros yet; `blocks`
+/// and `quadratic` are of the Hessian that `factor` is.
 pub fn pt_bitnet(
     (w, whole): (&[f32], &[f32]),
     factor: &Factor,

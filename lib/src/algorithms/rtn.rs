@@ -87,9 +87,10 @@ pub fn rtn(w: &[f32], columns: usize, target: Target, observer: Observer, out: &
     sums
 }
 
-/// How many codes are 0, where a format has so few that it matters.
-pub fn zeros(format: NumberFormat, codes: &[i8]) -> u64 {
-    if format.bits() == 2 { codes.iter().filter(|c| **c == 0).count() as u64 } else { 0 }
+/// How many codes are 0, where a format has so few that it matters, and 0 stands for 0.
+pub fn zeros(format: NumberFormat, codes: &[i8]) -> Option<u64> {
+    let counts = format.bits() == 2 && format.symmetric();
+    counts.then(|| codes.iter().filter(|c| **c == 0).count() as u64)
 }
 
 /// Lanes of the running sums: their order is part of the result, so it is fixed here and not left to the processor.
@@ -106,8 +107,8 @@ pub struct ErrorSums {
     pub max_error: f32,
     /// Numbers seen.
     pub count: u64,
-    /// Codes that are 0, of formats of two bits.
-    pub zeros: u64,
+    /// Codes that are 0, of formats of two bits where 0 stands for 0.
+    pub zeros: Option<u64>,
     /// Numbers that are NaN or infinite on one side, left out of the sums.
     pub non_finite: u64,
 }
@@ -121,7 +122,10 @@ impl ErrorSums {
         }
         self.max_error = self.max_error.max(other.max_error);
         self.count += other.count;
-        self.zeros += other.zeros;
+        self.zeros = match (self.zeros, other.zeros) {
+            (Some(a), Some(b)) => Some(a + b),
+            (a, b) => a.or(b),
+        };
         self.non_finite += other.non_finite;
     }
 }

@@ -45,13 +45,13 @@ pub struct Job<'a> {
 /// Some layers that have the inputs `x` [rows, columns] in common, in one pass over the threads.
 pub fn products(x: &[f32], columns: usize, jobs: Vec<Job>) {
     type Key<'k> = (&'k [usize], Kind, (Activations, f32));
-    let mut sources: Vec<((Activations, f32), Source)> = Vec::new();
+    let mut sources: Vec<Source> = Vec::new();
     let mut keys: Vec<Key> = Vec::new();
     let mut places = Vec::with_capacity(jobs.len());
     for job in &jobs {
         let key = (job.rows, job.layer.view.kind(), job.layer.inputs);
-        if !sources.iter().any(|s| s.0 == key.2) {
-            sources.push((key.2, Source::new(x, columns, key.2)));
+        if !sources.iter().any(|s| s.activations == key.2) {
+            sources.push(Source::new(x, columns, key.2));
         }
         // Gate and up share theirs, and so do all experts of a single row.
         places.push(keys.iter().position(|k| *k == key).unwrap_or_else(|| {
@@ -60,7 +60,7 @@ pub fn products(x: &[f32], columns: usize, jobs: Vec<Job>) {
         }));
     }
     let make = |(rows, kind, inputs): &Key| {
-        let source = &sources.iter().find(|s| s.0 == *inputs).expect("every layer has a source").1;
+        let source = sources.iter().find(|s| s.activations == *inputs).expect("every layer has a source");
         source.ready(rows, *kind)
     };
     let ready: Vec<Ready> =
@@ -69,7 +69,7 @@ pub fn products(x: &[f32], columns: usize, jobs: Vec<Job>) {
     for (Job { layer, out, .. }, at) in jobs.into_iter().zip(&places) {
         tasks.push(Task { view: layer.view, bias: layer.bias, inputs: &ready[*at], out });
     }
-    multiply(&mut tasks);
+    multiply(tasks);
 }
 
 /// x W^T + bias [rows, out].
@@ -103,18 +103,11 @@ pub fn experts(x: &[f32], experts: &[Expert], rows_of: &[Vec<(usize, f32)>], alp
         hidden.par_chunks_mut(1 << 10).zip(up.par_chunks(1 << 10)).for_each(swiglu);
     }
 
-    let mut next = 0;
-    let places: Vec<Vec<usize>> = picked
-        .iter()
-        .map(|rows| {
-            rows.iter()
-                .map(|_| {
-                    next += 1;
-                    next - 1
-                })
-                .collect()
-        })
-        .collect();
+    let ends = picked.iter().scan(0, |end, rows| {
+        *end += rows.len();
+        Some((*end, rows.len()))
+    });
+    let places: Vec<Vec<usize>> = ends.map(|(end, n)| (end - n..end).collect()).collect();
     let mut results = vec![0f32; pairs * columns];
     let jobs = experts.iter().zip(&places).zip(parts(&mut results, &picked, columns));
     products(&hidden, inner, jobs.map(|((e, rows), out)| Job { layer: e.down, rows, out }).collect());

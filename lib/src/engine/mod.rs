@@ -17,8 +17,6 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use crate::formats::activations::Activations;
 use crate::ops::matmul::Columns;
@@ -31,13 +29,11 @@ const PIECE: usize = 1 << 16;
 const FEW: usize = 4;
 
 /// What linear layers compute with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Numerics {
     /// The stored codes, and inputs in int8 where weights are integers: fast.
     Engine,
     /// The values that the codes stand for, and inputs in f32, but where the scheme says otherwise.
-    #[default]
     Exact,
 }
 
@@ -93,9 +89,8 @@ pub struct Task<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// `values` [rows, columns]. `activations` is what the layers' scheme does to them, with the
-    /// scale of a fixed one; layers with float inputs get them in
-    /// int8 as [`Inputs::new`] says, where their weights are integers.
+    /// `values` [rows, columns]. `activations` is what the layers' scheme does to them, with the scale of a fixed one; layers
+    /// with float inputs get them in int8 as [`Inputs::new`] says, where their weights are integers.
     pub fn new(values: &'a [f32], columns: usize, activations: (Activations, f32)) -> Self {
         Self { values, columns, activations, rounded: OnceLock::new() }
     }
@@ -144,13 +139,8 @@ fn fast() -> bool {
     false
 }
 
-/// What computes here: `avx2` or `portable`.
-pub fn path() -> &'static str {
-    if fast() { "avx2" } else { "portable" }
-}
-
 /// All of `tasks`, their rows shared among the threads of the current pool.
-pub fn multiply(tasks: &mut [Task]) {
+pub fn multiply(tasks: Vec<Task>) {
     let threads = rayon::current_num_threads();
     let total: usize = tasks.iter().map(|t| t.view.shape().0 * t.view.row_bytes() * t.inputs.rows.div_ceil(FEW)).sum();
     let mut pieces: Vec<(usize, Range<usize>)> = Vec::new();
@@ -160,10 +150,13 @@ pub fn multiply(tasks: &mut [Task]) {
         let n = (PIECE / a_row.max(1)).clamp(8, 64).min(rows.div_ceil(threads)).next_multiple_of(8);
         pieces.extend((0..rows).step_by(n).map(|r| (i, r..rows.min(r + n))));
     }
-    let outs: Vec<Columns> = tasks.iter_mut().map(|t| Columns::new(t.out, t.inputs.rows, t.view.shape().0)).collect();
-    let tasks = &*tasks;
+    let shared = |Task { view, bias, inputs, out }| {
+        assert!(bias.is_none_or(|b| b.len() == view.shape().0), "a bias has one value an output");
+        Shared { view, bias, inputs, out: Columns::new(out, inputs.rows, view.shape().0) }
+    };
+    let tasks: Vec<Shared> = tasks.into_iter().map(shared).collect();
     // SAFETY: every piece has rows of the weight of its own.
-    let one = |(i, rows): &(usize, Range<usize>)| unsafe { piece(&tasks[*i], rows.clone(), &outs[*i]) };
+    let one = |(i, rows): &(usize, Range<usize>)| unsafe { piece(&tasks[*i], rows.clone()) };
     if threads == 1 || total < PIECE {
         pieces.iter().for_each(one);
     } else {
@@ -171,13 +164,20 @@ pub fn multiply(tasks: &mut [Task]) {
     }
 }
 
+/// A [`Task`] whose output several threads write.
+struct Shared<'a> {
+    view: View<'a>,
+    bias: Option<&'a [f32]>,
+    inputs: &'a Ready,
+    out: Columns<'a>,
+}
+
 /// # Safety
-/// Nobody else writes these columns of `out`.
-unsafe fn piece(task: &Task, rows: Range<usize>, out: &Columns) {
+/// Nobody else writes these columns of the task's output.
+unsafe fn piece(task: &Shared, rows: Range<usize>) {
     let (n, first) = (task.inputs.rows, rows.start);
-    assert!(task.bias.is_none_or(|b| b.len() == task.view.shape().0), "a bias has one value an output");
     // SAFETY: the caller's.
-    let mut outs: Vec<&mut [f32]> = (0..n).map(|i| unsafe { out.row(i, first, rows.len()) }).collect();
+    let mut outs: Vec<&mut [f32]> = (0..n).map(|i| unsafe { task.out.row(i, first, rows.len()) }).collect();
     let view = &task.view;
     match &task.inputs.how {
         #[cfg(target_arch = "x86_64")]
@@ -190,7 +190,7 @@ unsafe fn piece(task: &Task, rows: Range<usize>, out: &Columns) {
         #[cfg(target_arch = "x86_64")]
         How::Floats(inputs) => avx2::floats::floats(view, rows, inputs, &mut outs),
         How::Integers(inputs) => {
-            outs.iter_mut().enumerate().for_each(|(i, out)| portable::integers(view, rows.clone(), inputs, i, out));
+            portable::integers(view, rows, inputs, &mut outs);
         }
         How::Plain(x) => {
             let x = x.chunks_exact(view.shape().1);

@@ -1,16 +1,16 @@
-//! The kernels for any processor: plain loops of fixed length, which the compiler vectorizes.
+//! The kernels for any processor: the sums are plain loops of fixed length, which the compiler vectorizes.
 
 use super::inputs::Inputs;
 use super::reference::{CHAINS, sum};
 use super::view::{GROUP, Kind, View};
 
-/// Outputs of rows `rows` of an integer weight for row `i` of the inputs.
-pub fn integers(view: &View, rows: std::ops::Range<usize>, inputs: &Inputs, i: usize, out: &mut [f32]) {
+/// `out`[i][r] = row `rows.start + r` of an integer weight times row i of the inputs. A unit is decoded once for all of them.
+pub fn integers(view: &View, rows: std::ops::Range<usize>, inputs: &Inputs, out: &mut [&mut [f32]]) {
     // The kind is a constant in each arm, so that decoding has no choices left.
     macro_rules! arms {
         ($($kind:ident),*) => {
             match view.kind() {
-                $(Kind::$kind => integers_of::<{ Kind::$kind.unit() }>(Kind::$kind, view, rows, inputs, i, out),)*
+                $(Kind::$kind => integers_of::<{ Kind::$kind.unit() }>(Kind::$kind, view, rows, inputs, out),)*
                 _ => panic!("floats are no integers"),
             }
         };
@@ -24,28 +24,29 @@ fn integers_of<const UNIT: usize>(
     view: &View,
     rows: std::ops::Range<usize>,
     inputs: &Inputs,
-    i: usize,
-    out: &mut [f32],
+    out: &mut [&mut [f32]],
 ) {
     let groups = view.groups();
-    let x = &inputs.codes[i * inputs.columns..][..inputs.columns];
-    let scales = &inputs.scales[i * groups..][..groups];
     let mut codes = [0i16; UNIT];
-    for (r, out) in rows.zip(out) {
-        let mut chains = [0f32; 2];
-        for (u, x) in x.chunks(UNIT).enumerate() {
+    let mut chains = vec![[0f32; 2]; out.len()];
+    for (at, r) in rows.enumerate() {
+        chains.fill([0.0; 2]);
+        for (u, first) in (0..inputs.columns).step_by(UNIT).enumerate() {
             unpack(kind, view.unit(r, u), &mut codes);
-            for (g, (codes, x)) in codes.as_chunks::<GROUP>().0.iter().zip(x.as_chunks::<GROUP>().0).enumerate() {
-                let mut sum = 0i32;
-                for j in 0..GROUP {
-                    sum += i32::from(codes[j]) * i32::from(x[j]);
+            for (i, chains) in chains.iter_mut().enumerate() {
+                let x = &inputs.codes[i * inputs.columns..][first..inputs.columns.min(first + UNIT)];
+                for (g, (codes, x)) in codes.as_chunks::<GROUP>().0.iter().zip(x.as_chunks::<GROUP>().0).enumerate() {
+                    let mut sum = 0i32;
+                    for j in 0..GROUP {
+                        sum += i32::from(codes[j]) * i32::from(x[j]);
+                    }
+                    let g = u * (UNIT / GROUP) + g;
+                    let scale = view.scale(r, g * GROUP) * (inputs.scales[i * groups + g] * kind.step());
+                    chains[g % 2] = (sum as f32).mul_add(scale, chains[g % 2]);
                 }
-                let g = u * (UNIT / GROUP) + g;
-                let scale = view.scale(r, g * GROUP) * (scales[g] * kind.step());
-                chains[g % 2] = (sum as f32).mul_add(scale, chains[g % 2]);
             }
         }
-        *out = chains[0] + chains[1];
+        out.iter_mut().zip(&chains).for_each(|(out, chains)| out[at] = chains[0] + chains[1]);
     }
 }
 

@@ -137,7 +137,7 @@ proptest! {
             let inputs = source.ready_for(&picked, kind, fast);
             let mut have = vec![f32::NAN; n * out];
             let task = Task { view, bias: bias.as_deref(), inputs: &inputs, out: &mut have };
-            pool.install(|| multiply(&mut [task]));
+            pool.install(|| multiply(vec![task]));
             let have: Vec<f32> = have.chunks_exact(out).rev().flatten().copied().collect();
             prop_assert_eq!(bits(&have), want.clone(), "fast {}, {} threads", fast, threads);
         }
@@ -165,7 +165,7 @@ fn the_worst_codes_do_not_saturate() {
                 let inputs = Source::new(&x, columns, (Activations::DynamicTokenInt8, 1.0))
                     .ready(&(0..n).collect::<Vec<_>>(), kind);
                 let mut have = vec![0f32; n * 8];
-                multiply(&mut [Task { view, bias: None, inputs: &inputs, out: &mut have }]);
+                multiply(vec![Task { view, bias: None, inputs: &inputs, out: &mut have }]);
                 assert_eq!(bits(&have), bits(&want), "{kind:?} {byte:#x} {n} {sign}");
             }
         }
@@ -198,7 +198,7 @@ fn a_scale_that_is_no_number_gives_none() {
         let x = vec![1f32; n * 512];
         let inputs = Source::new(&x, 512, (Activations::Float, 1.0)).ready(&(0..n).collect::<Vec<_>>(), Kind::E2m1);
         let mut out = vec![0f32; n * 8];
-        multiply(&mut [Task { view, bias: None, inputs: &inputs, out: &mut out }]);
+        multiply(vec![Task { view, bias: None, inputs: &inputs, out: &mut out }]);
         assert!(out.iter().enumerate().all(|(i, o)| o.is_nan() == (i % 8 == 3)), "{out:?}");
     }
 }

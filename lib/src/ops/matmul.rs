@@ -6,6 +6,7 @@
 //! columns] is decoded and transposed once and meets all rows of x while it is in the cache.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
@@ -62,20 +63,21 @@ impl Packed {
 }
 
 /// An output [rows, columns] whose columns different threads write.
-pub(crate) struct Columns {
+pub(crate) struct Columns<'a> {
     first: *mut f32,
     rows: usize,
     columns: usize,
+    of: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: `row` hands out ranges of columns; `matmul` gives each range to one thread.
-unsafe impl Sync for Columns {}
+// SAFETY: `row` hands out ranges of columns, and its callers promise that nobody else holds them.
+unsafe impl Sync for Columns<'_> {}
 
-impl Columns {
-    /// `out` [rows, columns]; it must live as long as this does, and nobody else may use it.
-    pub(crate) fn new(out: &mut [f32], rows: usize, columns: usize) -> Self {
+impl<'a> Columns<'a> {
+    /// `out` [rows, columns].
+    pub(crate) fn new(out: &'a mut [f32], rows: usize, columns: usize) -> Self {
         assert_eq!(out.len(), rows * columns, "the caller fits shapes to each other");
-        Self { first: out.as_mut_ptr(), rows, columns }
+        Self { first: out.as_mut_ptr(), rows, columns, of: PhantomData }
     }
 
     /// Columns `from..from + n` of a row.

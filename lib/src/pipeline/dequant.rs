@@ -316,6 +316,8 @@ impl<'a> Plan<'a> {
                 experts: ExpertLayout::Dense,
                 main: MainLayout::Dense,
                 formats: Vec::new(),
+                embedding: false,
+                head: false,
                 groups: Vec::new(),
                 hidden: self.config.hidden,
                 eps: runtimes::eps(&self.source.config),

@@ -110,6 +110,10 @@ pub struct Facts {
     pub main: MainLayout,
     /// compressed-tensors' formats among the other weights.
     pub formats: Vec<Format>,
+    /// Whether the embedding is stored as codes in one of them.
+    pub embedding: bool,
+    /// Whether the output head is.
+    pub head: bool,
     /// Group sizes of int4 experts.
     pub groups: Vec<usize>,
     /// hidden_size.
@@ -127,6 +131,10 @@ pub enum Condition {
     Main(MainLayout),
     /// Some of the other weights have this format.
     MainIs(Format),
+    /// The embedding is stored as codes.
+    EmbeddingIsCoded,
+    /// The output head is stored as codes.
+    HeadIsCoded,
     /// Some int4 experts have groups of this size.
     GroupsAre(usize),
     /// This does not divide hidden_size.
@@ -141,6 +149,8 @@ impl Condition {
             Self::Experts(layout) => facts.experts == layout,
             Self::Main(layout) => facts.main == layout,
             Self::MainIs(format) => facts.formats.contains(&format),
+            Self::EmbeddingIsCoded => facts.embedding,
+            Self::HeadIsCoded => facts.head,
             Self::GroupsAre(n) => facts.groups.contains(&n),
             Self::HiddenIsNoMultiple(n) => !facts.hidden.is_multiple_of(n),
             Self::EpsIsNot(eps) => (facts.eps / eps - 1.0).abs() > 1e-6,
@@ -182,12 +192,15 @@ pub fn facts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Facts> {
             formats.push(format);
         }
     }
+    let coded = |name: &str| checkpoint.get(&format!("{name}.weight_scale")).is_some();
+    let (embedding, head) = (coded("model.embed_tokens"), coded("lm_head"));
     let (experts, main) = layouts(checkpoint, config)?;
     let mut schemes = Vec::new();
     for layer in 0..config.layers {
         schemes.extend(scheme_of(checkpoint, &Linear { proj: Proj::Gate, layer, expert: 0 }.module())?);
     }
-    Ok(Facts { experts, main, formats, groups: groups(schemes.into_iter()), hidden: config.hidden, eps })
+    let groups = groups(schemes.into_iter());
+    Ok(Facts { experts, main, formats, embedding, head, groups, hidden: config.hidden, eps })
 }
 
 /// rms_norm_eps of a `config.json`, or what a gpt-oss has that does not say.
@@ -277,7 +290,8 @@ mod tests {
     use super::*;
 
     fn facts(experts: ExpertLayout, main: MainLayout, hidden: usize) -> Facts {
-        Facts { experts, main, formats: Vec::new(), groups: Vec::new(), hidden, eps: 1e-5 }
+        let (embedding, head) = (false, false);
+        Facts { experts, main, formats: Vec::new(), embedding, head, groups: Vec::new(), hidden, eps: 1e-5 }
     }
 
     fn statuses(facts: &Facts) -> Vec<Loads> {
@@ -294,9 +308,9 @@ mod tests {
                 let of = |format| (2944, vec![format]);
                 let odd = [Format::Mxfp6, Format::Ternary, Format::TernaryBase3].map(of);
                 for (hidden, formats) in [(2880, vec![]), (2944, vec![])].into_iter().chain(odd) {
-                    let facts = Facts { formats, ..facts(experts, main, hidden) };
-                    assert_eq!(report(&facts).len(), Runtime::ALL.len());
-                    for runtime in Runtime::ALL {
+                    for (embedding, runtime) in Runtime::ALL.into_iter().flat_map(|r| [(false, r), (true, r)]) {
+                        let facts = Facts { formats: formats.clone(), embedding, ..facts(experts, main, hidden) };
+                        assert_eq!(report(&facts).len(), Runtime::ALL.len());
                         let rule = deciding(runtime, &facts);
                         let at = rules::RULES.iter().position(|r| std::ptr::eq(r, rule)).unwrap();
                         used[at] = true;
@@ -325,6 +339,11 @@ mod tests {
         assert_eq!(statuses(&facts(DenseExperts, coded, 2880)), [Good, Good, no, Good]);
         assert_eq!(statuses(&facts(PerExpert, coded, 2880)), [LoadsWrongly, LoadsWrongly, no, Good]);
         assert_eq!(statuses(&facts(ExpertLayout::Gguf, MainLayout::Dense, 2880))[2..], [Good, Good]);
+        let embedding = Facts { embedding: true, ..facts(DenseExperts, coded, 2880) };
+        assert_eq!(statuses(&embedding), [no, no, no, Good]);
+        let head = Facts { head: true, ..facts(DenseExperts, coded, 2880) };
+        assert_eq!(statuses(&head), [Good, Good, no, Good]);
+        assert!(report(&head)[0].reason.contains("output head"), "{:?}", report(&head)[0]);
         let sixes = Facts { formats: vec![Format::Mxfp6], ..facts(DenseExperts, coded, 2880) };
         assert_eq!(statuses(&sixes), [no, Good, no, Good]);
         assert!(refusal(Runtime::Vllm, &facts(VllmInt, coded, 2880)).unwrap().ends_with("nearest: --pad-to 128"));

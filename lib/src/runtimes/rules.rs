@@ -1,6 +1,8 @@
 //! The rules themselves: for each runtime the first line whose conditions all hold decides; remarks are added to it.
 
-use super::Condition::{self, EpsIsNot, Experts, GroupsAre, HiddenIsNoMultiple, Main, MainIs};
+use super::Condition::{
+    self, EmbeddingIsCoded, EpsIsNot, Experts, GroupsAre, HeadIsCoded, HiddenIsNoMultiple, Main, MainIs,
+};
 use super::ExpertLayout::{Dense as DenseExperts, Gguf, Mixed, Mxfp4, PerExpert, VllmFp8, VllmInt};
 use super::MainLayout::{CompressedTensors as Coded, Dense};
 use super::{Remark, Rule, Runtime};
@@ -24,6 +26,9 @@ const OURS: &str = "this project's containers/";
 const LOST_NAMES: &str =
     "names of single experts' gate_proj, up_proj and down_proj are unknown to its loader, which drops them";
 const OWN_FORMAT: &str = "ternary codes are no format of compressed-tensors";
+const NO_EMBEDDING: &str = "its embedding takes no codes";
+const EMBEDDING_INSTEAD: &str = "without --embed-tokens";
+const VLLM_EMBEDDING: &str = "vLLM pull request 35660, which would change it";
 const TERNARY_INSTEAD: &str = "w2a16, or tq2_0 in a GGUF file for llama.cpp";
 const KEPT: &str =
     "quant_method is compressed-tensors, so the kept MXFP4 experts are not recognised; see gptoss_kept in config.json";
@@ -70,6 +75,7 @@ pub(super) static RULES: &[Rule] = &[
         VLLM_WNA16,
         "--pad-to 128",
     ),
+    rule(Vllm, &[EmbeddingIsCoded], DoesNotLoad, NO_EMBEDDING, VLLM_EMBEDDING, EMBEDDING_INSTEAD),
     rule(Vllm, &[MainIs(Format::Ternary)], DoesNotLoad, OWN_FORMAT, VLLM_CT, TERNARY_INSTEAD),
     rule(Vllm, &[MainIs(Format::TernaryBase3)], DoesNotLoad, OWN_FORMAT, VLLM_CT, TERNARY_INSTEAD),
     rule(
@@ -135,6 +141,7 @@ pub(super) static RULES: &[Rule] = &[
         TRANSFORMERS_MXFP4,
         "",
     ),
+    rule(Transformers, &[EmbeddingIsCoded], DoesNotLoad, NO_EMBEDDING, TRANSFORMERS_CT, EMBEDDING_INSTEAD),
     rule(Transformers, &[MainIs(Format::Ternary)], DoesNotLoad, OWN_FORMAT, TRANSFORMERS_CT, TERNARY_INSTEAD),
     rule(Transformers, &[MainIs(Format::TernaryBase3)], DoesNotLoad, OWN_FORMAT, TRANSFORMERS_CT, TERNARY_INSTEAD),
     rule(
@@ -157,6 +164,11 @@ pub(super) static REMARKS: &[Remark] = &[
         runtime: Vllm,
         when: &[EpsIsNot(1e-5)],
         text: "its norms take an eps of 1e-5 whatever rms_norm_eps says (no difference could be measured on a small model)",
+    },
+    Remark {
+        runtime: Vllm,
+        when: &[HeadIsCoded],
+        text: "a quantized output head needs its pull request 37291, of March 2026 (not run)",
     },
     Remark {
         runtime: Vllm,

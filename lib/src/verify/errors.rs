@@ -52,7 +52,7 @@ pub fn each(matrices: impl Iterator<Item = (Linear, String, ErrorSums)>) -> Vec<
 pub fn summary(s: &ErrorSums, worst: Option<Worst>) -> ErrorReport {
     let error: f64 = s.squared_error.iter().sum();
     let rms = (error / s.count.max(1) as f64).sqrt();
-    let zeros = (s.zeros > 0).then(|| s.zeros as f64 / s.count.max(1) as f64);
+    let zeros = s.zeros.map(|n| n as f64 / s.count.max(1) as f64);
     ErrorReport { max: f64::from(s.max_error), rms, relative: relative(s), zeros, non_finite: s.non_finite, worst }
 }
 

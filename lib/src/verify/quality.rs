@@ -75,7 +75,9 @@ pub fn quality(
     let (device, exact) = (device.with(numerics), device.with(Numerics::Exact));
     let subject = Subject { device: &device, model };
     let beside = |model| Subject { device: &exact, model };
-    let figures = evaluate(subject, reference.map(beside), &text.sequences, room)?;
+    // The engine's own distance needs the same figures where nothing else is asked for.
+    let alone = reference.is_none() && numerics == Numerics::Engine;
+    let figures = evaluate(subject, reference.or(alone.then_some(model)).map(beside), &text.sequences, room)?;
     let predicted = figures.predicted.iter().filter(|p| **p).count();
     let nll = mean(&figures, |r| r.nll, predicted);
     let perplexity = libm::exp(nll);
@@ -84,6 +86,7 @@ pub fn quality(
     };
     let engine = match numerics {
         Numerics::Exact => None,
+        Numerics::Engine if alone => Some(against(&figures, model)?),
         Numerics::Engine => Some(against(&evaluate(subject, Some(beside(model)), &text.sequences, room)?, model)?),
     };
     Ok(QualityReport {

@@ -227,7 +227,10 @@ fn parse_weights(arguments: &Value, strategy: Strategy) -> std::result::Result<N
         (Some(TERNARY_BASE3), Some(2), Strategy::Group(_) | Strategy::Channel, None, true) => {
             Ok(NumberFormat::Ternary(Trits::Fifths))
         }
-        _ => Err(format!("weights of type {kind} are not read by this version; int and float are")),
+        (Some(TERNARY | TERNARY_BASE3), ..) => {
+            Err(format!("ternary weights with {arguments} are not read by this version"))
+        }
+        _ => Err(format!("weights of type {kind} are not read by this version; int, float and ternary are")),
     }
 }
 

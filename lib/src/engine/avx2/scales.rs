@@ -72,10 +72,8 @@ unsafe fn four<const KIND: u8>(first: [*const u8; 4], at: usize) -> __m128 {
         let words = || _mm_cvtsi64_si128((two(a) | two(b) << 16 | two(c) << 32 | two(d) << 48) as i64);
         match KIND {
             E8M0 => {
-                let bits = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(i32::from_le_bytes([*a, *b, *c, *d])));
-                let bits = _mm_max_epi32(_mm_slli_epi32::<23>(bits), _mm_set1_epi32(LEAST));
-                let infinite = _mm_cmpeq_epi32(bits, _mm_set1_epi32(0x7f80_0000));
-                _mm_castsi128_ps(_mm_or_si128(bits, _mm_and_si128(infinite, _mm_set1_epi32(LEAST))))
+                let bytes = _mm_cvtsi32_si128(i32::from_le_bytes([*a, *b, *c, *d]));
+                _mm256_castps256_ps128(power(bytes))
             }
             BF16 => _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words())),
             F16 => _mm_cvtph_ps(words()),
@@ -87,8 +85,16 @@ unsafe fn four<const KIND: u8>(first: [*const u8; 4], at: usize) -> __m128 {
     }
 }
 
-/// The bits of 2^-127, which a byte of 0 stands for; the exponent alone would make it 0.
-const LEAST: i32 = 1 << 22;
+/// 2^(e - 127) of the low eight bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn power(bytes: __m128i) -> __m256 {
+    // A byte of 0 stands for 2^-127, which has no bit of the exponent set, and 255 is no number.
+    let last = _mm256_set1_epi32(1 << 22);
+    let bits = _mm256_max_epi32(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes)), last);
+    let infinite = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(0x7f80_0000));
+    _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(infinite, last)))
+}
 
 /// Powers of two, 8 groups at a time.
 #[inline]
@@ -101,14 +107,7 @@ unsafe fn powers(bytes: [&[u8]; 4], out: &mut [[f32; 4]]) {
         // SAFETY: 8 scales of each row are left, and 32 numbers.
         unsafe {
             let eight = |row: &[u8]| _mm_loadl_epi64(row.as_ptr().add(8 * i).cast());
-            let put = |two: __m128i, at: usize| {
-                let bits = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(two));
-                let bits = _mm256_max_epi32(bits, _mm256_set1_epi32(LEAST));
-                // 255 is no number.
-                let infinite = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(0x7f80_0000));
-                let bits = _mm256_or_si256(bits, _mm256_and_si256(infinite, _mm256_set1_epi32(LEAST)));
-                _mm256_storeu_ps(to.add(at), _mm256_castsi256_ps(bits));
-            };
+            let put = |two: __m128i, at: usize| _mm256_storeu_ps(to.add(at), power(two));
             let (ab, cd) = (_mm_unpacklo_epi8(eight(a), eight(b)), _mm_unpacklo_epi8(eight(c), eight(d)));
             let (low, high) = (_mm_unpacklo_epi16(ab, cd), _mm_unpackhi_epi16(ab, cd));
             put(low, 0);

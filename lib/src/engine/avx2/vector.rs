@@ -11,6 +11,7 @@ use crate::engine::view::{GROUP, Kind, View};
 /// One row of inputs in the order in which a kind's codes meet it.
 pub struct Arranged {
     kind: Kind,
+    groups: usize,
     /// Codes of each pair of groups.
     codes: Vec<u8>,
     /// The scale of each group of a pair, four times each [pairs, 8]; times the kind's step.
@@ -41,6 +42,7 @@ impl Arranged {
         let pairs = pairs(groups, P);
         let mut a = Self {
             kind,
+            groups,
             codes: vec![0; pairs * C::INPUTS],
             scales: vec![0.0; pairs * 8],
             corrections: vec![0; pairs * 8],
@@ -73,7 +75,7 @@ impl Arranged {
 pub fn integers(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut [&mut [f32]]) {
     assert!(super::is_here(), "the caller has asked for this processor");
     assert!(rows.end <= view.shape().0 && inputs.len() == out.len(), "rows of the weight, one output an input");
-    assert!(inputs.iter().all(|a| a.kind == view.kind() && a.scales.len() >= view.groups().div_ceil(2) * 8));
+    assert!(inputs.iter().all(|a| a.kind == view.kind() && a.groups == view.groups()));
     // SAFETY: the features are there, and shapes were checked here and where views are made.
     unsafe {
         match view.kind() {

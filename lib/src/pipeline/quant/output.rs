@@ -90,7 +90,10 @@ impl Plan<'_> {
         let eps = runtimes::eps(&self.raw_config);
         let gates =
             (0..self.config.layers).filter_map(|layer| self.coded(&Linear { proj: Proj::Gate, layer, expert: 0 }));
-        Facts { experts, main, formats, groups: runtimes::groups(gates), hidden: self.config.hidden, eps }
+        let coded = |proj| self.coded(&Linear { proj, layer: 0, expert: 0 }).is_some_and(|s| s.stored().is_some());
+        let (embedding, head) = (coded(Proj::Embed), coded(Proj::LmHead));
+        let (groups, hidden) = (runtimes::groups(gates), self.config.hidden);
+        Facts { experts, main, formats, embedding, head, groups, hidden, eps }
     }
 
     /// The output's layout in a word.
