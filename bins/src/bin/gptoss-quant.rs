@@ -10,16 +10,17 @@ use gptoss::calibrate::check_memory;
 use gptoss::checkpoint::destination::{check_destination, check_room};
 use gptoss::checkpoint::hub::{Located, Wanted, locate};
 use gptoss::checkpoint::source::{Checkpoint, has_weights, read_config, read_object};
-use gptoss::manifest::Manifest;
+use gptoss::manifest::{Job, Manifest};
 use gptoss::model::{ModelConfig, padding::Padding};
 use gptoss::pipeline::progress::Progress;
-use gptoss::pipeline::quant::{Plan, target::settle};
+use gptoss::pipeline::quant::{Plan, budget::Budget, target};
 use gptoss::pipeline::{Paths, meter::Meter, model_name};
 use gptoss::recipe::Recipe;
 use gptoss::text::{Text, TextRequest, dataset::Split, load, tokenizer::Tokenizer};
 use gptoss_tools::recipe::RecipeArgs;
 use gptoss_tools::text::TextArgs;
 use gptoss_tools::{Common, run, source, volatile};
+use serde_json::{Map, Value};
 
 /// The text where no flag names one, and how many sequences of it: as in the recipes of other tools.
 const DATASET: &str = "open_platypus";
@@ -36,6 +37,7 @@ const PUBLISHED: &str = "gpt-oss-120b";
   gptoss-quant --model-in ./gpt-oss-20b --algo rtn --experts keep --mw w8a8 --output-dir out
   gptoss-quant --model-in ./gpt-oss-20b --target vllm --experts w4a16 --mw w8a16
   gptoss-quant --model-in ./gpt-oss-20b --algo rtn --target llama.cpp --experts keep --mw q8_0
+  gptoss-quant --model-in ./gpt-oss-20b --target-size 8GB --calib-jsonl calib.jsonl
   gptoss-quant --model-in ./out --keep-codes --container gguf --output-dir out-gguf
   gptoss-quant --model-in ./gpt-oss-20b --recipe recipe.yaml --group-size auto
   gptoss-quant --model-in ./gpt-oss-120b/config.json --dry-run
@@ -93,7 +95,11 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     let raw_config = read_config(&located.dir)?;
     let config = ModelConfig::parse(&located.dir, &raw_config)?;
     let mut recipe = args.recipe.resolve(&config, false, progress)?;
-    settle(&located.dir, &raw_config, &mut recipe, args.recipe.wish())?;
+    target::settle(&located.dir, &raw_config, &mut recipe, args.recipe.wish())?;
+    if let Some((bytes, _)) = args.recipe.target_size() {
+        // What cannot be reached shows before anything is fetched.
+        recipe = Budget::new(&located.dir, &raw_config, &recipe, bytes, None)?.least().0;
+    }
     args.check_resources(&recipe, &config)?;
     if let (Some(id), true) = (&args.model_in, located.hub.is_some()) {
         located = locate(id, Wanted::Everything, progress)?;
@@ -102,12 +108,23 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     if let Some(padding) = padding(&recipe, &config)? {
         checkpoint.pad(padding);
     }
-    let plan = Plan::new(&located.dir, &checkpoint.config, recipe.clone(), Some(&checkpoint))?;
+    let mut plan = Plan::new(&located.dir, &checkpoint.config, recipe.clone(), Some(&checkpoint))?;
     let dst = args.destination(&recipe, &located.dir, &config);
     let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force };
     // Before a text is fetched for nothing; the run looks again.
     check_destination(&located.dir, &dst, args.force)?;
     let text = args.calibration_text(&recipe, &located.dir, &config, progress)?;
+    if let (Some((bytes, file)), Some(text)) = (args.recipe.target_size(), &text) {
+        let budget = Budget::new(&located.dir, &checkpoint.config, &recipe, bytes, Some(&checkpoint))?;
+        let beside = sensitivity_beside(&dst);
+        let measured = match budget.is_open() {
+            true => Some(budget.measure(checkpoint.padding(), text, &resources, file.unwrap_or(&beside))?),
+            false => None,
+        };
+        let recipe = budget.pick(measured.as_ref())?;
+        plan = Plan::new(&located.dir, &checkpoint.config, recipe, Some(&checkpoint))?;
+        target::check(&plan, args.recipe.wish())?;
+    }
     let (mut manifest, resumed) = plan.run(&paths, &resources, text.as_ref())?;
     manifest.notes.iter().for_each(|n| progress.note(&format!("note: {n}")));
     manifest.volatile = Some(volatile(&located, Some(&dst), meter.read(), resources.threads, resumed));
@@ -121,8 +138,8 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let Some(located) = args.model_of_dry_run(progress)? else {
         let (dir, config) = (Path::new(PUBLISHED), ModelConfig::published(PUBLISHED).expect("it is published"));
         let mut recipe = args.recipe.resolve(&ModelConfig::parse(dir, &config)?, true, progress)?;
-        settle(dir, &config, &mut recipe, args.recipe.wish())?;
-        let mut manifest = Plan::new(dir, &config, recipe, None)?.preview();
+        target::settle(dir, &config, &mut recipe, args.recipe.wish())?;
+        let mut manifest = args.preview(dir, &config, recipe, None)?;
         manifest.notes.push(format!("no model was given: this is planned for {PUBLISHED}"));
         args.common.emit(&manifest)?;
         return Ok(ExitCode::SUCCESS);
@@ -137,21 +154,29 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let raw_config = if file { read_object(path)? } else { read_config(path)? };
     let config = ModelConfig::parse(dir, &raw_config)?;
     let mut recipe = args.recipe.resolve(&config, true, progress)?;
-    settle(dir, &raw_config, &mut recipe, args.recipe.wish())?;
+    target::settle(dir, &raw_config, &mut recipe, args.recipe.wish())?;
     args.check_resources(&recipe, &config)?;
     let mut checkpoint = if has_weights { Some(Checkpoint::open(path)?) } else { None };
     if let (Some(checkpoint), Some(padding)) = (&mut checkpoint, padding(&recipe, &config)?) {
         checkpoint.pad(padding);
     }
-    let dst = args.destination(&recipe, dir, &config);
     let raw_config = checkpoint.as_ref().map_or(raw_config, |c| c.config.clone());
-    let manifest = Plan::new(dir, &raw_config, recipe, checkpoint.as_ref())?.preview();
+    let manifest = args.preview(dir, &raw_config, recipe, checkpoint.as_ref())?;
+    let Job::Quantize { recipe } = &manifest.job else { unreachable!("it is a quantization") };
+    let dst = args.destination(recipe, dir, &config);
     if has_weights {
         let dst = check_destination(dir, &dst, args.force)?;
         check_room(&dst, manifest.plan.as_ref().map_or(0, |p| p.bytes))?;
     }
     args.common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where measured errors are kept unless a flag says otherwise.
+fn sensitivity_beside(dst: &Path) -> PathBuf {
+    let mut name = dst.file_name().unwrap_or_default().to_owned();
+    name.push(".sensitivity.json");
+    dst.with_file_name(name)
 }
 
 /// What the recipe's widths come to for this model.
@@ -165,12 +190,33 @@ impl Args {
         if let Some(folder) = self.recipe.statistics().offload_folder.as_ref().filter(|f| !f.is_dir()) {
             bail!("--offload-folder {}: is no folder; create it, or give another", folder.display());
         }
-        if !recipe.needs_text() {
+        if !self.needs_text(recipe) {
             return Ok(());
         }
         self.text_request().check()?;
         check_memory(self.common.resources().max_memory, config)?;
         Ok(())
+    }
+
+    fn needs_text(&self, recipe: &Recipe) -> bool {
+        recipe.needs_text() || recipe.target_size.is_some()
+    }
+
+    /// The plan of `recipe`; with a size as its target the plan of the least that it may be.
+    fn preview(
+        &self,
+        dir: &Path,
+        raw_config: &Map<String, Value>,
+        recipe: Recipe,
+        source: Option<&Checkpoint>,
+    ) -> Result<Manifest> {
+        let Some((bytes, _)) = self.recipe.target_size() else {
+            return Ok(Plan::new(dir, raw_config, recipe, source)?.preview());
+        };
+        let (recipe, note) = Budget::new(dir, raw_config, &recipe, bytes, source)?.least();
+        let mut manifest = Plan::new(dir, raw_config, recipe, source)?.preview();
+        manifest.notes.push(note);
+        Ok(manifest)
     }
 
     fn text_request(&self) -> TextRequest {
@@ -205,7 +251,7 @@ impl Args {
         config: &ModelConfig,
         progress: &Progress,
     ) -> Result<Option<Text>> {
-        if !recipe.needs_text() {
+        if !self.needs_text(recipe) {
             if self.text.is_given() {
                 progress.note("note: this recipe needs no text, so the one that was given is not used");
             }

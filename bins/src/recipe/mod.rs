@@ -3,10 +3,11 @@
 mod flags;
 mod kernels;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use gptoss::algorithms::Algorithm;
+use gptoss::formats::ternary::Trits;
 use gptoss::model::{ModelConfig, linears};
 use gptoss::pipeline::progress::Progress;
 use gptoss::pipeline::quant::target::Wish;
@@ -57,6 +58,15 @@ pub struct RecipeArgs {
     /// and 256-wide formats (N = 256) fit a gpt-oss
     #[arg(long, value_name = "N", help_heading = "Recipe")]
     pad_to: Option<usize>,
+    /// Most bytes of weights in the output, such as 8GB. The recipe is then the least that each layer gets; where the text shows
+    /// that it loses most, experts and attentions get more bits, one by one, until the size is reached. Without --experts
+    /// the least is ternary_b3
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "keep_codes", help_heading = "Recipe")]
+    target_size: Option<u64>,
+    /// Where the measured errors of --target-size are kept, or were by a run for another size [default: beside the output,
+    /// OUTPUT.sensitivity.json]
+    #[arg(long, value_name = "FILE", requires = "target_size", help_heading = "Recipe")]
+    sensitivity: Option<PathBuf>,
     /// Most data in one shard
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
     shard_size: u64,
@@ -161,6 +171,11 @@ impl RecipeArgs {
         self.keep_codes
     }
 
+    /// The size of the output, and the file of what was measured for it.
+    pub fn target_size(&self) -> Option<(u64, Option<&Path>)> {
+        self.target_size.map(|bytes| (bytes, self.sensitivity.as_deref()))
+    }
+
     /// Where the output is to go.
     pub fn wish(&self) -> Wish {
         Wish { target: self.target, container: self.container }
@@ -204,9 +219,11 @@ impl RecipeArgs {
         let algorithm = l.algo.unwrap_or(Algorithm::Gptq);
         let group_size = l.group_size.unwrap_or(GroupSize::Auto);
         let observer = l.observer.unwrap_or_default();
+        let grows = self.target_size.is_some() && self.container != Some(Container::Gguf);
+        let least = if grows { SchemeName::Ternary(Trits::Fifths) } else { SchemeName::weight_only(4) };
         let experts = LayerRecipe {
             algorithm: l.experts_algo.unwrap_or(algorithm),
-            scheme: scheme("experts", l.experts, l.experts_type, SchemeName::weight_only(4))?,
+            scheme: scheme("experts", l.experts, l.experts_type, least)?,
             symmetric: symmetry(l.experts_symmetry),
             group_size: l.experts_group_size.unwrap_or(group_size),
             observer,
@@ -244,11 +261,10 @@ impl RecipeArgs {
                     "--embed-tokens {scheme}: nothing is multiplied with the embedding, so it has no inputs to round; take w8a16"
                 );
             }
-            recipe.ignore.retain(|p| p != module);
             let algorithm = if calibrated { Algorithm::Gptq } else { Algorithm::Rtn };
             let (group_size, observer) = (l.group_size.unwrap_or(GroupSize::Auto), recipe.mw.observer);
             let layer = LayerRecipe { algorithm, observer, group_size, ..LayerRecipe::new(scheme) };
-            recipe.overrides.push(Override { targets: vec![module.to_owned()], ignore: Vec::new(), layer });
+            recipe.also(module, layer);
         }
         Ok(recipe)
     }

@@ -50,10 +50,10 @@ impl Matrix {
 }
 
 /// A token and the router's weight for it.
-type Share = (u32, f32);
+pub(super) type Share = (u32, f32);
 
 /// What stands in front of the experts of a layer, as the text goes on through it.
-struct Front<'w> {
+pub(super) struct Front<'w> {
     norm: Vec<f32>,
     router: <Cpu as Device>::Matrix<'w>,
     /// Scales that go into gate and up.
@@ -73,7 +73,7 @@ struct Routing {
 }
 
 /// What all experts of a layer read.
-struct Mlp<'w> {
+pub(super) struct Mlp<'w> {
     layer: usize,
     front: Front<'w>,
     routing: Routing,
@@ -82,10 +82,29 @@ struct Mlp<'w> {
 }
 
 /// What an expert made.
-struct Done {
+pub(super) struct Done {
     /// Its outputs [tokens of the expert, H].
     outputs: States,
     report: LayerReport,
+}
+
+impl Mlp<'_> {
+    /// The tokens of an expert.
+    pub(super) fn tokens(&self, expert: usize) -> &[Share] {
+        &self.routing.tokens[expert]
+    }
+
+    /// Adds what `experts` made to `out` [tokens, H].
+    pub(super) fn add_outputs(&self, out: &mut [f32], h: usize, experts: std::ops::Range<usize>, done: &[Done]) {
+        add_outputs(out, h, &self.routing.tokens[experts], done);
+    }
+}
+
+impl Done {
+    /// [tokens of the expert, H].
+    pub(super) fn outputs(&self) -> &[f32] {
+        &self.outputs
+    }
 }
 
 /// The tokens that tell about an expert.
@@ -134,19 +153,13 @@ fn softmax(row: &mut [f32]) {
 
 impl<'a> Calibrator<'a> {
     pub(super) fn experts(&mut self, l: usize, output: &dyn Output, report: &mut LayerReport) -> Result<()> {
-        let c = &self.model.config;
-        let each: Vec<Linear> = (0..c.experts)
+        let experts = self.model.config.experts;
+        let each: Vec<Linear> = (0..experts)
             .flat_map(|expert| [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer: l, expert }))
             .collect();
         let treated = each.iter().any(|e| output.treatment(e).is_some());
         let front = self.front(l, output, report)?;
-        let mlp = Mlp {
-            layer: l,
-            routing: self.route(&front, treated)?,
-            front,
-            gate_up_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::GateUp, l)?,
-            down_bias: containers::expert_biases(&self.model.checkpoint, c, Fused::Down, l)?,
-        };
+        let mlp = self.mlp(l, front, treated)?;
         report.coverage = treated.then(|| Coverage {
             layer: l,
             tokens: self.tokens() as u64,
@@ -168,8 +181,20 @@ impl<'a> Calibrator<'a> {
         Ok(())
     }
 
+    /// What the experts read, with the routes of all tokens.
+    pub(super) fn mlp(&self, l: usize, front: Front<'a>, treated: bool) -> Result<Mlp<'a>> {
+        let (checkpoint, c) = (&self.model.checkpoint, &self.model.config);
+        Ok(Mlp {
+            layer: l,
+            routing: self.route(&front, treated)?,
+            front,
+            gate_up_bias: containers::expert_biases(checkpoint, c, Fused::GateUp, l)?,
+            down_bias: containers::expert_biases(checkpoint, c, Fused::Down, l)?,
+        })
+    }
+
     /// The norm and the router, with the scales of a transform in them, and rounded where the recipe says so.
-    fn front(&self, l: usize, output: &dyn Output, report: &mut LayerReport) -> Result<Front<'a>> {
+    pub(super) fn front(&self, l: usize, output: &dyn Output, report: &mut LayerReport) -> Result<Front<'a>> {
         let c = &self.model.config;
         let weights = self.model.layer(self.device, l)?;
         let name = format!("model.layers.{l}.post_attention_layernorm.weight");
@@ -261,19 +286,13 @@ impl<'a> Calibrator<'a> {
     /// ascending order, as the forward does.
     fn waves(&self, mlp: &Mlp, output: &dyn Output, report: &mut LayerReport) -> Result<States> {
         let c = &self.model.config;
+        let read = self.is_read(mlp.layer, output);
         let mut out = States::new(self.tokens(), c.hidden, self.room.memory / 8, self.room.offload)?;
-        let one = an_expert(c);
-        let most = 2 * self.device.enter(rayon::current_num_threads) as u64;
-        let wave = (self.room.memory / 2 / one).clamp(1, most) as usize;
         let share = layer_work(self.model) * 3 / 2 * self.tokens() as u64 / c.experts as u64;
-        for first in (0..c.experts).step_by(wave) {
-            let experts = first..c.experts.min(first + wave);
-            let done: Vec<Result<Done>> = self
-                .device
-                .enter(|| experts.clone().into_par_iter().map(|e| self.expert(mlp, e, wave, output)).collect());
-            let done: Vec<Done> = done.into_iter().collect::<Result<_>>()?;
-            if self.is_read(mlp.layer, output) {
-                self.device.enter(|| add_outputs(&mut out, c.hidden, &mlp.routing.tokens[experts.clone()], &done));
+        let make = |expert, wave| self.expert(mlp, expert, wave, output, read);
+        self.in_waves(make, |experts, done: Vec<Done>| {
+            if read {
+                self.device.enter(|| mlp.add_outputs(&mut out, c.hidden, experts.clone(), &done));
             }
             for (expert, done) in experts.zip(done) {
                 report.errors.extend(done.report.errors);
@@ -283,8 +302,26 @@ impl<'a> Calibrator<'a> {
                 }
                 self.room.progress.advance(share);
             }
-        }
+        })?;
         Ok(out)
+    }
+
+    /// Calls `make` for every expert, with how many there are at a time, and `take` with what each wave of them made.
+    pub(super) fn in_waves<T: Send>(
+        &self,
+        make: impl Fn(usize, usize) -> Result<T> + Sync,
+        mut take: impl FnMut(std::ops::Range<usize>, Vec<T>),
+    ) -> Result<()> {
+        let c = &self.model.config;
+        let most = 2 * self.device.enter(rayon::current_num_threads) as u64;
+        let wave = (self.room.memory / 2 / an_expert(c)).clamp(1, most) as usize;
+        for first in (0..c.experts).step_by(wave) {
+            let experts = first..c.experts.min(first + wave);
+            let done: Vec<Result<T>> =
+                self.device.enter(|| experts.clone().into_par_iter().map(|e| make(e, wave)).collect());
+            take(experts, done.into_iter().collect::<Result<_>>()?);
+        }
+        Ok(())
     }
 
     fn is_few(&self, mlp: &Mlp, expert: usize) -> bool {
@@ -404,8 +441,15 @@ impl<'a> Calibrator<'a> {
         h
     }
 
-    /// Rounds an expert and takes its tokens through it.
-    fn expert(&self, mlp: &Mlp, expert: usize, wave: usize, output: &dyn Output) -> Result<Done> {
+    /// Rounds an expert and takes its tokens through it, with outputs where they are `read`.
+    pub(super) fn expert(
+        &self,
+        mlp: &Mlp,
+        expert: usize,
+        wave: usize,
+        output: &dyn Output,
+        read: bool,
+    ) -> Result<Done> {
         let c = &self.model.config;
         let [first, second, last] =
             [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer: mlp.layer, expert });
@@ -440,7 +484,6 @@ impl<'a> Calibrator<'a> {
         let inputs = inputs.map(Inputs::new);
         let down = self.projection(mlp, last, inputs.as_ref(), output, &mut report)?;
 
-        let read = self.is_read(mlp.layer, output);
         let mut outputs = states(if read { routed.len() } else { 0 }, c.hidden)?;
         for first in (0..outputs.rows()).step_by(CHUNK) {
             let rows = first..outputs.rows().min(first + CHUNK);

@@ -8,6 +8,7 @@
 
 mod experts;
 mod persist;
+pub mod sensitivity;
 mod smooth;
 mod solve;
 
@@ -183,6 +184,14 @@ impl Rows for Held {
     }
 }
 
+/// An attention on its way.
+struct Attended<'w> {
+    /// What its heads make of the text [tokens, width].
+    values: States,
+    /// What is left to do.
+    o: <Cpu as Device>::Matrix<'w>,
+}
+
 /// Positions and lengths of a batch's pieces.
 type Shape<'b> = (&'b [usize], &'b [usize]);
 
@@ -299,10 +308,28 @@ impl<'a> Calibrator<'a> {
     fn attention(
         &mut self,
         l: usize,
-        mut weights: Layer<'_, Cpu>,
+        weights: Layer<'_, Cpu>,
         output: &dyn Output,
         report: &mut LayerReport,
     ) -> Result<()> {
+        let attention = self.round_attention(l, weights, output, report)?;
+        for batch in &self.batches {
+            let mut x = self.batch(batch)?;
+            self.device.add(&mut x, &self.attention_output(&attention, batch)?)?;
+            self.x.put(batch.rows(), &self.device.download(x)?);
+            self.room.progress.advance(batch.rows().len() as u64 * layer_work(self.model) / 2);
+        }
+        Ok(())
+    }
+
+    /// Rounds the attention of layer `l`, each projection on what those before it make of the text.
+    fn round_attention<'w>(
+        &self,
+        l: usize,
+        mut weights: Layer<'w, Cpu>,
+        output: &dyn Output,
+        report: &mut LayerReport,
+    ) -> Result<Attended<'w>> {
         let (c, eps) = (&self.model.config, self.model.settings.eps);
         let linear = |proj| Linear { proj, layer: l, expert: 0 };
         let readers = [Proj::Q, Proj::K, Proj::V].map(linear);
@@ -330,19 +357,19 @@ impl<'a> Calibrator<'a> {
         drop(inputs);
         let last = linear(Proj::O);
         let width = c.heads * c.head_dim;
-        let (attended, inputs) = self.attended(&weights, width, self.needs_inputs(output, &[last]))?;
+        let (values, inputs) = self.attended(&weights, width, self.needs_inputs(output, &[last]))?;
         let held = self.round(&last, inputs.as_ref(), None, output, report)?;
         if let Some(matrix) = self.next_matrix(l, &last, held, false)? {
             weights.o = matrix;
         }
-        for batch in &self.batches {
-            let mut x = self.batch(batch)?;
-            let attended = self.device.upload(attended.get(batch.rows()).to_vec(), width)?;
-            self.device.add(&mut x, &self.device.linear(&attended, &weights.o)?)?;
-            self.x.put(batch.rows(), &self.device.download(x)?);
-            self.room.progress.advance(batch.rows().len() as u64 * layer_work(self.model) / 2);
-        }
-        Ok(())
+        Ok(Attended { values, o: weights.o })
+    }
+
+    /// What is added to the hidden states of a batch.
+    fn attention_output(&self, attention: &Attended<'_>, batch: &Batch) -> Result<Tensor> {
+        let width = self.model.config.heads * self.model.config.head_dim;
+        let values = self.device.upload(attention.values.get(batch.rows()).to_vec(), width)?;
+        self.device.linear(&values, &attention.o)
     }
 
     /// What the heads make of the text [tokens, width], and where it is asked for the sums over it.

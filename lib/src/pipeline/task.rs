@@ -266,7 +266,7 @@ impl SourceHashes {
 }
 
 /// What makes two runs the same job: version, recipe, calibration text, planned layout, and the source's files as the system dates them.
-fn fingerprint(job: &Job, text: &str, layout: &str, source: &Checkpoint) -> Result<String> {
+pub(super) fn fingerprint(job: &Job, text: &str, layout: &str, source: &Checkpoint) -> Result<String> {
     use std::os::unix::fs::MetadataExt;
     let mut files = Vec::new();
     let small =

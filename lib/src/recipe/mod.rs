@@ -114,6 +114,9 @@ pub struct Recipe {
     pub pad_to: Option<usize>,
     /// Most bytes of data in a shard.
     pub shard_size: u64,
+    /// Bytes of the output that overrides were chosen for; they say already what follows from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_size: Option<u64>,
     /// What was decided on the way to this recipe, such as a fallback; stands among the manifest's notes as well.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
@@ -145,6 +148,7 @@ impl Recipe {
             keep_codes: false,
             pad_to: None,
             shard_size: SHARD_SIZE,
+            target_size: None,
             notes: Vec::new(),
         }
     }
@@ -153,6 +157,12 @@ impl Recipe {
     pub fn keeping_codes(container: Container) -> Self {
         let keep = || LayerRecipe::new(SchemeName::Keep);
         Self { keep_codes: true, container, ..Self::new(keep(), keep()) }
+    }
+
+    /// Quantizes a module that is ignored otherwise.
+    pub fn also(&mut self, module: &str, layer: LayerRecipe) {
+        self.ignore.retain(|p| p != module);
+        self.overrides.push(Override { targets: vec![module.to_owned()], ignore: Vec::new(), layer });
     }
 
     /// How each kind of layer is quantized, with a name for messages.
@@ -202,7 +212,12 @@ impl Recipe {
             other => format!("-{}", other.name()),
         };
         let wide = self.pad_to.map_or(String::new(), |n| format!("-pad{n}"));
-        format!("{model}{wide}{sparse}-{}-{}-experts-{}-mw-{}{container}", tag(e), tag(m), e.scheme, m.scheme)
+        let size = self.target_size.map_or(String::new(), |n| match n {
+            n if n.is_multiple_of(1_000_000_000) => format!("-{}GB", n / 1_000_000_000),
+            n if n.is_multiple_of(1_000_000) => format!("-{}MB", n / 1_000_000),
+            n => format!("-{n}B"),
+        });
+        format!("{model}{wide}{sparse}-{}-{}-experts-{}-mw-{}{container}{size}", tag(e), tag(m), e.scheme, m.scheme)
     }
 }
 

@@ -20,11 +20,12 @@ use crate::pipeline::task::{Done, GroupResult, Opened, Pipeline, Task};
 use crate::pipeline::{Paths, Resources};
 use crate::recipe::Treatment;
 use crate::text::Text;
+use crate::text::windows::Sequence;
 
 /// A hash of the ids that go through the model.
-pub(super) fn hash_of(text: &Text) -> String {
+pub(super) fn hash_of(sequences: &[Sequence]) -> String {
     let mut bytes = Vec::new();
-    for s in &text.sequences {
+    for s in sequences {
         bytes.extend((s.real as u64).to_le_bytes());
         bytes.extend(s.ids[..s.real].iter().flat_map(|id| id.to_le_bytes()));
     }

@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+pub mod budget;
 mod calibrated;
 mod gguf;
 mod linears;
@@ -284,6 +285,13 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// Bytes that the weight of a linear layer which stays takes in the output.
+    fn kept_bytes(&self, linear: &Linear) -> u64 {
+        let (rows, columns) = linear.shape(&self.config);
+        let float = self.float_of(&format!("{}.weight", linear.module())).map_or(2, Float::size);
+        (rows * columns * float) as u64
+    }
+
     /// Working memory of one worker.
     fn scratch_bytes(&self) -> u64 {
         self.jobs.iter().map(|j| j.store.unit_bytes()).max().unwrap_or(copy::PIECE as u64)
@@ -315,7 +323,7 @@ impl<'a> Plan<'a> {
             verb: "quantize",
             source,
             job: &job,
-            text: &text.map_or(String::new(), calibrated::hash_of),
+            text: &text.map_or(String::new(), |t| calibrated::hash_of(&t.sequences)),
             scratch_bytes: self.scratch_bytes(),
             layout: self.layout(),
             units: std::mem::take(&mut self.units),

@@ -288,7 +288,7 @@ impl Plan<'_> {
             let native = l.proj.class() == Class::Experts && t.scheme.is_some_and(|s| s.weights == MXFP4);
             native && t.sparse.is_none() && !self.smooths(l.layer, Class::Experts)
         };
-        if self.mxfp4 && self.treated.iter().any(same) {
+        if self.mxfp4 && self.recipe.target_size.is_none() && self.treated.iter().any(same) {
             manifest.notes.push(
                 "MXFP4 experts are fitted to MXFP4 with nothing in front (zeros, smoothing), which gives the values that they \
                  have; the scheme keep copies them without a calibration"

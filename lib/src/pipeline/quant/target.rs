@@ -22,6 +22,21 @@ pub struct Wish {
     pub container: Option<Container>,
 }
 
+/// Looks again at a plan whose schemes were chosen after its container was.
+///
+/// # Errors
+/// [`Error::Refused`] where the wished runtime does not load them side by side.
+pub fn check(plan: &Plan, wish: Wish) -> Result<()> {
+    let refused = wish.target.and_then(|t| runtimes::refusal(t, &plan.facts()).map(|reason| (t.name(), reason)));
+    match refused {
+        None => Ok(()),
+        Some((target, reason)) => Err(Error::Refused(format!(
+            "--target {target} does not load the schemes that were chosen for --target-size side by side: {reason}; give one of \
+             the two flags alone"
+        ))),
+    }
+}
+
 /// Settles the container of `recipe` for the model of `raw_config` in `dir`. Without a wish it is what vLLM loads, where
 /// something does; else compressed-tensors, and the plan says which runtimes are lost.
 ///

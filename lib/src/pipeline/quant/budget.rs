@@ -1,0 +1,614 @@
+//! A size as the target: the recipe is the least that every layer gets, and what is left of the bytes goes where it saves
+//! most. Schemes are tried on a part of the text, expert by expert ([`crate::calibrate::sensitivity`]); then steps to larger
+//! schemes are taken, the one that saves the most error a byte first, while they fit. What comes out is a recipe with
+//! overrides, so that nothing is left to measure where it is run again.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{Plan, calibrated, task};
+use crate::algorithms::Algorithm;
+use crate::calibrate::sensitivity::{LayerErrors, Trial};
+use crate::calibrate::{Calibrator, Room, check_memory};
+use crate::checkpoint::source::Checkpoint;
+use crate::device::cpu::Cpu;
+use crate::error::{Error, Result};
+use crate::evaluate;
+use crate::formats::ggml::Ggml;
+use crate::formats::minifloat::Minifloat;
+use crate::formats::ternary::Trits;
+use crate::manifest::Job;
+use crate::model::padding::Padding;
+use crate::model::{Class, Linear, Model, Proj};
+use crate::pipeline::Resources;
+use crate::pipeline::progress::Unit;
+use crate::recipe::{Container, DEFAULT_IGNORE, GroupSize, LayerRecipe, Override, Recipe, SchemeName};
+use crate::text::Text;
+
+/// Most sequences of the text that schemes are tried on: their order is known long before their figures are.
+const SEQUENCES: usize = 64;
+
+/// The version of the file of measured errors.
+const SCHEMA: &str = "gptoss.sensitivity/1";
+
+const MXFP4: SchemeName = SchemeName::Mx(Minifloat::E2M1);
+
+/// A recipe, what it may grow to, and the size that it may have.
+pub struct Budget<'a> {
+    dir: &'a Path,
+    raw_config: &'a Map<String, Value>,
+    source: Option<&'a Checkpoint>,
+    recipe: Recipe,
+    target: u64,
+    /// Experts, then the other weights.
+    ladders: [Ladder<'a>; 2],
+    /// Bytes of the smallest and of the largest output.
+    reach: (u64, u64),
+}
+
+/// The schemes of a class, the recipe's own first, each larger than the one before.
+struct Ladder<'a> {
+    class: Class,
+    rungs: Vec<Rung<'a>>,
+}
+
+struct Rung<'a> {
+    layer: LayerRecipe,
+    /// Of the recipe with this layer for the whole class.
+    plan: Plan<'a>,
+    /// Bytes of each linear layer's weight in that plan.
+    sizes: BTreeMap<Linear, u64>,
+}
+
+/// What is raised as one: an expert, an attention, or what a container stores in one tensor.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    ladder: usize,
+    layer: usize,
+    expert: Option<usize>,
+}
+
+/// A place one or more rungs up.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    place: usize,
+    from: usize,
+    to: usize,
+    bytes: u64,
+    /// Error that a byte saves.
+    worth: f64,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sensitivity {
+    schema: String,
+    /// A hash of all that the figures depend on.
+    job: String,
+    /// Schemes tried on experts.
+    experts: Vec<SchemeName>,
+    /// Schemes tried on attentions.
+    attention: Vec<SchemeName>,
+    /// Tokens of the text that it was tried on.
+    tokens: u64,
+    layers: Vec<LayerErrors>,
+}
+
+impl<'a> Budget<'a> {
+    /// Plans every rung of `recipe` for an output of at most `target` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the recipe is larger than that, with its size and what would make it smaller; where nothing
+    /// can be raised; and for what cannot be measured a place at a time.
+    pub fn new(
+        dir: &'a Path,
+        raw_config: &'a Map<String, Value>,
+        recipe: &Recipe,
+        target: u64,
+        source: Option<&'a Checkpoint>,
+    ) -> Result<Self> {
+        let alone = |what: &str| {
+            Err(Error::Refused(format!(
+                "--target-size goes with gptq, pt-bitnet and rtn: {what} is a matter of whole layers, and is not measured place by place"
+            )))
+        };
+        if recipe.layers().any(|(_, l)| l.algorithm == Algorithm::Awq && l.is_rounded()) {
+            return alone("AWQ");
+        }
+        if recipe.smoothquant.is_some() {
+            return alone("SmoothQuant");
+        }
+        if recipe.sparsity.is_some() {
+            return alone("sparsity");
+        }
+        let recipe = Recipe { target_size: Some(target), ..recipe.clone() };
+        let own = Plan::new(dir, raw_config, recipe.clone(), source)?;
+        let smallest = own.layout().total_bytes();
+        let mxfp4 = own.mxfp4;
+        let ladder = |class| Ladder::new(class, dir, raw_config, &recipe, source, mxfp4);
+        let ladders = [ladder(Class::Experts)?, ladder(Class::Main)?];
+        let top =
+            ladders.iter().fold(recipe.clone(), |r, l| with(&r, l.class, l.rungs[l.rungs.len() - 1].layer.clone()));
+        let greatest = Plan::new(dir, raw_config, top, source)?.layout().total_bytes();
+        let budget = Self { dir, raw_config, source, recipe, target, ladders, reach: (smallest, greatest) };
+        if smallest > target {
+            return Err(Error::Refused(budget.too_small()));
+        }
+        if greatest == smallest {
+            return Err(Error::Refused(format!(
+                "--target-size: {} as experts and {} as the other weights have no larger scheme to grow to; the output is {} \
+                 whatever the target",
+                budget.recipe.experts.scheme,
+                budget.recipe.mw.scheme,
+                gigabytes(smallest)
+            )));
+        }
+        Ok(budget)
+    }
+
+    /// Whether there is anything to choose: not where everything can be as large as can be.
+    pub fn is_open(&self) -> bool {
+        self.reach.1 > self.target
+    }
+
+    /// The least recipe, to be planned while nothing is measured, and what is known of the sizes.
+    pub fn least(&self) -> (Recipe, String) {
+        let [smallest, greatest, target] = [self.reach.0, self.reach.1, self.target].map(gigabytes);
+        let note = match self.is_open() {
+            true => format!(
+                "this plan is the smallest, {smallest}; for {target} the run measures which experts and attentions lose most, and \
+                 raises them (all raised: {greatest})"
+            ),
+            false => {
+                format!("this plan is the smallest, {smallest}; {target} is room for all to be raised ({greatest})")
+            }
+        };
+        (self.recipe.clone(), note)
+    }
+
+    /// Says what is too large, and what would help.
+    fn too_small(&self) -> String {
+        let mut text = format!(
+            "--target-size {} is less than this recipe can reach: {} with experts {} and other weights {}",
+            gigabytes(self.target),
+            gigabytes(self.reach.0),
+            self.recipe.experts.scheme,
+            self.recipe.mw.scheme
+        );
+        let mut recipe = self.recipe.clone();
+        let (mut bytes, mut word) = (self.reach.0, "add");
+        for (flags, change) in self.savings() {
+            let mut next = recipe.clone();
+            change(&mut next);
+            let Ok(plan) = Plan::new(self.dir, self.raw_config, next.clone(), self.source) else { continue };
+            let now = plan.layout().total_bytes();
+            if now >= bytes {
+                continue;
+            }
+            (recipe, bytes) = (next, now);
+            let _ = write!(text, "; {word} {flags}: {}", gigabytes(bytes));
+            word = "and";
+            if bytes <= self.target {
+                return text;
+            }
+        }
+        text + "; nothing here makes it smaller than that"
+    }
+
+    /// What makes an output smaller, gentlest first.
+    #[allow(clippy::type_complexity, reason = "a list of flags and what they do")]
+    fn savings(&self) -> Vec<(&'static str, Box<dyn Fn(&mut Recipe)>)> {
+        let gguf = self.recipe.container == Container::Gguf;
+        let eight = if gguf { SchemeName::Ggml(Ggml::Q8_0) } else { SchemeName::weight_only(8) };
+        let also = move |module: &'static str| move |r: &mut Recipe| r.also(module, LayerRecipe::new(eight));
+        let head: Box<dyn Fn(&mut Recipe)> = Box::new(also("lm_head"));
+        let embedding: Box<dyn Fn(&mut Recipe)> = Box::new(also("embed_tokens"));
+        let mut savings = Vec::new();
+        for (module, flags, change) in [
+            ("lm_head", if gguf { "--lm-head q8_0" } else { "--lm-head w8a16" }, head),
+            ("embed_tokens", if gguf { "--embed-tokens q8_0" } else { "--embed-tokens w8a16" }, embedding),
+        ] {
+            if self.recipe.ignore.iter().any(|p| p == module) && DEFAULT_IGNORE.contains(&module) {
+                savings.push((flags, change));
+            }
+        }
+        if !gguf {
+            savings
+                .push(("--mw w4a16", Box::new(|r: &mut Recipe| r.mw = LayerRecipe::new(SchemeName::weight_only(4)))));
+            savings.push((
+                "--experts ternary_b3 --experts-group-size channel",
+                Box::new(|r: &mut Recipe| {
+                    let layer = LayerRecipe::new(SchemeName::Ternary(Trits::Fifths));
+                    r.experts = LayerRecipe { group_size: GroupSize::Channel, ..layer };
+                }),
+            ));
+        }
+        savings
+    }
+
+    /// Measures what every rung costs in every place, or reads it from `file`, which is kept up to date layer by layer.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where `file` holds the figures of something else.
+    pub fn measure(
+        &self,
+        padding: Option<Padding>,
+        text: &Text,
+        resources: &Resources,
+        file: &Path,
+    ) -> Result<Sensitivity> {
+        let Some(source) = self.source else {
+            return Err(Error::Refused("--target-size measures weights, and there are none beside this config".into()));
+        };
+        // Each trial goes on through what it rounded, however the run does.
+        let mut recipe = self.recipe.clone();
+        recipe.calibration.sequential_update = true;
+        let sequences = &text.sequences[..text.sequences.len().min(SEQUENCES)];
+        let names = |l: &Ladder| -> Vec<SchemeName> { l.rungs.iter().map(|r| r.layer.scheme).collect() };
+        let layers: Vec<&LayerRecipe> = self.ladders.iter().flat_map(|l| l.rungs.iter().map(|r| &r.layer)).collect();
+        let rungs = serde_json::to_string(&layers).expect("they are in manifests");
+        let asked = Recipe { target_size: None, ..recipe.clone() };
+        let job = task::fingerprint(&Job::Quantize { recipe: asked }, &calibrated::hash_of(sequences), &rungs, source)?;
+        let mut found = Sensitivity {
+            schema: SCHEMA.into(),
+            job,
+            experts: names(&self.ladders[0]),
+            attention: names(&self.ladders[1]),
+            tokens: sequences.iter().map(|s| s.real as u64).sum(),
+            layers: Vec::new(),
+        };
+        if let Some(known) = Sensitivity::read(file)? {
+            if (Sensitivity { layers: Vec::new(), ..known.clone() }) != found {
+                return Err(Error::file(
+                    file,
+                    "holds what was measured of another checkpoint, text or recipe; remove it, or name another file \
+                     (--sensitivity)",
+                ));
+            }
+            found = known;
+        }
+        let model = Model::open_padded(&source.dir, padding)?;
+        let layers = model.config.layers;
+        if found.layers.len() >= layers {
+            resources.progress.note(&format!("errors as measured before, from {}", file.display()));
+            return Ok(found);
+        }
+        evaluate::fits(&model, &model, sequences)?;
+        check_memory(resources.max_memory, &model.config)?;
+        let device = Cpu::new(resources.threads)?;
+        let folder = resources.offload.clone().unwrap_or_else(|| folder_of(file));
+        let room = Room {
+            memory: resources.max_memory,
+            offload: &folder,
+            offload_hessians: resources.offload_hessians,
+            progress: &resources.progress,
+        };
+        let mut calibrator = Calibrator::new(&device, &model, &recipe, sequences, room)?;
+        let [experts, attention] = &self.ladders;
+        let trials = 2 + (experts.trials().len() + attention.trials().len()) as u64;
+        let work = calibrator.work_a_layer() / 4
+            * (2 * found.layers.len() as u64 + trials * (layers - found.layers.len()) as u64);
+        resources.progress.start_counting("measure", work, Unit::Work);
+        calibrator.embed()?;
+        for l in 0..layers {
+            if l < found.layers.len() {
+                calibrator.pass(l)?;
+                continue;
+            }
+            let errors = calibrator.measure(l, &attention.trials(), &experts.trials())?;
+            found.layers.push(errors);
+            found.write(file)?;
+        }
+        resources.progress.finish();
+        Ok(found)
+    }
+
+    /// The recipe whose output is at most as large as the target, and loses least by these figures.
+    pub fn pick(&self, sensitivity: Option<&Sensitivity>) -> Result<Recipe> {
+        let Some(sensitivity) = sensitivity else {
+            let top = |r: Recipe, l: &Ladder| with(&r, l.class, l.rungs[l.rungs.len() - 1].layer.clone());
+            let mut recipe = self.ladders.iter().fold(self.recipe.clone(), top);
+            recipe.notes.push(format!("{} is room for the largest scheme everywhere", gigabytes(self.target)));
+            return Ok(recipe);
+        };
+        let places = self.places();
+        let mut steps = Vec::new();
+        for (i, place) in places.iter().enumerate() {
+            steps.extend(self.steps(i, place, sensitivity)?);
+        }
+        steps.sort_by(|a, b| b.worth.total_cmp(&a.worth).then(a.place.cmp(&b.place)).then(a.from.cmp(&b.from)));
+        let mut at = vec![0; places.len()];
+        let (mut left, mut taken) = (self.target - self.reach.0, Vec::new());
+        for step in steps {
+            if step.bytes <= left && at[step.place] == step.from {
+                (left, at[step.place]) = (left - step.bytes, step.to);
+                taken.push(step);
+            }
+        }
+        loop {
+            let mut recipe = self.raised(&places, &at);
+            recipe.notes.push(format!("measured on {} tokens", sensitivity.tokens));
+            let bytes = Plan::new(self.dir, self.raw_config, recipe.clone(), self.source)?.layout().total_bytes();
+            if bytes <= self.target {
+                return Ok(recipe);
+            }
+            // Headers grow with the tensors' names: the least of what was taken goes again.
+            let step: Step = taken.pop().expect("with nothing taken it is the smallest, which fits");
+            at[step.place] = step.from;
+        }
+    }
+
+    /// Everything that can be raised by itself.
+    fn places(&self) -> Vec<Place> {
+        let config = &self.ladders[0].rungs[0].plan.config;
+        let whole = self.recipe.container != Container::CompressedTensors;
+        let mut places = Vec::new();
+        for layer in 0..config.layers {
+            match whole {
+                true => places.push(Place { ladder: 0, layer, expert: None }),
+                false => places.extend((0..config.experts).map(|e| Place { ladder: 0, layer, expert: Some(e) })),
+            }
+            places.push(Place { ladder: 1, layer, expert: None });
+        }
+        places
+    }
+
+    /// The way up from a place's own scheme, as far as each step saves less a byte than the one before.
+    fn steps(&self, number: usize, place: &Place, sensitivity: &Sensitivity) -> Result<Vec<Step>> {
+        let ladder = &self.ladders[place.ladder];
+        let linears = place.linears(ladder.rungs[0].plan.config.experts);
+        let errors = sensitivity.errors(place, ladder.rungs.len())?;
+        let bytes = |rung: &Rung| -> u64 {
+            linears.iter().map(|l| rung.sizes.get(l).copied().unwrap_or_else(|| rung.plan.kept_bytes(l))).sum()
+        };
+        let bytes: Vec<u64> = ladder.rungs.iter().map(bytes).collect();
+        let (mut steps, mut from) = (Vec::new(), 0);
+        loop {
+            let worth = |to: usize| (errors[from] - errors[to]) / (bytes[to] - bytes[from]) as f64;
+            let up = (from + 1..bytes.len()).filter(|&to| bytes[to] > bytes[from] && errors[to] < errors[from]);
+            // Of equal ones the nearest.
+            let Some(to) = up.rev().max_by(|&a, &b| worth(a).total_cmp(&worth(b))) else { return Ok(steps) };
+            steps.push(Step { place: number, from, to, bytes: bytes[to] - bytes[from], worth: worth(to) });
+            from = to;
+        }
+    }
+
+    /// The recipe with every place on its rung.
+    fn raised(&self, places: &[Place], at: &[usize]) -> Recipe {
+        let mut recipe = self.recipe.clone();
+        let mut overrides = Vec::new();
+        for (ladder, of) in self.ladders.iter().enumerate() {
+            let mut counts = BTreeMap::new();
+            for (rung, r) in of.rungs.iter().enumerate() {
+                let here: Vec<&Place> =
+                    places.iter().zip(at).filter(|(p, a)| p.ladder == ladder && **a == rung).map(|(p, _)| p).collect();
+                if here.is_empty() {
+                    continue;
+                }
+                counts.insert(rung, format!("{} {}", here.len(), r.layer.scheme));
+                if rung > 0 {
+                    let targets = patterns(&here, of.rungs[0].plan.config.experts);
+                    overrides.push(Override { targets, ignore: Vec::new(), layer: r.layer.clone() });
+                }
+            }
+            let what = match (of.class, self.recipe.container) {
+                (Class::Main, _) => "attentions",
+                (Class::Experts, Container::CompressedTensors) => "experts",
+                (Class::Experts, _) => "layers of experts",
+            };
+            let counts: Vec<String> = counts.into_values().collect();
+            recipe.notes.push(format!("for at most {}, {what}: {}", gigabytes(self.target), counts.join(", ")));
+        }
+        // What the user says of single modules comes later, and counts.
+        recipe.overrides.splice(0..0, overrides);
+        recipe
+    }
+}
+
+/// `recipe` with another layer for a class.
+fn with(recipe: &Recipe, class: Class, layer: LayerRecipe) -> Recipe {
+    let mut recipe = recipe.clone();
+    match class {
+        Class::Experts => recipe.experts = layer,
+        Class::Main => recipe.mw = layer,
+    }
+    recipe
+}
+
+impl<'a> Rung<'a> {
+    fn new(layer: LayerRecipe, plan: Plan<'a>) -> Self {
+        let sizes = plan.jobs.iter().map(|j| (j.linear, j.store.bytes() as u64)).collect();
+        Self { layer, plan, sizes }
+    }
+}
+
+impl<'a> Ladder<'a> {
+    fn new(
+        class: Class,
+        dir: &Path,
+        raw_config: &Map<String, Value>,
+        recipe: &Recipe,
+        source: Option<&'a Checkpoint>,
+        mxfp4: bool,
+    ) -> Result<Self> {
+        let plan = |layer: &LayerRecipe| {
+            let recipe = with(recipe, class, layer.clone());
+            recipe.check()?;
+            Plan::new(dir, raw_config, recipe, source)
+        };
+        let own = recipe.class(class).clone();
+        let mut rungs = vec![Rung::new(own.clone(), plan(&own)?)];
+        for scheme in larger(&own, class) {
+            let layer = raised(&own, scheme, class, mxfp4);
+            // What this container or these shapes cannot hold is no rung.
+            if let Ok(plan) = plan(&layer) {
+                rungs.push(Rung::new(layer, plan));
+            }
+        }
+        rungs[1..].sort_by_key(|r| r.plan.layout().total_bytes());
+        let mut least = 0;
+        rungs.retain(|r| {
+            let bytes = r.plan.layout().total_bytes();
+            let larger = bytes > least;
+            least = least.max(bytes);
+            larger
+        });
+        // Codes of the source's own type are the source.
+        if let Some(exact) = rungs.iter().position(|r| mxfp4 && class == Class::Experts && r.layer.scheme == MXFP4) {
+            rungs.truncate(exact + 1);
+        }
+        Ok(Self { class, rungs })
+    }
+
+    /// One a rung; none where there is nothing to choose.
+    fn trials(&self) -> Vec<Trial<'_>> {
+        if self.rungs.len() == 1 {
+            return Vec::new();
+        }
+        // What is kept is the source, and needs no trial.
+        self.rungs.iter().filter(|r| r.layer.is_rounded()).map(|r| Trial(Some(&r.plan.treated))).collect()
+    }
+}
+
+/// Schemes that may be larger than a layer's own and ask the same of its inputs.
+fn larger(own: &LayerRecipe, class: Class) -> Vec<SchemeName> {
+    let int = SchemeName::weight_only;
+    let int8 = |bits| SchemeName::Int { bits, int8_activations: true };
+    let experts = class == Class::Experts;
+    let mut schemes = match own.scheme {
+        SchemeName::Keep | SchemeName::Dense | SchemeName::Half(_) => return Vec::new(),
+        SchemeName::Ggml(_) => {
+            [Ggml::Tq1_0, Ggml::Tq2_0, Ggml::Q4_0, Ggml::Q5_0, Ggml::Q8_0].map(SchemeName::Ggml).to_vec()
+        }
+        // Base 3 and two bits stand for the same values.
+        SchemeName::Ternary(_) => vec![int(2), int(4), int(8)],
+        SchemeName::Int { int8_activations: false, .. }
+        | SchemeName::Mx(_)
+        | SchemeName::Nvfp4
+        | SchemeName::Float(_) => {
+            vec![SchemeName::Ternary(Trits::Quarters), int(2), int(4), int(8)]
+        }
+        SchemeName::Int { int8_activations: true, .. } => vec![int8(4), int8(8)],
+        SchemeName::W4afp8 | SchemeName::Fp8 | SchemeName::Fp8Static | SchemeName::Fp8Block => Vec::new(),
+    };
+    if experts && !own.scheme.rounds_inputs() {
+        schemes.push(MXFP4);
+    }
+    if !experts {
+        schemes.push(SchemeName::Keep);
+    }
+    schemes.retain(|s| *s != own.scheme);
+    schemes
+}
+
+/// How a layer that was `own` is quantized on a larger rung.
+fn raised(own: &LayerRecipe, scheme: SchemeName, class: Class, mxfp4: bool) -> LayerRecipe {
+    let exact = mxfp4 && class == Class::Experts && scheme == MXFP4;
+    let algorithm = match own.algorithm {
+        Algorithm::Rtn => Algorithm::Rtn,
+        _ if exact || scheme == SchemeName::Keep => Algorithm::Rtn,
+        _ if scheme.is_ternary() => Algorithm::PtBitnet,
+        Algorithm::PtBitnet if scheme == SchemeName::weight_only(2) => Algorithm::PtBitnet,
+        _ => Algorithm::Gptq,
+    };
+    // A scale a row is what makes the smallest schemes so small; larger ones have the usual groups.
+    let group_size = match own.group_size {
+        size @ GroupSize::Size(_) if own.scheme.own_group_size().is_none() => size,
+        _ => GroupSize::Auto,
+    };
+    LayerRecipe {
+        algorithm,
+        scheme,
+        symmetric: own.symmetric || !scheme.may_be_asymmetric(),
+        group_size: scheme.own_group_size().unwrap_or(group_size),
+        observer: own.observer,
+    }
+}
+
+impl Place {
+    fn linears(&self, experts: usize) -> Vec<Linear> {
+        let layer = self.layer;
+        if self.ladder == 1 {
+            return [Proj::Q, Proj::K, Proj::V, Proj::O].map(|proj| Linear { proj, layer, expert: 0 }).to_vec();
+        }
+        let of = |expert| [Proj::Gate, Proj::Up, Proj::Down].map(|proj| Linear { proj, layer, expert });
+        self.expert.map_or(0..experts, |e| e..e + 1).flat_map(of).collect()
+    }
+}
+
+/// Expressions for exactly these places, all of one ladder.
+fn patterns(places: &[&Place], experts: usize) -> Vec<String> {
+    let join = |numbers: &[usize]| numbers.iter().map(usize::to_string).collect::<Vec<_>>().join("|");
+    let whole = |n: usize, p: &Place| p.expert.is_none() || n == experts;
+    let (mut full, mut list) = (Vec::new(), Vec::new());
+    for group in places.chunk_by(|a, b| a.layer == b.layer) {
+        if whole(group.len(), group[0]) {
+            full.push(group[0].layer);
+        } else {
+            let each: Vec<usize> = group.iter().filter_map(|p| p.expert).collect();
+            list.push(format!(r"re:model\.layers\.{}\.mlp\.experts\.({})\.", group[0].layer, join(&each)));
+        }
+    }
+    if !full.is_empty() {
+        let part = if places[0].ladder == 0 { r"mlp\.experts" } else { "self_attn" };
+        list.insert(0, format!(r"re:model\.layers\.({})\.{part}\.", join(&full)));
+    }
+    list
+}
+
+impl Sensitivity {
+    /// What each rung costs in a place.
+    fn errors(&self, place: &Place, rungs: usize) -> Result<Vec<f64>> {
+        let layer = &self.layers[place.layer];
+        let mut errors = match (place.ladder, place.expert) {
+            (1, _) => layer.attention.clone(),
+            (_, Some(expert)) => layer.experts[expert].clone(),
+            (_, None) => (0..layer.experts[0].len()).map(|r| layer.experts.iter().map(|e| e[r]).sum()).collect(),
+        };
+        if let Some(bad) = errors.iter().find(|e| !e.is_finite()) {
+            let layer = place.layer;
+            return Err(Error::Refused(format!(
+                "layer {layer}: a measured error is {bad}; its weights or this text overflow"
+            )));
+        }
+        // What is kept loses nothing, and a ladder of one was not tried.
+        errors.resize(rungs, 0.0);
+        Ok(errors)
+    }
+
+    fn read(file: &Path) -> Result<Option<Self>> {
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("read", file)(e)),
+        };
+        let bad = |e: serde_json::Error| Error::file(file, format!("is no list of measured errors: {e}; remove it"));
+        serde_json::from_str(&text).map(Some).map_err(bad)
+    }
+
+    fn write(&self, file: &Path) -> Result<()> {
+        let error = |e| Error::io("write measured errors to", file)(e);
+        let mut new = tempfile::NamedTempFile::new_in(folder_of(file)).map_err(error)?;
+        let text = serde_json::to_string_pretty(self).expect("finite numbers and names");
+        new.write_all(text.as_bytes()).map_err(error)?;
+        new.persist(file).map(drop).map_err(|e| error(e.error))
+    }
+}
+
+fn folder_of(file: &Path) -> PathBuf {
+    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_path_buf()
+}
+
+fn gigabytes(bytes: u64) -> String {
+    if bytes < 1_000_000_000 {
+        format!("{:.3} MB", bytes as f64 / 1e6)
+    } else {
+        format!("{:.3} GB", bytes as f64 / 1e9)
+    }
+}
