@@ -1,7 +1,7 @@
 //! Products from stored codes, on the shape of an expert: how much of the time that reading the codes takes, from memory and
 //! from the cache, and how fast many inputs go. Products and reads take turns, so that both meet the same machine.
 //!
-//!     cargo bench -p gptoss --bench engine -- [threads]
+//!     cargo bench -p gptoss --bench engine -- [threads] [weight]
 
 mod common;
 
@@ -140,7 +140,8 @@ fn main() {
         ("bf16", Kind::Bf16, f16, SHAPE.1, None),
         ("f32", Kind::F32, f16, SHAPE.1, None),
     ];
-    for (name, kind, scale, group, block) in all {
+    let wanted = std::env::args().skip(1).find(|a| all.iter().any(|w| w.0 == a));
+    for (name, kind, scale, group, block) in all.into_iter().filter(|w| wanted.as_deref().is_none_or(|n| n == w.0)) {
         let copies = (400 << 20) / (SHAPE.0 * SHAPE.1 / kind.unit() * kind.bytes());
         let store = Store::new(name, kind, scale, group, block, copies, SHAPE);
         let x = numbers(SHAPE.1);

@@ -197,9 +197,23 @@ impl Device for Cpu {
         Ok(out)
     }
 
+    fn linears<const N: usize>(&self, x: &Tensor, w: [&Matrix<'_>; N]) -> Result<[Tensor; N]> {
+        let layers: Vec<Layer> = w.iter().filter_map(|w| self.by_codes(w)).collect();
+        let mut out = w.map(|w| Tensor::new(0, w.weight.shape().0));
+        if layers.len() == N {
+            let values = self.pool.install(|| layer::linears(&x.values, &layers));
+            out.iter_mut().zip(values).for_each(|(out, values)| out.values = values);
+        } else {
+            for (out, w) in out.iter_mut().zip(w) {
+                *out = self.linear(x, w)?;
+            }
+        }
+        Ok(out)
+    }
+
     fn linear(&self, x: &Tensor, w: &Matrix<'_>) -> Result<Tensor> {
         if let Some(layer) = self.by_codes(w) {
-            let values = self.pool.install(|| layer::linear(&x.values, layer));
+            let values = self.pool.install(|| layer::linears(&x.values, &[layer]).swap_remove(0));
             return Ok(Tensor { columns: layer.view.shape().0, values });
         }
         let mut out = Tensor::new(x.rows(), w.weight.shape().0);

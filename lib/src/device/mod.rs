@@ -90,6 +90,8 @@ pub trait Device: Sync {
     fn norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
     /// x W^T + bias, x rounded first where the scheme says so.
     fn linear(&self, x: &Self::Tensor, w: &Self::Matrix<'_>) -> Result<Self::Tensor>;
+    /// The same for layers that have their inputs in common.
+    fn linears<const N: usize>(&self, x: &Self::Tensor, w: [&Self::Matrix<'_>; N]) -> Result<[Self::Tensor; N]>;
     /// Rotary embedding by `cos` and `sin` [rows, head_dim / 2].
     fn rotate(&self, x: &mut Self::Tensor, cos: &Self::Tensor, sin: &Self::Tensor) -> Result<()>;
     /// Appends keys and values to the sequences' caches, then lets every row attend to its own past and itself. The

@@ -72,13 +72,14 @@ pub fn products(x: &[f32], columns: usize, jobs: Vec<Job>) {
     multiply(tasks);
 }
 
-/// x W^T + bias [rows, out].
-pub fn linear(x: &[f32], layer: Layer) -> Vec<f32> {
-    let (width, columns) = layer.view.shape();
+/// x W^T + bias [rows, out] for each of `layers`, which are as wide as x.
+pub fn linears(x: &[f32], layers: &[Layer]) -> Vec<Vec<f32>> {
+    let Some(columns) = layers.first().map(|l| l.view.shape().1) else { return Vec::new() };
     let rows: Vec<usize> = (0..x.len() / columns).collect();
-    let mut out = vec![0f32; rows.len() * width];
-    products(x, columns, vec![Job { layer, rows: &rows, out: &mut out }]);
-    out
+    let mut outs: Vec<Vec<f32>> = layers.iter().map(|l| vec![0f32; rows.len() * l.view.shape().0]).collect();
+    let jobs = layers.iter().zip(&mut outs).map(|(&layer, out)| Job { layer, rows: &rows, out });
+    products(x, columns, jobs.collect());
+    outs
 }
 
 /// The weighted sums of the experts of each row of `x` [rows, H]. `rows_of` has for each of `experts` the rows that go

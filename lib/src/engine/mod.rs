@@ -23,8 +23,10 @@ use crate::ops::matmul::Columns;
 use inputs::Inputs;
 use view::{Kind, View};
 
-/// Bytes of codes that are worth waking a thread for, and that one piece of work has.
-const PIECE: usize = 1 << 16;
+/// Bytes of codes that are worth waking a thread for.
+const LEAST: usize = 1 << 16;
+/// Bytes of codes of one piece of work: many enough that its first rows, which nobody has asked for, do not count.
+const PIECE: usize = 1 << 18;
 /// Most inputs that meet a weight row by row; more meet it panel by panel.
 const FEW: usize = 4;
 
@@ -97,46 +99,71 @@ impl<'a> Source<'a> {
 
     /// These rows for weights of `kind`.
     pub fn ready(&self, rows: &[usize], kind: Kind) -> Ready {
-        self.ready_for(rows, kind, fast())
+        self.ready_for(rows, kind, Path::best())
     }
 
-    fn ready_for(&self, rows: &[usize], kind: Kind, fast: bool) -> Ready {
-        let how = if kind.is_float() { self.floats(rows, kind, fast) } else { self.integers(rows, kind, fast) };
+    fn ready_for(&self, rows: &[usize], kind: Kind, path: Path) -> Ready {
+        let how = if kind.is_float() { self.floats(rows, kind, path) } else { self.integers(rows, kind, path) };
         Ready { rows: rows.len(), how }
     }
 
-    fn integers(&self, rows: &[usize], kind: Kind, fast: bool) -> How {
+    fn integers(&self, rows: &[usize], kind: Kind, path: Path) -> How {
         let all = self.rounded.get_or_init(|| Inputs::new(self.values, self.columns, self.activations.0));
         #[cfg(target_arch = "x86_64")]
-        if fast && rows.len() <= FEW {
-            return How::Vectors(rows.iter().map(|&i| avx2::vector::Arranged::new(all, i, kind)).collect());
-        } else if fast {
-            return How::Batch(avx2::panels::Batch::new(all, rows, kind));
+        if path != Path::Portable {
+            let vnni = path == Path::Vnni;
+            return match rows.len() <= FEW {
+                true => How::Vectors(rows.iter().map(|&i| avx2::vector::Arranged::new(all, i, kind, vnni)).collect()),
+                false => How::Batch(avx2::panels::Batch::new(all, rows, kind, vnni)),
+            };
         }
-        let _ = (kind, fast);
+        let _ = (kind, path);
         How::Integers(all.select(rows))
     }
 
-    fn floats(&self, rows: &[usize], kind: Kind, fast: bool) -> How {
+    fn floats(&self, rows: &[usize], kind: Kind, path: Path) -> How {
         let mut values: Vec<f32> =
             rows.iter().flat_map(|&i| &self.values[i * self.columns..][..self.columns]).copied().collect();
         let (activations, scale) = self.activations;
         values.chunks_exact_mut(self.columns).for_each(|x| activations.quantize_token(x, scale));
         #[cfg(target_arch = "x86_64")]
-        if fast {
+        if path != Path::Portable {
             return How::Floats(avx2::floats::Arranged::new(&values, self.columns, kind));
         }
-        let _ = (kind, fast);
+        let _ = (kind, path);
         How::Plain(values)
     }
 }
 
-/// Whether this processor has a faster way than the portable one.
-fn fast() -> bool {
+/// Whose kernels are taken; all give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Path {
+    /// Any processor's.
+    Portable,
+    /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
-    return avx2::is_here();
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    Avx2,
+    /// The same, with AVX-VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+}
+
+impl Path {
+    /// Every one that this processor has, slowest first.
+    fn here() -> impl DoubleEndedIterator<Item = Self> {
+        let all = [
+            (Self::Portable, true),
+            #[cfg(target_arch = "x86_64")]
+            (Self::Avx2, avx2::is_here()),
+            #[cfg(target_arch = "x86_64")]
+            (Self::Vnni, avx2::has_vnni()),
+        ];
+        all.into_iter().filter(|p| p.1).map(|p| p.0)
+    }
+
+    fn best() -> Self {
+        Self::here().next_back().unwrap_or(Self::Portable)
+    }
 }
 
 /// All of `tasks`, their rows shared among the threads of the current pool.
@@ -147,7 +174,7 @@ pub fn multiply(tasks: Vec<Task>) {
     for (i, task) in tasks.iter().enumerate() {
         let (rows, a_row) = (task.view.shape().0, task.view.row_bytes() * task.inputs.rows.div_ceil(FEW));
         // Whole panels, and several pieces a thread, so that none waits long for the others.
-        let n = (PIECE / a_row.max(1)).clamp(8, 64).min(rows.div_ceil(threads)).next_multiple_of(8);
+        let n = (PIECE / a_row.max(1)).clamp(8, 256).min(rows.div_ceil(threads)).next_multiple_of(8);
         pieces.extend((0..rows).step_by(n).map(|r| (i, r..rows.min(r + n))));
     }
     let shared = |Task { view, bias, inputs, out }| {
@@ -157,7 +184,7 @@ pub fn multiply(tasks: Vec<Task>) {
     let tasks: Vec<Shared> = tasks.into_iter().map(shared).collect();
     // SAFETY: every piece has rows of the weight of its own.
     let one = |(i, rows): &(usize, Range<usize>)| unsafe { piece(&tasks[*i], rows.clone()) };
-    if threads == 1 || total < PIECE {
+    if threads == 1 || total < LEAST {
         pieces.iter().for_each(one);
     } else {
         pieces.par_iter().for_each(one);

@@ -126,20 +126,17 @@ proptest! {
         let x = values(n * columns, seed as u32);
         let bias = (seed % 2 == 0).then(|| values(out, 7));
         let want = bits(&reference(&view, &x, activations, bias.as_deref()));
-        for (fast, threads) in [(true, 1), (true, 3), (false, 2)] {
-            if fast && !super::fast() {
-                continue;
-            }
+        for (path, threads) in Path::here().flat_map(|p| [(p, 1), (p, 3)]) {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let source = Source::new(&x, columns, (activations, 1.0));
             // Backwards, as experts pick their rows.
             let picked: Vec<usize> = (0..n).rev().collect();
-            let inputs = source.ready_for(&picked, kind, fast);
+            let inputs = source.ready_for(&picked, kind, path);
             let mut have = vec![f32::NAN; n * out];
             let task = Task { view, bias: bias.as_deref(), inputs: &inputs, out: &mut have };
             pool.install(|| multiply(vec![task]));
             let have: Vec<f32> = have.chunks_exact(out).rev().flatten().copied().collect();
-            prop_assert_eq!(bits(&have), want.clone(), "fast {}, {} threads", fast, threads);
+            prop_assert_eq!(bits(&have), want.clone(), "{:?}, {} threads", path, threads);
         }
     }
 }
@@ -162,11 +159,13 @@ fn the_worst_codes_do_not_saturate() {
             for (n, sign) in [(1, -1.0), (1, 1.0), (9, -1.0), (9, 1.0)] {
                 let x = vec![sign * 3f32; n * columns];
                 let want = reference(&view, &x, Activations::DynamicTokenInt8, None);
-                let inputs = Source::new(&x, columns, (Activations::DynamicTokenInt8, 1.0))
-                    .ready(&(0..n).collect::<Vec<_>>(), kind);
-                let mut have = vec![0f32; n * 8];
-                multiply(vec![Task { view, bias: None, inputs: &inputs, out: &mut have }]);
-                assert_eq!(bits(&have), bits(&want), "{kind:?} {byte:#x} {n} {sign}");
+                let source = Source::new(&x, columns, (Activations::DynamicTokenInt8, 1.0));
+                for path in Path::here() {
+                    let inputs = source.ready_for(&(0..n).collect::<Vec<_>>(), kind, path);
+                    let mut have = vec![0f32; n * 8];
+                    multiply(vec![Task { view, bias: None, inputs: &inputs, out: &mut have }]);
+                    assert_eq!(bits(&have), bits(&want), "{path:?} {kind:?} {byte:#x} {n} {sign}");
+                }
             }
         }
     }

@@ -54,11 +54,8 @@ pub fn attended<D: Device>(
     places: &Places<D>,
     caches: &mut [D::Cache],
 ) -> Result<D::Tensor> {
-    let mut heads = Heads {
-        query: device.linear(normed, &w.q)?,
-        key: device.linear(normed, &w.k)?,
-        value: device.linear(normed, &w.v)?,
-    };
+    let [query, key, value] = device.linears(normed, [&w.q, &w.k, &w.v])?;
+    let mut heads = Heads { query, key, value };
     device.rotate(&mut heads.query, &places.cos, &places.sin)?;
     device.rotate(&mut heads.key, &places.cos, &places.sin)?;
     device.attend(&heads, &w.attention, &places.lengths, caches)

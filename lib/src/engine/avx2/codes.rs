@@ -1,10 +1,11 @@
 //! How each kind's codes meet the inputs. Two groups of 32 columns go together, a half of a register each, so that one
 //! tree of additions sums two groups of four rows.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::{load, two_halves};
-use crate::engine::view::GROUP;
+use crate::engine::view::{GROUP, ScaleKind};
 
 /// Columns that go together.
 pub const PAIR: usize = 2 * GROUP;
@@ -14,6 +15,12 @@ pub trait Codes<const PAIRS: usize> {
     /// Bytes of the inputs of a pair, as [`Self::arrange`] leaves them.
     const INPUTS: usize;
 
+    /// What [`Self::dots`] leaves added to the codes.
+    const OFFSET: i32;
+
+    /// The scales that ggml's blocks of this kind have beside their codes.
+    const BESIDE: Option<ScaleKind> = None;
+
     /// Lays out the inputs `x` of one pair of unit's columns [64], in the order in which [`Self::dots`] meets them.
     fn arrange(x: &[i8; PAIR], out: &mut [u8]);
 
@@ -21,13 +28,49 @@ pub trait Codes<const PAIRS: usize> {
     /// group, four of the second.
     ///
     /// # Safety
-    /// AVX2 is there; `codes` has a unit, whose second half begins `step` bytes behind the first where groups stand alone;
+    /// AVX2 is there, and AVX-VNNI for those that use it; `codes` has a unit, whose second half begins `step` bytes behind the first where groups stand alone;
     /// `x` has its inputs.
     unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; PAIRS];
 }
 
+/// `sums` and, four by four, the products of codes without sign and inputs with it. None of it saturates.
+///
+/// # Safety
+/// AVX-VNNI is there.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub unsafe fn dot(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    let mut sums = sums;
+    // No intrinsic: what one calls for must be compiled for AVX-VNNI as a whole, twice.
+    // SAFETY: the caller's; registers alone are touched.
+    unsafe {
+        asm!(
+            "{{vex}} vpdpbusd {sums}, {codes}, {x}",
+            sums = inout(ymm_reg) sums, codes = in(ymm_reg) codes, x = in(ymm_reg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sums
+}
+
+/// The same for two registers of codes of at most 6 bits.
+///
+/// # Safety
+/// AVX2 is there, and AVX-VNNI where `VNNI`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn two<const VNNI: bool>([low, high]: [__m256i; 2], x: [__m256i; 2]) -> __m256i {
+    if VNNI {
+        // SAFETY: the caller's.
+        return unsafe { dot(dot(_mm256_setzero_si256(), low, x[0]), high, x[1]) };
+    }
+    // 4 products of at most 24 * 128 fit 16 bits.
+    let sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, x[0]), _mm256_maddubs_epi16(high, x[1]));
+    _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
+}
+
 /// 4 bits: E2M1 where `TABLE`, integers otherwise; ggml's order where `HALVES`.
-pub struct Nibbles<const TABLE: bool, const HALVES: bool>;
+pub struct Nibbles<const TABLE: bool, const HALVES: bool, const VNNI: bool>;
 
 /// Twice the values of E2M1 codes, 12 added.
 pub const DOUBLED: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
@@ -51,8 +94,14 @@ pub unsafe fn nibbles<const TABLE: bool>(first: *const u8, second: *const u8) ->
     [_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high)]
 }
 
-impl<const TABLE: bool, const HALVES: bool> Codes<1> for Nibbles<TABLE, HALVES> {
+impl<const TABLE: bool, const HALVES: bool, const VNNI: bool> Codes<1> for Nibbles<TABLE, HALVES, VNNI> {
     const INPUTS: usize = 64;
+    const OFFSET: i32 = if TABLE { 12 } else { 8 };
+    const BESIDE: Option<ScaleKind> = match (HALVES, TABLE) {
+        (false, _) => None,
+        (true, true) => Some(ScaleKind::E8m0),
+        (true, false) => Some(ScaleKind::F16),
+    };
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
@@ -70,15 +119,12 @@ impl<const TABLE: bool, const HALVES: bool> Codes<1> for Nibbles<TABLE, HALVES> 
     #[target_feature(enable = "avx2")]
     unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; 1] {
         // SAFETY: the caller's.
-        let ([low, high], x) = unsafe { (nibbles::<TABLE>(codes, codes.add(step)), [load(x), load(x.add(32))]) };
-        // 4 products of at most 24 * 128 fit 16 bits.
-        let sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, x[0]), _mm256_maddubs_epi16(high, x[1]));
-        [_mm256_madd_epi16(sums, _mm256_set1_epi16(1))]
+        unsafe { [two::<VNNI>(nibbles::<TABLE>(codes, codes.add(step)), [load(x), load(x.add(32))])] }
     }
 }
 
-/// 8 bits, with 128 added where `OFFSET`. Inputs are 16 bits wide, so that -128 times -128 is no exception.
-pub struct Bytes<const OFFSET: bool>;
+/// 8 bits, with 128 added where `OFFSET`. Without VNNI inputs are 16 bits wide, so that -128 times -128 is no exception.
+pub struct Bytes<const OFFSET: bool, const VNNI: bool>;
 
 /// Codes of 8 bits with their sign.
 #[inline]
@@ -87,11 +133,27 @@ pub fn signed<const OFFSET: bool>(codes: __m256i) -> __m256i {
     if OFFSET { _mm256_xor_si256(codes, _mm256_set1_epi8(-128)) } else { codes }
 }
 
-impl<const OFFSET: bool> Codes<1> for Bytes<OFFSET> {
-    const INPUTS: usize = 128;
+/// Codes of 8 bits with 128 added.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub fn unsigned<const OFFSET: bool>(codes: __m256i) -> __m256i {
+    if OFFSET { codes } else { _mm256_xor_si256(codes, _mm256_set1_epi8(-128)) }
+}
+
+impl<const OFFSET: bool, const VNNI: bool> Codes<1> for Bytes<OFFSET, VNNI> {
+    const INPUTS: usize = if VNNI { 64 } else { 128 };
+    const OFFSET: i32 = if VNNI { 128 } else { 0 };
+    const BESIDE: Option<ScaleKind> = Some(ScaleKind::F16);
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
+        if VNNI {
+            let out = &mut out[..64];
+            for (part, first) in [0, GROUP, 16, GROUP + 16].into_iter().enumerate() {
+                out[16 * part..16 * part + 16].iter_mut().zip(&x[first..]).for_each(|(o, x)| *o = *x as u8);
+            }
+            return;
+        }
         let out = out[..128].as_chunks_mut::<2>().0;
         for i in 0..8 {
             // Even columns of the first halves of both groups, odd ones; the same of the second halves.
@@ -105,6 +167,15 @@ impl<const OFFSET: bool> Codes<1> for Bytes<OFFSET> {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; 1] {
+        if VNNI {
+            // SAFETY: the caller's.
+            unsafe {
+                let second = codes.add(step);
+                let (a, b) = (two_halves(codes, second), two_halves(codes.add(16), second.add(16)));
+                let first = dot(_mm256_setzero_si256(), unsigned::<OFFSET>(a), load(x));
+                return [dot(first, unsigned::<OFFSET>(b), load(x.add(32)))];
+            }
+        }
         // SAFETY: the caller's.
         let (a, b, x) = unsafe {
             let second = codes.add(step);
@@ -130,10 +201,11 @@ impl<const OFFSET: bool> Codes<1> for Bytes<OFFSET> {
 }
 
 /// 2 bits, four columns a byte.
-pub struct Quarters;
+pub struct Quarters<const OFFSET: i32, const VNNI: bool>;
 
-impl Codes<1> for Quarters {
+impl<const OFFSET: i32, const VNNI: bool> Codes<1> for Quarters<OFFSET, VNNI> {
     const INPUTS: usize = 64;
+    const OFFSET: i32 = OFFSET;
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
@@ -155,9 +227,8 @@ impl Codes<1> for Quarters {
             let eight = |at: *const u8| at.cast::<i64>().read_unaligned();
             (eight(codes), eight(codes.add(step)), [load(x), load(x.add(32))])
         };
-        let [low, high] = quarters(first, second);
-        let sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, x[0]), _mm256_maddubs_epi16(high, x[1]));
-        [_mm256_madd_epi16(sums, _mm256_set1_epi16(1))]
+        // SAFETY: the caller's.
+        unsafe { [two::<VNNI>(quarters(first, second), x)] }
     }
 }
 
@@ -173,10 +244,11 @@ pub fn quarters(first: i64, second: i64) -> [__m256i; 2] {
 }
 
 /// ggml's TQ2_0: a register has a quarter of the columns of half a block, a group.
-pub struct Tq2;
+pub struct Tq2<const VNNI: bool>;
 
-impl Codes<4> for Tq2 {
+impl<const VNNI: bool> Codes<4> for Tq2<VNNI> {
     const INPUTS: usize = 64;
+    const OFFSET: i32 = 1;
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
@@ -189,8 +261,11 @@ impl Codes<4> for Tq2 {
         let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
         // SAFETY: the caller's: 64 bytes of codes, 256 inputs.
         let (halves, x) = unsafe { ([load(codes), load(codes.add(32))], |group: usize| load(x.add(group * GROUP))) };
-        let sums =
-            |codes, group| _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x(group)), ones);
+        let sums = |codes, group| match VNNI {
+            // SAFETY: the caller's.
+            true => unsafe { dot(_mm256_setzero_si256(), _mm256_and_si256(codes, mask), x(group)) },
+            false => _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x(group)), ones),
+        };
         let both =
             |a, b| _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b));
         let pair = |h: __m256i, group| both(sums(h, group), sums(_mm256_srli_epi16::<2>(h), group + 1));
@@ -200,14 +275,15 @@ impl Codes<4> for Tq2 {
 }
 
 /// Base 3: a byte's digits belong to five pairs of groups.
-pub struct Fifths;
+pub struct Fifths<const VNNI: bool>;
 
-impl Codes<5> for Fifths {
+impl<const VNNI: bool> Codes<5> for Fifths<VNNI> {
     const INPUTS: usize = 64;
+    const OFFSET: i32 = 1;
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
-        Nibbles::<false, true>::arrange(x, out);
+        Nibbles::<false, true, VNNI>::arrange(x, out);
     }
 
     #[inline]
@@ -218,10 +294,10 @@ impl Codes<5> for Fifths {
         let mut sums = [_mm256_setzero_si256(); 5];
         for (p, sum) in sums.iter_mut().enumerate() {
             // SAFETY: as above.
-            let x = unsafe { [load(x.add(64 * p)), load(x.add(64 * p + 32))] };
-            let products =
-                _mm256_add_epi16(_mm256_maddubs_epi16(digits(low), x[0]), _mm256_maddubs_epi16(digits(high), x[1]));
-            *sum = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+            *sum = unsafe {
+                let x = [load(x.add(64 * p)), load(x.add(64 * p + 32))];
+                two::<VNNI>([digits(low), digits(high)], x)
+            };
             (low, high) = (tripled(low), tripled(high));
         }
         sums

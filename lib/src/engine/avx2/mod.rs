@@ -1,4 +1,4 @@
-//! The kernels for AVX2, FMA and F16C.
+//! The kernels for AVX2, FMA and F16C, and with AVX-VNNI in place of some of it.
 
 pub mod codes;
 pub mod floats;
@@ -11,6 +11,11 @@ use std::arch::x86_64::*;
 /// Whether this processor has what they need.
 pub fn is_here() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// Whether it has 8-bit products that are summed in 32 bits, beside [`is_here`].
+pub fn has_vnni() -> bool {
+    is_here() && is_x86_feature_detected!("avxvnni")
 }
 
 /// 16 bytes at `low` and 16 at `high`.

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::codes::{digits, nibbles, quarters, signed, tripled};
+use super::codes::{digits, dot, nibbles, quarters, signed, tripled, unsigned};
 use super::{load, scales};
 use crate::engine::inputs::Inputs;
 use crate::engine::view::{GROUP, Kind, View};
@@ -20,6 +20,7 @@ const BLOCK: usize = HEIGHT * GROUP;
 /// Rows of inputs as panels meet them: by tile, then by group of columns, then by row.
 pub struct Batch {
     kind: Kind,
+    vnni: bool,
     wide: bool,
     rows: usize,
     groups: usize,
@@ -31,17 +32,16 @@ pub struct Batch {
     corrections: Vec<i32>,
 }
 
-/// Whether inputs are 16 bits wide for `kind`.
-fn is_wide(kind: Kind) -> bool {
-    matches!(kind, Kind::Int8 | Kind::Int8Offset)
-}
-
 impl Batch {
     /// The `rows` of `inputs` for weights of `kind`.
-    pub fn new(inputs: &Inputs, rows: &[usize], kind: Kind) -> Self {
-        let (groups, wide) = (inputs.groups(), is_wide(kind));
+    pub fn new(inputs: &Inputs, rows: &[usize], kind: Kind, vnni: bool) -> Self {
+        let (groups, bytes) = (inputs.groups(), matches!(kind, Kind::Int8 | Kind::Int8Offset));
+        // Without VNNI bytes are 16 bits wide; with it they have lost their sign.
+        let wide = bytes && !vnni;
+        let offset = if bytes && vnni { 128 } else { kind.offset() };
         let mut b = Self {
             kind,
+            vnni,
             wide,
             rows: rows.len(),
             groups,
@@ -67,7 +67,7 @@ impl Batch {
                     tile.iter().for_each(|&row| b.codes.extend_from_slice(bytemuck::cast_slice(of(row))));
                 }
                 b.scales.extend(tile.iter().map(|&row| inputs.scales[row * groups + g] * kind.step()));
-                b.corrections.extend(tile.iter().map(|&row| inputs.sums[row * groups + g] * kind.offset()));
+                b.corrections.extend(tile.iter().map(|&row| inputs.sums[row * groups + g] * offset));
             }
         }
         b
@@ -105,6 +105,7 @@ fn integers(
     mut out: impl FnMut(usize, usize, &[f32; HEIGHT]),
 ) {
     assert!(super::is_here(), "the caller has asked for this processor");
+    assert!(!batch.vnni || super::has_vnni(), "the same");
     assert!(rows.end <= view.shape().0 && batch.groups == view.groups() && batch.kind == view.kind());
     scratch.panel.resize(view.groups() * BLOCK * if batch.wide { 2 } else { 1 }, 0);
     scratch.scales.resize(view.groups() * HEIGHT, 0.0);
@@ -122,6 +123,8 @@ fn integers(
                 Kind::Int2 | Kind::Ternary => decode::<QUARTERS>(view, eight, &mut scratch.panel),
                 Kind::Base3 => decode_base3(view, eight, &mut scratch.panel),
                 Kind::Tq2 => decode_tq2(view, eight, &mut scratch.panel),
+                Kind::Int8 if batch.vnni => decode_unsigned::<false>(view, eight, &mut scratch.panel),
+                Kind::Int8Offset if batch.vnni => decode_unsigned::<true>(view, eight, &mut scratch.panel),
                 Kind::Int8 => decode_bytes::<false>(view, eight, &mut scratch.panel),
                 Kind::Int8Offset => decode_bytes::<true>(view, eight, &mut scratch.panel),
                 Kind::E4m3 | Kind::Bf16 | Kind::F16 | Kind::F32 => panic!("floats are no integers"),
@@ -130,12 +133,14 @@ fn integers(
                 let n = TILE.min(batch.rows - tile);
                 scratch.chains.clear();
                 scratch.chains.resize(2 * n * HEIGHT, 0.0);
-                if batch.wide {
+                if batch.vnni {
+                    narrow::<false, true>(scratch, batch, tile, n);
+                } else if batch.wide {
                     wide(scratch, batch, tile, n);
                 } else if view.kind().offset() > 8 {
-                    narrow::<false>(scratch, batch, tile, n);
+                    narrow::<false, false>(scratch, batch, tile, n);
                 } else {
-                    narrow::<true>(scratch, batch, tile, n);
+                    narrow::<true, false>(scratch, batch, tile, n);
                 }
                 let (even, odd) = scratch.chains.as_chunks::<HEIGHT>().0.split_at(n);
                 for (i, (even, odd)) in even.iter().zip(odd).enumerate() {
@@ -288,6 +293,22 @@ unsafe fn decode_bytes<const OFFSET: bool>(view: &View, rows: [usize; HEIGHT], p
     }
 }
 
+/// 8 bits a column, 128 added.
+#[target_feature(enable = "avx2")]
+unsafe fn decode_unsigned<const OFFSET: bool>(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
+    let starts = rows.map(|r| view.row_start(r));
+    for g in 0..view.groups() {
+        // SAFETY: as above.
+        unsafe {
+            let mut rows = [_mm256_setzero_si256(); HEIGHT];
+            for (row, s) in rows.iter_mut().zip(starts) {
+                *row = unsigned::<OFFSET>(load(s.add(g * view.step())));
+            }
+            put(rows, panel.as_mut_ptr().add(g * BLOCK));
+        }
+    }
+}
+
 /// Stores a group of eight rows, four columns of each row a register.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -315,7 +336,7 @@ fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
 
 /// Inputs of 8 bits over the whole panel. Where `SMALL`, codes are at most 15 and all of a group's sums fit 16 bits.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn narrow<const SMALL: bool>(s: &mut Scratch, batch: &Batch, tile: usize, n: usize) {
+unsafe fn narrow<const SMALL: bool, const VNNI: bool>(s: &mut Scratch, batch: &Batch, tile: usize, n: usize) {
     let ones = _mm256_set1_epi16(1);
     let first = tile * batch.groups;
     for g in 0..batch.groups {
@@ -332,11 +353,15 @@ unsafe fn narrow<const SMALL: bool>(s: &mut Scratch, batch: &Batch, tile: usize,
                 let four = |j: usize| {
                     _mm256_add_epi16(_mm256_add_epi16(part(j), part(j + 1)), _mm256_add_epi16(part(j + 2), part(j + 3)))
                 };
-                let (low, high) = (four(0), four(4));
-                let sums = if SMALL {
-                    _mm256_madd_epi16(_mm256_add_epi16(low, high), ones)
+                let sums = if VNNI {
+                    let dot = |sums, j: usize| dot(sums, w[j], _mm256_set1_epi32(x.add(j).read_unaligned()));
+                    let zero = _mm256_setzero_si256();
+                    // Two, so that each need not wait for the one before.
+                    _mm256_add_epi32(dot(dot(dot(dot(zero, 0), 1), 2), 3), dot(dot(dot(dot(zero, 4), 5), 6), 7))
+                } else if SMALL {
+                    _mm256_madd_epi16(_mm256_add_epi16(four(0), four(4)), ones)
                 } else {
-                    _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones))
+                    _mm256_add_epi32(_mm256_madd_epi16(four(0), ones), _mm256_madd_epi16(four(4), ones))
                 };
                 finish(sums, own, batch, at + t, chains.add(t * HEIGHT));
             }

@@ -34,9 +34,9 @@ pub unsafe fn four_rows(view: &View, rows: [usize; 4], out: &mut [f32]) {
     }
 }
 
-const E8M0: u8 = 0;
+pub const E8M0: u8 = 0;
 const BF16: u8 = 1;
-const F16: u8 = 2;
+pub const F16: u8 = 2;
 const F32: u8 = 3;
 
 /// The scales of four rows that begin at `first`, wherever a row has them.
@@ -73,7 +73,7 @@ unsafe fn four<const KIND: u8>(first: [*const u8; 4], at: usize) -> __m128 {
         match KIND {
             E8M0 => {
                 let bytes = _mm_cvtsi32_si128(i32::from_le_bytes([*a, *b, *c, *d]));
-                _mm256_castps256_ps128(power(bytes))
+                _mm256_castps256_ps128(power(_mm256_cvtepu8_epi32(bytes)))
             }
             BF16 => _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words())),
             F16 => _mm_cvtph_ps(words()),
@@ -85,13 +85,22 @@ unsafe fn four<const KIND: u8>(first: [*const u8; 4], at: usize) -> __m128 {
     }
 }
 
-/// 2^(e - 127) of the low eight bytes.
+/// Eight scales of those kinds that stand beside their codes.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+pub fn numbers<const KIND: u8>(stored: &[u16; 8]) -> __m256 {
+    // SAFETY: eight words.
+    let words = unsafe { _mm_loadu_si128(stored.as_ptr().cast()) };
+    if KIND == E8M0 { power(_mm256_cvtepu16_epi32(words)) } else { _mm256_cvtph_ps(words) }
+}
+
+/// 2^(e - 127).
 #[inline]
 #[target_feature(enable = "avx2")]
-fn power(bytes: __m128i) -> __m256 {
+fn power(exponents: __m256i) -> __m256 {
     // A byte of 0 stands for 2^-127, which has no bit of the exponent set, and 255 is no number.
     let last = _mm256_set1_epi32(1 << 22);
-    let bits = _mm256_max_epi32(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes)), last);
+    let bits = _mm256_max_epi32(_mm256_slli_epi32::<23>(exponents), last);
     let infinite = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(0x7f80_0000));
     _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(infinite, last)))
 }
@@ -107,7 +116,7 @@ unsafe fn powers(bytes: [&[u8]; 4], out: &mut [[f32; 4]]) {
         // SAFETY: 8 scales of each row are left, and 32 numbers.
         unsafe {
             let eight = |row: &[u8]| _mm_loadl_epi64(row.as_ptr().add(8 * i).cast());
-            let put = |two: __m128i, at: usize| _mm256_storeu_ps(to.add(at), power(two));
+            let put = |two: __m128i, at: usize| _mm256_storeu_ps(to.add(at), power(_mm256_cvtepu8_epi32(two)));
             let (ab, cd) = (_mm_unpacklo_epi8(eight(a), eight(b)), _mm_unpacklo_epi8(eight(c), eight(d)));
             let (low, high) = (_mm_unpacklo_epi16(ab, cd), _mm_unpackhi_epi16(ab, cd));
             put(low, 0);
