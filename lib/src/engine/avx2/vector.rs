@@ -214,8 +214,8 @@ unsafe fn row_parts<C: Codes<P>, const P: usize, const BESIDE: bool>(
     let (mut at, mut x, mut part) = (view.row_start(row), a.codes.as_ptr().cast::<u8>(), to);
     // Two units a turn, so that less is done beside them.
     for _ in 0..units / 2 {
-        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-        ahead = ahead.wrapping_add(2 * P * a_pair);
+        // SAFETY: nothing is needed for it.
+        ahead = unsafe { ask(ahead, 2 * P * a_pair) };
         // SAFETY: the unit lies inside the row, its inputs inside `a`; the caller's.
         unsafe {
             let first = C::dots(at, step, x);
@@ -262,6 +262,20 @@ unsafe fn row_parts<C: Codes<P>, const P: usize, const BESIDE: bool>(
     }
 }
 
+/// Asks for the lines of the next `bytes`, at most 192; gives what is behind them.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn ask(at: *const u8, bytes: usize) -> *const u8 {
+    _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    if bytes > 64 {
+        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(bytes / 2).cast());
+    }
+    if bytes > 128 {
+        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(bytes - 1).cast());
+    }
+    at.wrapping_add(bytes)
+}
+
 /// A scale as it is stored.
 #[inline]
 unsafe fn pick<C: Codes<P>, const P: usize>(at: *const u8) -> u16 {
@@ -287,10 +301,9 @@ unsafe fn sums<C: Codes<P>, const P: usize, const BESIDE: bool>(
 ) -> [f32; 4] {
     let mut chains = _mm256_setzero_ps();
     for (pair, parts) in parts.iter().enumerate() {
-        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-        ahead = ahead.wrapping_add(a_pair);
         // SAFETY: all have every pair.
         unsafe {
+            ahead = ask(ahead, a_pair);
             let own = match BESIDE {
                 true if C::BESIDE == Some(ScaleKind::E8m0) => {
                     scales::numbers::<{ scales::E8M0 }>(raw.get_unchecked(pair))
