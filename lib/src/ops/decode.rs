@@ -43,9 +43,80 @@ for_this_cpu! {
     pub fn eights(bits: u32, packed: &[u8], codes: &mut [i8]) = eights_body
 }
 
+/// The values of whole `blocks` of ggml's type `ty`.
+pub fn ggml(ty: Ggml, blocks: &[u8], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(ty, Ggml::Mxfp4 | Ggml::Q4_0) && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
+        // SAFETY: AVX2 and F16C are there.
+        return unsafe { avx2::ggml(ty, blocks, out) };
+    }
+    ggml_blocks(ty, blocks, out);
+}
+
 for_this_cpu! {
-    /// The values of whole `blocks` of ggml's type `ty`.
-    pub fn ggml(ty: Ggml, blocks: &[u8], out: &mut [f32]) = ggml_body
+    /// The same for any type.
+    fn ggml_blocks(ty: Ggml, blocks: &[u8], out: &mut [f32]) = ggml_body
+}
+
+/// A row's values of integers of 4 bits without zero points, two a byte, low bits first, stored with 8 added. `scales` are of
+/// type `float`, the first for `first` values, each other for `group`; all but the last values are whole pairs.
+pub fn int4(packed: &[u8], scales: &[u8], (first, group): (usize, usize), float: Float, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: AVX2 is there.
+        return unsafe { avx2::int4(packed, scales, (first, group), float, out) };
+    }
+    int4_body(packed, scales, (first, group), float, out, sixteen_reference::<false>);
+}
+
+#[inline(always)]
+fn int4_body(
+    packed: &[u8],
+    scales: &[u8],
+    (first, group): (usize, usize),
+    float: Float,
+    out: &mut [f32],
+    look_up: impl Fn(&[f32; 16], &[u8], &mut [f32]),
+) {
+    let (mut at, mut end) = (0, first.min(out.len()));
+    for scale in scales.chunks_exact(float.size()) {
+        let (mut scale_value, mut table) = ([0f32], [0f32; 16]);
+        float.read(scale, &mut scale_value);
+        let p = Params { scale: scale_value[0], zero_point: 0.0 };
+        integers_body(&[-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7], p, float, &mut table);
+        look_up(&table, &packed[at / 2..], &mut out[at..end]);
+        (at, end) = (end, (end + group).min(out.len()));
+    }
+}
+
+/// The values in `table` of codes of 4 bits, two a byte, low bits first.
+fn sixteen(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: AVX2 is there.
+        return unsafe { avx2::all_sixteen(table, packed, out) };
+    }
+    sixteen_reference::<false>(table, packed, out);
+}
+
+/// The same; where `HALVES` in blocks of 32 whose first half has the low bits.
+#[inline(always)]
+fn sixteen_reference<const HALVES: bool>(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
+    let (low, high) = (|b: u8| table[usize::from(b & 15)], |b: u8| table[usize::from(b >> 4)]);
+    if HALVES {
+        for (bytes, out) in packed.as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+            for (i, &b) in bytes.iter().enumerate() {
+                (out[i], out[16 + i]) = (low(b), high(b));
+            }
+        }
+        return;
+    }
+    for (pair, &b) in out.chunks_mut(2).zip(packed) {
+        pair[0] = low(b);
+        if let Some(second) = pair.get_mut(1) {
+            *second = high(b);
+        }
+    }
 }
 
 /// Asks for bytes that will be read soon.
@@ -159,13 +230,7 @@ fn scaled<const N: usize>(table: &[f32; N], scale: f32, float: Float) -> [f32; N
 
 #[inline(always)]
 fn e2m1_body(packed: &[u8], scale: f32, float: Float, out: &mut [f32]) {
-    let table = scaled(&mxfp4::VALUES, scale, float);
-    for (pair, &b) in out.chunks_mut(2).zip(packed) {
-        pair[0] = table[usize::from(b & 15)];
-        if let Some(second) = pair.get_mut(1) {
-            *second = table[usize::from(b >> 4)];
-        }
-    }
+    sixteen(&scaled(&mxfp4::VALUES, scale, float), packed, out);
 }
 
 #[inline(always)]
@@ -218,7 +283,67 @@ mod avx2 {
 
     use std::arch::x86_64::*;
 
+    use crate::formats::float::Float;
+    use crate::formats::ggml::Ggml;
     use crate::formats::mxfp4::{BLOCK, BLOCK_BYTES, VALUES, scale};
+
+    /// A block of [`super::sixteen`]: a table of sixteen is two of eight, and a code's highest bit says which.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn sixteen<const HALVES: bool>(table: &[f32; 16], packed: &[u8; 16], out: &mut [f32; 32]) {
+        // SAFETY: 16 values, and 16 bytes.
+        let (tables, bytes) = unsafe {
+            let tables = [_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8))];
+            (tables, _mm_loadu_si128(packed.as_ptr().cast()))
+        };
+        let nibble = _mm_set1_epi8(15);
+        let (low, high) = (_mm_and_si128(bytes, nibble), _mm_and_si128(_mm_srli_epi16::<4>(bytes), nibble));
+        let halves = if HALVES { [low, high] } else { [_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high)] };
+        for (i, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let eight = if i % 2 == 0 { halves[i / 2] } else { _mm_srli_si128::<8>(halves[i / 2]) };
+            let code = _mm256_cvtepu8_epi32(eight);
+            let [first, second] =
+                [_mm256_permutevar8x32_ps(tables[0], code), _mm256_permutevar8x32_ps(tables[1], code)];
+            let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(code));
+            // SAFETY: room for 8 values.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_blendv_ps(first, second, upper)) };
+        }
+    }
+
+    /// [`super::sixteen`].
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn all_sixteen(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
+        let whole = out.len() / 32;
+        let (blocks, rest) = out.split_at_mut(32 * whole);
+        let (bytes, rest_bytes) = packed.split_at(16 * whole);
+        for (bytes, out) in bytes.as_chunks::<16>().0.iter().zip(blocks.as_chunks_mut::<32>().0) {
+            sixteen::<false>(table, bytes, out);
+        }
+        super::sixteen_reference::<false>(table, rest_bytes, rest);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub fn int4(packed: &[u8], scales: &[u8], groups: (usize, usize), float: Float, out: &mut [f32]) {
+        super::int4_body(packed, scales, groups, float, out, |table, packed, out| all_sixteen(table, packed, out));
+    }
+
+    /// [`super::ggml`] for Q4_0 and MXFP4.
+    #[target_feature(enable = "avx2,f16c")]
+    pub fn ggml(ty: Ggml, blocks: &[u8], out: &mut [f32]) {
+        let mxfp4 = ty == Ggml::Mxfp4;
+        let codes: [f32; 16] = if mxfp4 { VALUES } else { std::array::from_fn(|i| i as f32 - 8.0) };
+        let (size, mut table) = (ty.bytes(), [0f32; 16]);
+        for (block, out) in blocks.chunks_exact(size).zip(out.as_chunks_mut::<32>().0) {
+            let by = match mxfp4 {
+                true => scale(block[0]),
+                // The scale is F16 already, so nothing of it is rounded.
+                false => _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(block[0]) | i32::from(block[1]) << 8))),
+            };
+            table.iter_mut().zip(codes).for_each(|(t, c)| *t = by * c);
+            sixteen::<true>(&table, block[size - 16..].first_chunk().expect("16 bytes of codes"), out);
+        }
+    }
 
     #[target_feature(enable = "avx2")]
     pub fn decode_row(codes: &[u8], scales: &[u8], out: &mut [f32]) {
@@ -258,6 +383,50 @@ mod tests {
         }
         for code in 0..16u8 {
             assert_eq!(mxfp4::VALUES[usize::from(code)].to_bits(), Minifloat::E2M1.value(code).to_bits(), "{code}");
+        }
+    }
+
+    #[test]
+    fn tables_of_sixteen_are_looked_up_at_every_length() {
+        let table: [f32; 16] = std::array::from_fn(|i| (i * i) as f32 - 40.5);
+        let packed: Vec<u8> = (0..256).map(|i| (i * 7 + i / 16) as u8).collect();
+        for length in [1, 2, 31, 32, 33, 95, 96, 512] {
+            let (mut fast, mut plain) = (vec![0f32; length], vec![1f32; length]);
+            sixteen(&table, &packed, &mut fast);
+            sixteen_reference::<false>(&table, &packed, &mut plain);
+            assert_eq!(fast, plain, "{length}");
+        }
+    }
+
+    /// Every code under scales of every kind, against the rule itself.
+    #[test]
+    fn four_bits_have_the_values_of_their_formats() {
+        let packed: Vec<u8> = (0..=255).collect();
+        let code = |i: usize| (packed[i / 2] >> (i % 2 * 4) & 15) as i8 - 8;
+        let scales = [0.0123, -3e-39, 1e38, f32::NAN, 0.75, 1.0, 3e-7, 0.0, 2.0];
+        for float in [Float::Bf16, Float::F16, Float::F32] {
+            let mut stored = Vec::new();
+            scales.iter().for_each(|s| float.write(*s, &mut stored));
+            // The first group is cut at the front, the last at the end.
+            for (first, group, length) in [(64, 64, 512), (32, 64, 500), (2, 128, 511), (512, 512, 512)] {
+                let mut values = vec![0f32; length];
+                int4(&packed, &stored, (first, group), float, &mut values);
+                for (i, v) in values.iter().enumerate() {
+                    let scale = scales[if i < first { 0 } else { 1 + (i - first) / group }];
+                    let p = Params { scale: float.round(scale), zero_point: 0.0 };
+                    let want = crate::formats::int::dequantize(code(i), p, float);
+                    assert!(v.to_bits() == want.to_bits() || (v.is_nan() && want.is_nan()), "{i}: {v} and {want}");
+                }
+            }
+        }
+        for ty in [Ggml::Mxfp4, Ggml::Q4_0, Ggml::Q4_1] {
+            let blocks: Vec<u8> = (0..64 * ty.bytes()).map(|i| (i * 37 + i / 11) as u8).collect();
+            let (mut fast, mut plain) = (vec![0f32; 64 * 32], vec![1f32; 64 * 32]);
+            ggml(ty, &blocks, &mut fast);
+            ggml_blocks(ty, &blocks, &mut plain);
+            for (a, b) in fast.iter().zip(&plain) {
+                assert!(a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()), "{ty:?}: {a} and {b}");
+            }
         }
     }
 

@@ -135,6 +135,16 @@ impl Quantized<'_> {
         Params { scale, zero_point }
     }
 
+    /// Whether codes from column `start` on are integers of 4 bits, each row with scales of its own and nothing else.
+    fn is_int4(&self, group: usize, start: usize) -> bool {
+        let plain = self.scheme.format() == Format::Packed && self.scheme.weights.bits() == 4;
+        plain
+            && self.zero_points.is_none()
+            && self.scheme.rows() == 1
+            && group.is_multiple_of(2)
+            && start.is_multiple_of(2)
+    }
+
     /// The values of one row of MXFP4 codes at `columns`, which cut no block.
     fn blocks(&self, row: usize, codes: &[u8], columns: &Range<usize>, out: &mut [f32]) {
         let scales = &self.scales[row * self.shape.1 / mx::BLOCK..][..self.shape.1 / mx::BLOCK];
@@ -211,6 +221,14 @@ impl Rows for Quantized<'_> {
             decode::prefetch(&codes[from..row_bytes.min(from + n)]);
             if self.scheme.format() == Format::Mxfp4 {
                 self.blocks(row, codes, &columns, out);
+                continue;
+            }
+            if self.is_int4(group, columns.start) {
+                let (groups, size) = (self.shape.1.div_ceil(group), self.float.size());
+                let (first, last) = (columns.start / group, columns.end.div_ceil(group));
+                let scales = &self.scales[(row * groups + first) * size..(row * groups + last) * size];
+                let to_next = (first + 1) * group - columns.start;
+                decode::int4(&codes[columns.start / 2..], scales, (to_next, group), self.float, out);
                 continue;
             }
             let mut at = columns.start;
