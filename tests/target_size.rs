@@ -103,7 +103,7 @@ fn a_run_that_is_killed_while_it_measures_goes_on_behind_the_layers_that_are_don
     let layers = |file: &Path| read(file)["layers"].as_array().unwrap().len();
     assert_eq!(layers(&beside(&whole)), 4);
     let mut child = quant("5.6MB", &cut, "").spawn().unwrap();
-    while !beside(&cut).exists() {
+    while !beside(&cut).exists() || layers(&beside(&cut)) == 0 {
         assert!(child.try_wait().unwrap().is_none(), "it was over before it was killed");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
@@ -119,9 +119,25 @@ fn a_run_that_is_killed_while_it_measures_goes_on_behind_the_layers_that_are_don
     let before = std::fs::metadata(beside(&cut)).unwrap().modified().unwrap();
     run(c.arg("--sensitivity").arg(beside(&cut))).manifest();
     assert_eq!(std::fs::metadata(beside(&cut)).unwrap().modified().unwrap(), before);
+    // Nor does what has nothing to do with it.
+    let other = dir.path().join("not/there/yet");
+    run(quant("6MB", &other, "--lm-head w8a16 --shard-size 1GB").arg("--sensitivity").arg(beside(&cut))).manifest();
+    assert_eq!(std::fs::metadata(beside(&cut)).unwrap().modified().unwrap(), before);
     // Another recipe does, and takes nobody's figures for its own.
     let again = run(quant("6MB", &dir.path().join("again"), "--experts w2a16").arg("--sensitivity").arg(beside(&cut)));
     assert!(refusal(&again).contains("holds what was measured of another checkpoint, text or recipe"), "{}", again.err);
+    for change in [
+        |f: &mut Value| f["layers"][0]["experts"].as_array_mut().unwrap().truncate(3),
+        |f: &mut Value| f["layers"][1]["experts"][2].as_array_mut().unwrap().truncate(1),
+        |f: &mut Value| f["layers"][2]["attention"][0] = (-1.0).into(),
+        |f: &mut Value| f["layers"] = vec![f["layers"][0].clone(); 9].into(),
+    ] {
+        let (bad, mut figures) = (dir.path().join("bad.json"), read(&beside(&cut)));
+        change(&mut figures);
+        std::fs::write(&bad, figures.to_string()).unwrap();
+        let ran = run(quant("6MB", &dir.path().join("again"), "").arg("--sensitivity").arg(&bad));
+        assert!(refusal(&ran).contains("bad.json"), "{}", ran.err);
+    }
     std::fs::write(beside(&cut), "{").unwrap();
     let broken = run(quant("6MB", &dir.path().join("again"), "").arg("--sensitivity").arg(beside(&cut)));
     assert!(refusal(&broken).contains("is no list of measured errors"), "{}", broken.err);
@@ -146,7 +162,7 @@ fn a_size_that_cannot_be_reached_is_refused_with_the_smallest_and_what_to_add() 
     // What it says to add is enough.
     let m = plan("--target-size 6.5GB --lm-head w8a16 --embed-tokens w8a16").manifest();
     assert!(notes(&m).contains("this plan is the smallest, 6.285 GB"), "{}", notes(&m));
-    assert!(refusal(&plan("--target-size 1.5GB")).contains("nothing here makes it smaller than that"));
+    assert!(refusal(&plan("--target-size 1.5GB")).contains("no other flag was tried"));
     for (flags, part) in [
         ("--target-size 14GB --experts w4a16 --algo awq --mw keep", "AWQ is a matter of whole layers"),
         ("--target-size 14GB --with-sparse", "sparsity is a matter of whole layers"),
@@ -156,6 +172,8 @@ fn a_size_that_cannot_be_reached_is_refused_with_the_smallest_and_what_to_add() 
             "nothing is left",
         ),
         ("--sensitivity f.json", "--target-size"),
+        ("--target-size 18GB --experts w8a16", "are MXFP4, which loses nothing and is smaller"),
+        ("--target-size 9GB --experts-regex re:.*layers.[01].mlp.experts.*", "chooses schemes itself"),
     ] {
         let ran = plan(flags);
         assert!(refusal(&ran).contains(part), "{flags}: {}", ran.err);
@@ -166,11 +184,13 @@ fn a_size_that_cannot_be_reached_is_refused_with_the_smallest_and_what_to_add() 
 fn containers_that_hold_a_layers_experts_together_raise_them_together() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("gguf");
-    let m = run(&mut quant("7MB", &out, "--container gguf --experts q4_0 --mw q4_0 --algo rtn")).manifest();
-    assert!(weights(&out) <= 7_000_000 && notes(&m).contains("layers of experts: 3 q4_0, 1 q5_0"), "{}", notes(&m));
-    assert!(kl(&out) < 0.1);
+    let m = run(&mut quant("6.8MB", &out, "--container gguf --experts keep --mw q4_0 --algo rtn")).manifest();
+    assert!((6_600_000..=6_800_000).contains(&weights(&out)), "{}", weights(&out));
+    assert!(notes(&m).contains("[\"for at most 6.800 MB, attentions: 3 q5_0, 1 q8_0\""), "{}", notes(&m));
+    assert!(kl(&out) < 0.01);
     let out = dir.path().join("vllm");
-    let m = run(&mut quant("7.6MB", &out, "--target vllm --experts w4a16 --mw w8a16")).manifest();
-    assert!(weights(&out) <= 7_600_000 && notes(&m).contains("layers of experts: 4 w4a16"), "{}", notes(&m));
+    let m = run(&mut quant("9.5MB", &out, "--target vllm --experts w4a16 --mw w8a16")).manifest();
+    assert!(weights(&out) <= 9_500_000, "{}", weights(&out));
+    assert!(notes(&m).contains("layers of experts: 1 w4a16, 3 w8a16"), "{}", notes(&m));
     assert_eq!(m["runtimes"][0]["status"], "loads", "{}", m["runtimes"]);
 }

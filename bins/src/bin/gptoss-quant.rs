@@ -96,11 +96,14 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     let config = ModelConfig::parse(&located.dir, &raw_config)?;
     let mut recipe = args.recipe.resolve(&config, false, progress)?;
     target::settle(&located.dir, &raw_config, &mut recipe, args.recipe.wish())?;
+    let mut measures = false;
     if let Some((bytes, _)) = args.recipe.target_size() {
         // What cannot be reached shows before anything is fetched.
-        recipe = Budget::new(&located.dir, &raw_config, &recipe, bytes, None)?.least().0;
+        let budget = Budget::new(&located.dir, &raw_config, &recipe, bytes, None, args.recipe.wish().target)?;
+        measures = budget.is_open();
+        recipe = budget.least().0;
     }
-    args.check_resources(&recipe, &config)?;
+    args.check_resources(&recipe, measures, &config)?;
     if let (Some(id), true) = (&args.model_in, located.hub.is_some()) {
         located = locate(id, Wanted::Everything, progress)?;
     }
@@ -112,14 +115,21 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     let dst = args.destination(&recipe, &located.dir, &config);
     let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force };
     // Before a text is fetched for nothing; the run looks again.
-    check_destination(&located.dir, &dst, args.force)?;
-    let text = args.calibration_text(&recipe, &located.dir, &config, progress)?;
-    if let (Some((bytes, file)), Some(text)) = (args.recipe.target_size(), &text) {
-        let budget = Budget::new(&located.dir, &checkpoint.config, &recipe, bytes, Some(&checkpoint))?;
+    let whole = check_destination(&located.dir, &dst, args.force)?;
+    if let Some(bytes) = recipe.target_size.filter(|_| measures) {
+        check_room(&whole, bytes)?;
+    }
+    let text = args.calibration_text(&recipe, measures, &located.dir, &config, progress)?;
+    if let Some((bytes, file)) = args.recipe.target_size() {
+        let wish = args.recipe.wish();
+        let budget = Budget::new(&located.dir, &checkpoint.config, &recipe, bytes, Some(&checkpoint), wish.target)?;
         let beside = sensitivity_beside(&dst);
-        let measured = match budget.is_open() {
-            true => Some(budget.measure(checkpoint.padding(), text, &resources, file.unwrap_or(&beside))?),
-            false => None,
+        let measured = match (&text, budget.is_open()) {
+            (Some(text), true) => {
+                Some(budget.measure(checkpoint.padding(), text, &resources, file.unwrap_or(&beside))?)
+            }
+            (None, true) => bail!("{SIZE_NEEDS_TEXT}"),
+            (_, false) => None,
         };
         let recipe = budget.pick(measured.as_ref())?;
         plan = Plan::new(&located.dir, &checkpoint.config, recipe, Some(&checkpoint))?;
@@ -155,7 +165,7 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let config = ModelConfig::parse(dir, &raw_config)?;
     let mut recipe = args.recipe.resolve(&config, true, progress)?;
     target::settle(dir, &raw_config, &mut recipe, args.recipe.wish())?;
-    args.check_resources(&recipe, &config)?;
+    args.check_resources(&recipe, args.recipe.target_size().is_some(), &config)?;
     let mut checkpoint = if has_weights { Some(Checkpoint::open(path)?) } else { None };
     if let (Some(checkpoint), Some(padding)) = (&mut checkpoint, padding(&recipe, &config)?) {
         checkpoint.pad(padding);
@@ -186,20 +196,16 @@ fn padding(recipe: &Recipe, config: &ModelConfig) -> Result<Option<Padding>> {
 
 impl Args {
     /// What a calibration needs besides the model, as far as it can be told without reading it.
-    fn check_resources(&self, recipe: &Recipe, config: &ModelConfig) -> Result<()> {
+    fn check_resources(&self, recipe: &Recipe, measures: bool, config: &ModelConfig) -> Result<()> {
         if let Some(folder) = self.recipe.statistics().offload_folder.as_ref().filter(|f| !f.is_dir()) {
             bail!("--offload-folder {}: is no folder; create it, or give another", folder.display());
         }
-        if !self.needs_text(recipe) {
+        if !measures && !recipe.needs_text() {
             return Ok(());
         }
         self.text_request().check()?;
         check_memory(self.common.resources().max_memory, config)?;
         Ok(())
-    }
-
-    fn needs_text(&self, recipe: &Recipe) -> bool {
-        recipe.needs_text() || recipe.target_size.is_some()
     }
 
     /// The plan of `recipe`; with a size as its target the plan of the least that it may be.
@@ -213,7 +219,8 @@ impl Args {
         let Some((bytes, _)) = self.recipe.target_size() else {
             return Ok(Plan::new(dir, raw_config, recipe, source)?.preview());
         };
-        let (recipe, note) = Budget::new(dir, raw_config, &recipe, bytes, source)?.least();
+        let wish = self.recipe.wish();
+        let (recipe, note) = Budget::new(dir, raw_config, &recipe, bytes, source, wish.target)?.least();
         let mut manifest = Plan::new(dir, raw_config, recipe, source)?.preview();
         manifest.notes.push(note);
         Ok(manifest)
@@ -247,11 +254,12 @@ impl Args {
     fn calibration_text(
         &self,
         recipe: &Recipe,
+        measures: bool,
         dir: &Path,
         config: &ModelConfig,
         progress: &Progress,
     ) -> Result<Option<Text>> {
-        if !self.needs_text(recipe) {
+        if !measures && !recipe.needs_text() {
             if self.text.is_given() {
                 progress.note("note: this recipe needs no text, so the one that was given is not used");
             }
@@ -259,11 +267,14 @@ impl Args {
         }
         let tokenizer = Tokenizer::open(dir, config.vocab)?;
         let text = load(&self.text_request(), &tokenizer, dir, progress);
-        let text = if self.text.is_given() { text? } else { text.context(NO_TEXT)? };
+        let why = if measures { SIZE_NEEDS_TEXT } else { NO_TEXT };
+        let text = if self.text.is_given() { text? } else { text.context(why)? };
         text.notes.iter().for_each(|n| progress.note(&format!("note: {n}")));
         Ok(Some(text))
     }
 }
 
+const SIZE_NEEDS_TEXT: &str = "--target-size measures on a calibration text, whatever the algorithm, and open_platypus, which is \
+taken where none is named, cannot be had; give --calib-jsonl FILE";
 const NO_TEXT: &str = "this recipe needs a calibration text, and open_platypus, which is taken where none is named, cannot \
 be had; give --calib-jsonl FILE, or --algo rtn, which needs none";

@@ -60,7 +60,7 @@ pub struct RecipeArgs {
     pad_to: Option<usize>,
     /// Most bytes of weights in the output, such as 8GB. The recipe is then the least that each layer gets; where the text shows
     /// that it loses most, experts and attentions get more bits, one by one, until the size is reached. Without --experts
-    /// the least is ternary_b3
+    /// the least is ternary_b3, but for --container gguf
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "keep_codes", help_heading = "Recipe")]
     target_size: Option<u64>,
     /// Where the measured errors of --target-size are kept, or were by a run for another size [default: beside the output,

@@ -174,7 +174,7 @@ pub fn multiply(tasks: Vec<Task>) {
     for (i, task) in tasks.iter().enumerate() {
         let (rows, a_row) = (task.view.shape().0, task.view.row_bytes() * task.inputs.rows.div_ceil(FEW));
         // Whole panels, and several pieces a thread, so that none waits long for the others.
-        let n = (PIECE / a_row.max(1)).clamp(8, 256).min(rows.div_ceil(threads)).next_multiple_of(8);
+        let n = (PIECE / a_row.max(1)).clamp(8, 256).min(rows.div_ceil(4 * threads)).next_multiple_of(8);
         pieces.extend((0..rows).step_by(n).map(|r| (i, r..rows.min(r + n))));
     }
     let shared = |Task { view, bias, inputs, out }| {

@@ -107,6 +107,7 @@ pub fn integers(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut 
     assert!(rows.end <= view.shape().0 && inputs.len() == out.len(), "rows of the weight, one output an input");
     assert!(inputs.iter().all(|a| a.kind == view.kind() && a.groups == view.groups()));
     let vnni = inputs.first().is_some_and(|a| a.vnni);
+    assert!(inputs.iter().all(|a| a.vnni == vnni), "all inputs lie alike");
     assert!(!vnni || super::has_vnni(), "the caller has asked for this processor");
     // SAFETY: the features are there, and shapes were checked here and where views are made.
     unsafe {

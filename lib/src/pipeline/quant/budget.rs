@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -24,10 +23,13 @@ use crate::formats::minifloat::Minifloat;
 use crate::formats::ternary::Trits;
 use crate::manifest::Job;
 use crate::model::padding::Padding;
-use crate::model::{Class, Linear, Model, Proj};
+use crate::model::{self, Class, Linear, Model, ModelConfig, Proj};
 use crate::pipeline::Resources;
 use crate::pipeline::progress::Unit;
-use crate::recipe::{Container, DEFAULT_IGNORE, GroupSize, LayerRecipe, Override, Recipe, SchemeName};
+use crate::recipe::{
+    Container, DEFAULT_IGNORE, GroupSize, LayerRecipe, Override, Recipe, Rules, SHARD_SIZE, SchemeName,
+};
+use crate::runtimes::{self, Runtime};
 use crate::text::Text;
 
 /// Most sequences of the text that schemes are tried on: their order is known long before their figures are.
@@ -112,6 +114,7 @@ impl<'a> Budget<'a> {
         recipe: &Recipe,
         target: u64,
         source: Option<&'a Checkpoint>,
+        runtime: Option<Runtime>,
     ) -> Result<Self> {
         let alone = |what: &str| {
             Err(Error::Refused(format!(
@@ -128,6 +131,7 @@ impl<'a> Budget<'a> {
             return alone("sparsity");
         }
         let recipe = Recipe { target_size: Some(target), ..recipe.clone() };
+        one_scheme_a_class(&recipe, &ModelConfig::parse(dir, raw_config)?)?;
         let own = Plan::new(dir, raw_config, recipe.clone(), source)?;
         let smallest = own.layout().total_bytes();
         let mxfp4 = own.mxfp4;
@@ -138,7 +142,7 @@ impl<'a> Budget<'a> {
         let greatest = Plan::new(dir, raw_config, top, source)?.layout().total_bytes();
         let budget = Self { dir, raw_config, source, recipe, target, ladders, reach: (smallest, greatest) };
         if smallest > target {
-            return Err(Error::Refused(budget.too_small()));
+            return Err(Error::Refused(budget.too_small(runtime)));
         }
         if greatest == smallest {
             return Err(Error::Refused(format!(
@@ -173,7 +177,7 @@ impl<'a> Budget<'a> {
     }
 
     /// Says what is too large, and what would help.
-    fn too_small(&self) -> String {
+    fn too_small(&self, runtime: Option<Runtime>) -> String {
         let mut text = format!(
             "--target-size {} is less than this recipe can reach: {} with experts {} and other weights {}",
             gigabytes(self.target),
@@ -188,7 +192,7 @@ impl<'a> Budget<'a> {
             change(&mut next);
             let Ok(plan) = Plan::new(self.dir, self.raw_config, next.clone(), self.source) else { continue };
             let now = plan.layout().total_bytes();
-            if now >= bytes {
+            if now >= bytes || runtime.is_some_and(|r| runtimes::refusal(r, &plan.facts()).is_some()) {
                 continue;
             }
             (recipe, bytes) = (next, now);
@@ -198,7 +202,7 @@ impl<'a> Budget<'a> {
                 return text;
             }
         }
-        text + "; nothing here makes it smaller than that"
+        text + "; no other flag was tried"
     }
 
     /// What makes an output smaller, gentlest first.
@@ -253,7 +257,15 @@ impl<'a> Budget<'a> {
         let names = |l: &Ladder| -> Vec<SchemeName> { l.rungs.iter().map(|r| r.layer.scheme).collect() };
         let layers: Vec<&LayerRecipe> = self.ladders.iter().flat_map(|l| l.rungs.iter().map(|r| &r.layer)).collect();
         let rungs = serde_json::to_string(&layers).expect("they are in manifests");
-        let asked = Recipe { target_size: None, ..recipe.clone() };
+        // What says nothing of experts and attentions may change between two runs.
+        let mut asked = Recipe {
+            target_size: None,
+            shard_size: SHARD_SIZE,
+            overrides: Vec::new(),
+            notes: Vec::new(),
+            ..recipe.clone()
+        };
+        asked.ignore.retain(|p| !["embed_tokens", "lm_head"].contains(&&p[..]));
         let job = task::fingerprint(&Job::Quantize { recipe: asked }, &calibrated::hash_of(sequences), &rungs, source)?;
         let mut found = Sensitivity {
             schema: SCHEMA.into(),
@@ -275,6 +287,9 @@ impl<'a> Budget<'a> {
         }
         let model = Model::open_padded(&source.dir, padding)?;
         let layers = model.config.layers;
+        let [experts, attention] = &self.ladders;
+        let trials = (experts.trials().len(), attention.trials().len());
+        found.check(trials, &model.config).map_err(|reason| Error::file(file, reason))?;
         if found.layers.len() >= layers {
             resources.progress.note(&format!("errors as measured before, from {}", file.display()));
             return Ok(found);
@@ -289,11 +304,11 @@ impl<'a> Budget<'a> {
             offload_hessians: resources.offload_hessians,
             progress: &resources.progress,
         };
+        // Whether it can be written shows now, and not after hours.
+        found.write(file)?;
         let mut calibrator = Calibrator::new(&device, &model, &recipe, sequences, room)?;
-        let [experts, attention] = &self.ladders;
-        let trials = 2 + (experts.trials().len() + attention.trials().len()) as u64;
-        let work = calibrator.work_a_layer() / 4
-            * (2 * found.layers.len() as u64 + trials * (layers - found.layers.len()) as u64);
+        let (done, one) = (found.layers.len() as u64, 1 + (trials.0 + trials.1) as u64);
+        let work = calibrator.work_a_layer() / 4 * (4 * done + one * (layers as u64 - done));
         resources.progress.start_counting("measure", work, Unit::Work);
         calibrator.embed()?;
         for l in 0..layers {
@@ -303,6 +318,7 @@ impl<'a> Budget<'a> {
             }
             let errors = calibrator.measure(l, &attention.trials(), &experts.trials())?;
             found.layers.push(errors);
+            found.check(trials, &model.config).map_err(Error::Refused)?;
             found.write(file)?;
         }
         resources.progress.finish();
@@ -356,6 +372,12 @@ impl<'a> Budget<'a> {
             }
             places.push(Place { ladder: 1, layer, expert: None });
         }
+        // What the recipe leaves alone stays as it is.
+        let treated = |p: &Place| {
+            let plan = &self.ladders[p.ladder].rungs[0].plan;
+            p.linears(config.experts).iter().any(|l| plan.treated.contains_key(l))
+        };
+        places.retain(treated);
         places
     }
 
@@ -397,6 +419,9 @@ impl<'a> Budget<'a> {
                     overrides.push(Override { targets, ignore: Vec::new(), layer: r.layer.clone() });
                 }
             }
+            if counts.is_empty() {
+                continue;
+            }
             let what = match (of.class, self.recipe.container) {
                 (Class::Main, _) => "attentions",
                 (Class::Experts, Container::CompressedTensors) => "experts",
@@ -409,6 +434,22 @@ impl<'a> Budget<'a> {
         recipe.overrides.splice(0..0, overrides);
         recipe
     }
+}
+
+/// Refuses a recipe in which experts or attentions have schemes of their own: they would be none of the ladders'.
+fn one_scheme_a_class(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
+    let rules = Rules::new(recipe)?;
+    let of_places = |l: &Linear| !matches!(l.proj, Proj::Embed | Proj::LmHead | Proj::Router);
+    for linear in model::linears(config).filter(of_places) {
+        if rules.layer(&linear).is_some_and(|layer| layer != recipe.class(linear.proj.class())) {
+            return Err(Error::Refused(format!(
+                "--target-size chooses schemes itself, above one least scheme for the experts and one for the other weights, and \
+                 {} has another; give --experts and --mw",
+                linear.module()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// `recipe` with another layer for a class.
@@ -451,7 +492,18 @@ impl<'a> Ladder<'a> {
                 rungs.push(Rung::new(layer, plan));
             }
         }
-        rungs[1..].sort_by_key(|r| r.plan.layout().total_bytes());
+        let size = |r: &Rung| r.plan.layout().total_bytes();
+        let exact = |r: &&Rung| mxfp4 && class == Class::Experts && r.layer.scheme == MXFP4;
+        if let Some(exact) = rungs[1..].iter().find(exact).filter(|r| size(r) <= size(&rungs[0])) {
+            return Err(Error::Refused(format!(
+                "--target-size: the experts of this checkpoint are MXFP4, which loses nothing and is smaller ({}) than {} ({}); \
+                 give --experts keep, or a smaller scheme",
+                gigabytes(size(exact)),
+                own.scheme,
+                gigabytes(size(&rungs[0]))
+            )));
+        }
+        rungs[1..].sort_by_cached_key(|r| r.plan.layout().total_bytes());
         let mut least = 0;
         rungs.retain(|r| {
             let bytes = r.plan.layout().total_bytes();
@@ -571,19 +623,31 @@ impl Sensitivity {
             (_, Some(expert)) => layer.experts[expert].clone(),
             (_, None) => (0..layer.experts[0].len()).map(|r| layer.experts.iter().map(|e| e[r]).sum()).collect(),
         };
-        if let Some(bad) = errors.iter().find(|e| !e.is_finite()) {
-            let layer = place.layer;
-            return Err(Error::Refused(format!(
-                "layer {layer}: a measured error is {bad}; its weights or this text overflow"
-            )));
-        }
         // What is kept loses nothing, and a ladder of one was not tried.
         errors.resize(rungs, 0.0);
         Ok(errors)
     }
 
+    /// Whether the figures are those of a model of this shape with so many trials of experts and attentions, and figures at
+    /// all.
+    fn check(&self, trials: (usize, usize), config: &ModelConfig) -> std::result::Result<(), String> {
+        let figures = |list: &[f64], n: usize| match list.iter().find(|e| !(e.is_finite() && **e >= 0.0)) {
+            Some(bad) => Err(format!("a measured error is {bad}: weights or text overflow, or somebody wrote it")),
+            None if list.len() != n => Err(format!("holds {} errors of a place, wanted {n}; remove it", list.len())),
+            None => Ok(()),
+        };
+        if self.layers.len() > config.layers || self.layers.iter().any(|l| l.experts.len() != config.experts) {
+            return Err("holds errors of a model of another shape; remove it".into());
+        }
+        for layer in &self.layers {
+            figures(&layer.attention, trials.1)?;
+            layer.experts.iter().try_for_each(|e| figures(e, trials.0))?;
+        }
+        Ok(())
+    }
+
     fn read(file: &Path) -> Result<Option<Self>> {
-        let text = match std::fs::read_to_string(file) {
+        let text = match std::fs::read(file).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("read", file)(e)),
@@ -594,10 +658,11 @@ impl Sensitivity {
 
     fn write(&self, file: &Path) -> Result<()> {
         let error = |e| Error::io("write measured errors to", file)(e);
-        let mut new = tempfile::NamedTempFile::new_in(folder_of(file)).map_err(error)?;
         let text = serde_json::to_string_pretty(self).expect("finite numbers and names");
-        new.write_all(text.as_bytes()).map_err(error)?;
-        new.persist(file).map(drop).map_err(|e| error(e.error))
+        std::fs::create_dir_all(folder_of(file)).map_err(error)?;
+        let mut new = file.as_os_str().to_owned();
+        new.push(".partial");
+        std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, file)).map_err(error)
     }
 }
 
