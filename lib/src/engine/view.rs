@@ -88,9 +88,11 @@ impl Kind {
         }
     }
 
-    /// What kernels leave added to an integer, so that it has no sign; 0 where they take it with its sign.
-    pub const fn offset(self) -> i32 {
+    /// What kernels leave added to an integer, so that it has no sign; 0 where they take it with its sign. `vnni` are those
+    /// for AVX-VNNI.
+    pub const fn offset(self, vnni: bool) -> i32 {
         match self {
+            Self::Int8 | Self::Int8Offset if vnni => 128,
             Self::E2m1 | Self::E2m1Halves => 12,
             Self::Int4 | Self::Int4Halves => 8,
             Self::Int2 => 2,
@@ -316,6 +318,15 @@ impl<'a> View<'a> {
     /// Where the scales lie.
     pub fn scales(&self) -> Option<&Scales<'a>> {
         self.scales.as_ref()
+    }
+
+    /// Whether each group's codes follow its scale, of this kind, and nothing else lies between: ggml's blocks.
+    pub fn in_blocks(&self, kind: ScaleKind) -> bool {
+        self.scales.is_some_and(|s| {
+            let same = s.kind == kind && s.group == GROUP && s.step == self.step && s.row == self.row;
+            same && self.step == kind.size() + self.kind.bytes()
+                && s.bytes.as_ptr().wrapping_add(kind.size()) == self.codes.as_ptr()
+        })
     }
 
     /// Bytes of codes of one row.

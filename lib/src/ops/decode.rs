@@ -66,7 +66,7 @@ pub fn int4(packed: &[u8], scales: &[u8], (first, group): (usize, usize), float:
         // SAFETY: AVX2 is there.
         return unsafe { avx2::int4(packed, scales, (first, group), float, out) };
     }
-    int4_body(packed, scales, (first, group), float, out, sixteen_reference::<false>);
+    int4_body(packed, scales, (first, group), float, out, sixteen_reference);
 }
 
 #[inline(always)]
@@ -96,25 +96,15 @@ fn sixteen(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
         // SAFETY: AVX2 is there.
         return unsafe { avx2::all_sixteen(table, packed, out) };
     }
-    sixteen_reference::<false>(table, packed, out);
+    sixteen_reference(table, packed, out);
 }
 
-/// The same; where `HALVES` in blocks of 32 whose first half has the low bits.
 #[inline(always)]
-fn sixteen_reference<const HALVES: bool>(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
-    let (low, high) = (|b: u8| table[usize::from(b & 15)], |b: u8| table[usize::from(b >> 4)]);
-    if HALVES {
-        for (bytes, out) in packed.as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<32>().0) {
-            for (i, &b) in bytes.iter().enumerate() {
-                (out[i], out[16 + i]) = (low(b), high(b));
-            }
-        }
-        return;
-    }
+fn sixteen_reference(table: &[f32; 16], packed: &[u8], out: &mut [f32]) {
     for (pair, &b) in out.chunks_mut(2).zip(packed) {
-        pair[0] = low(b);
+        pair[0] = table[usize::from(b & 15)];
         if let Some(second) = pair.get_mut(1) {
-            *second = high(b);
+            *second = table[usize::from(b >> 4)];
         }
     }
 }
@@ -287,7 +277,8 @@ mod avx2 {
     use crate::formats::ggml::Ggml;
     use crate::formats::mxfp4::{BLOCK, BLOCK_BYTES, VALUES, scale};
 
-    /// A block of [`super::sixteen`]: a table of sixteen is two of eight, and a code's highest bit says which.
+    /// A block of [`super::sixteen`], or where `HALVES` one of ggml's, whose first half has the low bits: a table of sixteen is
+    /// two of eight, and a code's highest bit says which.
     #[inline]
     #[target_feature(enable = "avx2")]
     pub fn sixteen<const HALVES: bool>(table: &[f32; 16], packed: &[u8; 16], out: &mut [f32; 32]) {
@@ -320,7 +311,7 @@ mod avx2 {
         for (bytes, out) in bytes.as_chunks::<16>().0.iter().zip(blocks.as_chunks_mut::<32>().0) {
             sixteen::<false>(table, bytes, out);
         }
-        super::sixteen_reference::<false>(table, rest_bytes, rest);
+        super::sixteen_reference(table, rest_bytes, rest);
     }
 
     #[target_feature(enable = "avx2")]
@@ -393,7 +384,7 @@ mod tests {
         for length in [1, 2, 31, 32, 33, 95, 96, 512] {
             let (mut fast, mut plain) = (vec![0f32; length], vec![1f32; length]);
             sixteen(&table, &packed, &mut fast);
-            sixteen_reference::<false>(&table, &packed, &mut plain);
+            sixteen_reference(&table, &packed, &mut plain);
             assert_eq!(fast, plain, "{length}");
         }
     }

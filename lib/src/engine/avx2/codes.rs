@@ -15,16 +15,13 @@ pub trait Codes<const PAIRS: usize> {
     /// Bytes of the inputs of a pair, as [`Self::arrange`] leaves them.
     const INPUTS: usize;
 
-    /// What [`Self::dots`] leaves added to the codes.
-    const OFFSET: i32;
-
     /// The scales that ggml's blocks of this kind have beside their codes.
     const BESIDE: Option<ScaleKind> = None;
 
     /// Lays out the inputs `x` of one pair of unit's columns [64], in the order in which [`Self::dots`] meets them.
     fn arrange(x: &[i8; PAIR], out: &mut [u8]);
 
-    /// For each pair of groups the products' sums, with the kind's offset still in the codes: four parts of the first
+    /// For each pair of groups the products' sums, with [`Kind::offset`](crate::engine::view::Kind::offset) still in the codes: four parts of the first
     /// group, four of the second.
     ///
     /// # Safety
@@ -96,7 +93,6 @@ pub unsafe fn nibbles<const TABLE: bool>(first: *const u8, second: *const u8) ->
 
 impl<const TABLE: bool, const HALVES: bool, const VNNI: bool> Codes<1> for Nibbles<TABLE, HALVES, VNNI> {
     const INPUTS: usize = 64;
-    const OFFSET: i32 = if TABLE { 12 } else { 8 };
     const BESIDE: Option<ScaleKind> = match (HALVES, TABLE) {
         (false, _) => None,
         (true, true) => Some(ScaleKind::E8m0),
@@ -142,7 +138,6 @@ pub fn unsigned<const OFFSET: bool>(codes: __m256i) -> __m256i {
 
 impl<const OFFSET: bool, const VNNI: bool> Codes<1> for Bytes<OFFSET, VNNI> {
     const INPUTS: usize = if VNNI { 64 } else { 128 };
-    const OFFSET: i32 = if VNNI { 128 } else { 0 };
     const BESIDE: Option<ScaleKind> = Some(ScaleKind::F16);
 
     #[inline(always)]
@@ -201,11 +196,10 @@ impl<const OFFSET: bool, const VNNI: bool> Codes<1> for Bytes<OFFSET, VNNI> {
 }
 
 /// 2 bits, four columns a byte.
-pub struct Quarters<const OFFSET: i32, const VNNI: bool>;
+pub struct Quarters<const VNNI: bool>;
 
-impl<const OFFSET: i32, const VNNI: bool> Codes<1> for Quarters<OFFSET, VNNI> {
+impl<const VNNI: bool> Codes<1> for Quarters<VNNI> {
     const INPUTS: usize = 64;
-    const OFFSET: i32 = OFFSET;
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
@@ -248,7 +242,6 @@ pub struct Tq2<const VNNI: bool>;
 
 impl<const VNNI: bool> Codes<4> for Tq2<VNNI> {
     const INPUTS: usize = 64;
-    const OFFSET: i32 = 1;
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {
@@ -279,7 +272,6 @@ pub struct Fifths<const VNNI: bool>;
 
 impl<const VNNI: bool> Codes<5> for Fifths<VNNI> {
     const INPUTS: usize = 64;
-    const OFFSET: i32 = 1;
 
     #[inline(always)]
     fn arrange(x: &[i8; PAIR], out: &mut [u8]) {

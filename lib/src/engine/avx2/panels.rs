@@ -38,7 +38,7 @@ impl Batch {
         let (groups, bytes) = (inputs.groups(), matches!(kind, Kind::Int8 | Kind::Int8Offset));
         // Without VNNI bytes are 16 bits wide; with it they have lost their sign.
         let wide = bytes && !vnni;
-        let offset = if bytes && vnni { 128 } else { kind.offset() };
+        let offset = kind.offset(vnni);
         let mut b = Self {
             kind,
             vnni,
@@ -137,7 +137,7 @@ fn integers(
                     narrow::<false, true>(scratch, batch, tile, n);
                 } else if batch.wide {
                     wide(scratch, batch, tile, n);
-                } else if view.kind().offset() > 8 {
+                } else if view.kind().offset(false) > 8 {
                     narrow::<false, false>(scratch, batch, tile, n);
                 } else {
                     narrow::<true, false>(scratch, batch, tile, n);

@@ -8,20 +8,19 @@ use super::scales;
 use crate::engine::inputs::Inputs;
 use crate::engine::view::{GROUP, Kind, ScaleKind, Scales, View};
 
-/// Calls a function with the type that a kind's codes have, and the kind.
+/// Calls a function with the type that a kind's codes have.
 macro_rules! for_kind {
     ($kind:expr, $vnni:literal, $($call:ident)::+($($argument:expr),*)) => {
         match $kind {
-            kind @ Kind::E2m1 => $($call)::+::<Nibbles<true, false, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::E2m1Halves => $($call)::+::<Nibbles<true, true, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::Int4 => $($call)::+::<Nibbles<false, false, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::Int4Halves => $($call)::+::<Nibbles<false, true, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::Int8 => $($call)::+::<Bytes<false, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::Int8Offset => $($call)::+::<Bytes<true, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::Int2 => $($call)::+::<Quarters<2, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::Ternary => $($call)::+::<Quarters<1, $vnni>, 1>(kind, $($argument),*),
-            kind @ Kind::Base3 => $($call)::+::<Fifths<$vnni>, 5>(kind, $($argument),*),
-            kind @ Kind::Tq2 => $($call)::+::<Tq2<$vnni>, 4>(kind, $($argument),*),
+            Kind::E2m1 => $($call)::+::<Nibbles<true, false, $vnni>, 1>($($argument),*),
+            Kind::E2m1Halves => $($call)::+::<Nibbles<true, true, $vnni>, 1>($($argument),*),
+            Kind::Int4 => $($call)::+::<Nibbles<false, false, $vnni>, 1>($($argument),*),
+            Kind::Int4Halves => $($call)::+::<Nibbles<false, true, $vnni>, 1>($($argument),*),
+            Kind::Int8 => $($call)::+::<Bytes<false, $vnni>, 1>($($argument),*),
+            Kind::Int8Offset => $($call)::+::<Bytes<true, $vnni>, 1>($($argument),*),
+            Kind::Int2 | Kind::Ternary => $($call)::+::<Quarters<$vnni>, 1>($($argument),*),
+            Kind::Base3 => $($call)::+::<Fifths<$vnni>, 5>($($argument),*),
+            Kind::Tq2 => $($call)::+::<Tq2<$vnni>, 4>($($argument),*),
             Kind::E4m3 | Kind::Bf16 | Kind::F16 | Kind::F32 => panic!("floats are no integers"),
         }
     };
@@ -53,17 +52,18 @@ pub struct Arranged {
 impl Arranged {
     /// Row `i` of `inputs` for weights of `kind`.
     pub fn new(inputs: &Inputs, i: usize, kind: Kind, vnni: bool) -> Self {
-        let a =
-            if vnni { for_kind!(kind, true, Self::of(inputs, i)) } else { for_kind!(kind, false, Self::of(inputs, i)) };
-        Self { kind, vnni, ..a }
+        match vnni {
+            true => for_kind!(kind, true, Self::of(inputs, i, kind, vnni)),
+            false => for_kind!(kind, false, Self::of(inputs, i, kind, vnni)),
+        }
     }
 
-    fn of<C: Codes<P>, const P: usize>(kind: Kind, inputs: &Inputs, i: usize) -> Self {
+    fn of<C: Codes<P>, const P: usize>(inputs: &Inputs, i: usize, kind: Kind, vnni: bool) -> Self {
         let groups = inputs.groups();
         let pairs = pairs(groups, P);
         let mut a = Self {
             kind,
-            vnni: false,
+            vnni,
             groups,
             codes: vec![Line([0; 64]); pairs * C::INPUTS / 64],
             scales: vec![Eight([0.0; 8]); pairs],
@@ -84,7 +84,7 @@ impl Arranged {
         for g in 0..groups {
             let at = g % 2 * 4..g % 2 * 4 + 4;
             a.scales[g / 2].0[at.clone()].fill(inputs.scales[i * groups + g] * kind.step());
-            a.corrections[g / 2].0[at].fill(inputs.sums[i * groups + g] * C::OFFSET);
+            a.corrections[g / 2].0[at].fill(inputs.sums[i * groups + g] * kind.offset(vnni));
         }
         a
     }
@@ -127,7 +127,6 @@ fn pairs(groups: usize, a_unit: usize) -> usize {
 /// heap, lines would wait for each other, and the memory for the next heap.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn fours<C: Codes<P>, const P: usize>(
-    _kind: Kind,
     view: &View,
     rows: Range<usize>,
     inputs: &[Arranged],
@@ -157,18 +156,19 @@ unsafe fn fours_of<C: Codes<P>, const P: usize, const BESIDE: bool>(
     let mut raw = vec![[0u16; 8]; if BESIDE { pairs } else { 0 }];
     let mut scratch = vec![0f32; pairs * 8];
     let mut parts = vec![[_mm256_setzero_si256(); 4]; pairs];
-    // Three quarters of it with the codes, a quarter with the sums.
-    let a_pair = view.row() / pairs;
+    // Three quarters of each row with the codes, the last quarters with the sums. Other rows may lie between these.
+    let a_row = view.shape().1.div_ceil(view.kind().unit()) * view.step();
+    let (a_pair, last_quarter) = (a_row / pairs, 3 * a_row / 4);
     for first in rows.clone().step_by(4) {
         // A last row stands in for those that are missing.
         let four = std::array::from_fn(|i| (first + i).min(rows.end - 1));
-        let next = view.row_start(four[0]).wrapping_add(4 * view.row());
+        let next = |r: usize| view.row_start(four[0]).wrapping_add((4 + r) * view.row());
         for (i, (a, out)) in inputs.iter().zip(out.iter_mut()).enumerate() {
             // SAFETY: the caller's; these are rows of the view, and `parts` has every pair. What is asked for need not be
             // there.
             let sums = unsafe {
                 for (r, row) in four.into_iter().enumerate() {
-                    let ahead = (next.wrapping_add(3 * r * view.row() / 4), 3 * a_pair / 4);
+                    let ahead = (next(r), 3 * a_pair / 4);
                     let to = parts.as_mut_ptr().cast::<__m256i>().add(r);
                     match beside {
                         Some(s) if BESIDE && i == 0 => {
@@ -182,7 +182,9 @@ unsafe fn fours_of<C: Codes<P>, const P: usize, const BESIDE: bool>(
                 if i == 0 && !BESIDE {
                     scales::four_rows(view, four, &mut scratch);
                 }
-                sums::<C, P, BESIDE>(&parts, a, &scratch, &raw, (next.wrapping_add(3 * view.row()), a_pair))
+                let mut ahead = [std::ptr::null(); 4];
+                ahead.iter_mut().enumerate().for_each(|(r, a)| *a = next(r).wrapping_add(last_quarter));
+                sums::<C, P, BESIDE>(&parts, a, &scratch, &raw, (ahead, a_pair))
             };
             let at = first - rows.start;
             let n = out.len().min(at + 4) - at;
@@ -215,8 +217,7 @@ unsafe fn row_parts<C: Codes<P>, const P: usize, const BESIDE: bool>(
     let (mut at, mut x, mut part) = (view.row_start(row), a.codes.as_ptr().cast::<u8>(), to);
     // Two units a turn, so that less is done beside them.
     for _ in 0..units / 2 {
-        // SAFETY: nothing is needed for it.
-        ahead = unsafe { ask(ahead, 2 * P * a_pair) };
+        ahead = ask(ahead, 2 * P * a_pair);
         // SAFETY: the unit lies inside the row, its inputs inside `a`; the caller's.
         unsafe {
             let first = C::dots(at, step, x);
@@ -263,16 +264,12 @@ unsafe fn row_parts<C: Codes<P>, const P: usize, const BESIDE: bool>(
     }
 }
 
-/// Asks for the lines of the next `bytes`, at most 192; gives what is behind them.
+/// Asks for the lines of the next `bytes`; gives what is behind them.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn ask(at: *const u8, bytes: usize) -> *const u8 {
-    _mm_prefetch::<_MM_HINT_T0>(at.cast());
-    if bytes > 64 {
-        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(bytes / 2).cast());
-    }
-    if bytes > 128 {
-        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(bytes - 1).cast());
+fn ask(at: *const u8, bytes: usize) -> *const u8 {
+    for line in (0..bytes).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast());
     }
     at.wrapping_add(bytes)
 }
@@ -289,8 +286,8 @@ unsafe fn pick<C: Codes<P>, const P: usize>(at: *const u8) -> u16 {
     }
 }
 
-/// What the parts of four rows come to, with the scales of the scratch, or those that were picked up. `ahead` is asked for, so
-/// many bytes a pair.
+/// What the parts of four rows come to, with the scales of the scratch, or those that were picked up. The four of `ahead` are
+/// asked for one after the other, so many bytes a pair.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn sums<C: Codes<P>, const P: usize, const BESIDE: bool>(
@@ -298,13 +295,19 @@ unsafe fn sums<C: Codes<P>, const P: usize, const BESIDE: bool>(
     a: &Arranged,
     scales: &[f32],
     raw: &[[u16; 8]],
-    (mut ahead, a_pair): (*const u8, usize),
+    (ahead, a_pair): ([*const u8; 4], usize),
 ) -> [f32; 4] {
     let mut chains = _mm256_setzero_ps();
+    let quarter = parts.len().div_ceil(4);
+    let (mut row, mut at) = (0, ahead[0]);
     for (pair, parts) in parts.iter().enumerate() {
+        if pair == (row + 1) * quarter {
+            row += 1;
+            at = ahead[row];
+        }
+        at = ask(at, a_pair);
         // SAFETY: all have every pair.
         unsafe {
-            ahead = ask(ahead, a_pair);
             let own = match BESIDE {
                 true if C::BESIDE == Some(ScaleKind::E8m0) => {
                     scales::numbers::<{ scales::E8M0 }>(raw.get_unchecked(pair))

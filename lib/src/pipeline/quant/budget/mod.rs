@@ -3,34 +3,35 @@
 //! schemes are taken, the one that saves the most error a byte first, while they fit. What comes out is a recipe with
 //! overrides, so that nothing is left to measure where it is run again.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+mod figures;
+mod ladder;
 
-use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
+use std::path::Path;
+
 use serde_json::{Map, Value};
 
 use super::{Plan, calibrated, task};
 use crate::algorithms::Algorithm;
-use crate::calibrate::sensitivity::{LayerErrors, Trial};
 use crate::calibrate::{Calibrator, Room, check_memory};
 use crate::checkpoint::source::Checkpoint;
 use crate::device::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::evaluate;
 use crate::formats::ggml::Ggml;
-use crate::formats::minifloat::Minifloat;
 use crate::formats::ternary::Trits;
 use crate::manifest::Job;
 use crate::model::padding::Padding;
 use crate::model::{self, Class, Linear, Model, ModelConfig, Proj};
 use crate::pipeline::Resources;
 use crate::pipeline::progress::Unit;
-use crate::recipe::{
-    Container, DEFAULT_IGNORE, GroupSize, LayerRecipe, Override, Recipe, Rules, SHARD_SIZE, SchemeName,
-};
+use crate::recipe::{Container, GroupSize, LayerRecipe, Override, Recipe, Rules, SHARD_SIZE, SchemeName};
 use crate::runtimes::{self, Runtime};
 use crate::text::Text;
+
+pub use figures::Sensitivity;
+use figures::folder_of;
+use ladder::{Ladder, Rung, with};
 
 /// Most sequences of the text that schemes are tried on: their order is known long before their figures are.
 const SEQUENCES: usize = 64;
@@ -38,33 +39,21 @@ const SEQUENCES: usize = 64;
 /// The version of the file of measured errors.
 const SCHEMA: &str = "gptoss.sensitivity/1";
 
-const MXFP4: SchemeName = SchemeName::Mx(Minifloat::E2M1);
+/// Modules that no scheme is chosen for.
+const APART: [&str; 2] = ["lm_head", "embed_tokens"];
 
 /// A recipe, what it may grow to, and the size that it may have.
 pub struct Budget<'a> {
     dir: &'a Path,
     raw_config: &'a Map<String, Value>,
     source: Option<&'a Checkpoint>,
+    config: ModelConfig,
     recipe: Recipe,
     target: u64,
     /// Experts, then the other weights.
-    ladders: [Ladder<'a>; 2],
+    ladders: [Ladder; 2],
     /// Bytes of the smallest and of the largest output.
     reach: (u64, u64),
-}
-
-/// The schemes of a class, the recipe's own first, each larger than the one before.
-struct Ladder<'a> {
-    class: Class,
-    rungs: Vec<Rung<'a>>,
-}
-
-struct Rung<'a> {
-    layer: LayerRecipe,
-    /// Of the recipe with this layer for the whole class.
-    plan: Plan<'a>,
-    /// Bytes of each linear layer's weight in that plan.
-    sizes: BTreeMap<Linear, u64>,
 }
 
 /// What is raised as one: an expert, an attention, or what a container stores in one tensor.
@@ -84,22 +73,6 @@ struct Step {
     bytes: u64,
     /// Error that a byte saves.
     worth: f64,
-}
-
-/// What was measured.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Sensitivity {
-    schema: String,
-    /// A hash of all that the figures depend on.
-    job: String,
-    /// Schemes tried on experts.
-    experts: Vec<SchemeName>,
-    /// Schemes tried on attentions.
-    attention: Vec<SchemeName>,
-    /// Tokens of the text that it was tried on.
-    tokens: u64,
-    layers: Vec<LayerErrors>,
 }
 
 impl<'a> Budget<'a> {
@@ -134,13 +107,11 @@ impl<'a> Budget<'a> {
         one_scheme_a_class(&recipe, &ModelConfig::parse(dir, raw_config)?)?;
         let own = Plan::new(dir, raw_config, recipe.clone(), source)?;
         let smallest = own.layout().total_bytes();
-        let mxfp4 = own.mxfp4;
-        let ladder = |class| Ladder::new(class, dir, raw_config, &recipe, source, mxfp4);
+        let ladder = |class| Ladder::new(class, &own, |r| Plan::new(dir, raw_config, r, source));
         let ladders = [ladder(Class::Experts)?, ladder(Class::Main)?];
-        let top =
-            ladders.iter().fold(recipe.clone(), |r, l| with(&r, l.class, l.rungs[l.rungs.len() - 1].layer.clone()));
-        let greatest = Plan::new(dir, raw_config, top, source)?.layout().total_bytes();
-        let budget = Self { dir, raw_config, source, recipe, target, ladders, reach: (smallest, greatest) };
+        let greatest = Plan::new(dir, raw_config, raised_to_top(&recipe, &ladders), source)?.layout().total_bytes();
+        let (config, reach) = (own.config, (smallest, greatest));
+        let budget = Self { dir, raw_config, source, config, recipe, target, ladders, reach };
         if smallest > target {
             return Err(Error::Refused(budget.too_small(runtime)));
         }
@@ -187,9 +158,11 @@ impl<'a> Budget<'a> {
         );
         let mut recipe = self.recipe.clone();
         let (mut bytes, mut word) = (self.reach.0, "add");
+        let gguf = recipe.container == Container::Gguf;
+        let eight = if gguf { SchemeName::Ggml(Ggml::Q8_0) } else { SchemeName::weight_only(8) };
         for (flags, change) in self.savings() {
             let mut next = recipe.clone();
-            change(&mut next);
+            change(&mut next, eight);
             let Ok(plan) = Plan::new(self.dir, self.raw_config, next.clone(), self.source) else { continue };
             let now = plan.layout().total_bytes();
             if now >= bytes || runtime.is_some_and(|r| runtimes::refusal(r, &plan.facts()).is_some()) {
@@ -205,33 +178,27 @@ impl<'a> Budget<'a> {
         text + "; no other flag was tried"
     }
 
-    /// What makes an output smaller, gentlest first.
-    #[allow(clippy::type_complexity, reason = "a list of flags and what they do")]
-    fn savings(&self) -> Vec<(&'static str, Box<dyn Fn(&mut Recipe)>)> {
+    /// Flags that make an output smaller, gentlest first, and what they do.
+    fn savings(&self) -> Vec<(String, fn(&mut Recipe, SchemeName))> {
         let gguf = self.recipe.container == Container::Gguf;
-        let eight = if gguf { SchemeName::Ggml(Ggml::Q8_0) } else { SchemeName::weight_only(8) };
-        let also = move |module: &'static str| move |r: &mut Recipe| r.also(module, LayerRecipe::new(eight));
-        let head: Box<dyn Fn(&mut Recipe)> = Box::new(also("lm_head"));
-        let embedding: Box<dyn Fn(&mut Recipe)> = Box::new(also("embed_tokens"));
-        let mut savings = Vec::new();
-        for (module, flags, change) in [
-            ("lm_head", if gguf { "--lm-head q8_0" } else { "--lm-head w8a16" }, head),
-            ("embed_tokens", if gguf { "--embed-tokens q8_0" } else { "--embed-tokens w8a16" }, embedding),
-        ] {
-            if self.recipe.ignore.iter().any(|p| p == module) && DEFAULT_IGNORE.contains(&module) {
-                savings.push((flags, change));
-            }
+        let eight = if gguf { "q8_0" } else { "w8a16" };
+        let mut savings: Vec<(String, fn(&mut Recipe, SchemeName))> = Vec::new();
+        let ignored = |module: &str| self.recipe.ignore.iter().any(|p| p == module);
+        if ignored(APART[0]) {
+            savings.push((format!("--lm-head {eight}"), |r, eight| r.also(APART[0], LayerRecipe::new(eight))));
         }
-        if !gguf {
-            savings
-                .push(("--mw w4a16", Box::new(|r: &mut Recipe| r.mw = LayerRecipe::new(SchemeName::weight_only(4)))));
-            savings.push((
-                "--experts ternary_b3 --experts-group-size channel",
-                Box::new(|r: &mut Recipe| {
-                    let layer = LayerRecipe::new(SchemeName::Ternary(Trits::Fifths));
-                    r.experts = LayerRecipe { group_size: GroupSize::Channel, ..layer };
-                }),
-            ));
+        if ignored(APART[1]) {
+            savings.push((format!("--embed-tokens {eight}"), |r, eight| r.also(APART[1], LayerRecipe::new(eight))));
+        }
+        // Not for weights that are to meet rounded inputs: these would not.
+        if !gguf && !self.recipe.mw.scheme.rounds_inputs() {
+            savings.push(("--mw w4a16".into(), |r, _| r.mw = LayerRecipe::new(SchemeName::weight_only(4))));
+        }
+        if !gguf && !self.recipe.experts.scheme.rounds_inputs() {
+            savings.push(("--experts ternary_b3 --experts-group-size channel".into(), |r, _| {
+                let layer = LayerRecipe::new(SchemeName::Ternary(Trits::Fifths));
+                r.experts = LayerRecipe { group_size: GroupSize::Channel, ..layer };
+            }));
         }
         savings
     }
@@ -265,7 +232,7 @@ impl<'a> Budget<'a> {
             notes: Vec::new(),
             ..recipe.clone()
         };
-        asked.ignore.retain(|p| !["embed_tokens", "lm_head"].contains(&&p[..]));
+        asked.ignore.retain(|p| !APART.contains(&&p[..]));
         let job = task::fingerprint(&Job::Quantize { recipe: asked }, &calibrated::hash_of(sequences), &rungs, source)?;
         let mut found = Sensitivity {
             schema: SCHEMA.into(),
@@ -328,15 +295,14 @@ impl<'a> Budget<'a> {
     /// The recipe whose output is at most as large as the target, and loses least by these figures.
     pub fn pick(&self, sensitivity: Option<&Sensitivity>) -> Result<Recipe> {
         let Some(sensitivity) = sensitivity else {
-            let top = |r: Recipe, l: &Ladder| with(&r, l.class, l.rungs[l.rungs.len() - 1].layer.clone());
-            let mut recipe = self.ladders.iter().fold(self.recipe.clone(), top);
+            let mut recipe = raised_to_top(&self.recipe, &self.ladders);
             recipe.notes.push(format!("{} is room for the largest scheme everywhere", gigabytes(self.target)));
             return Ok(recipe);
         };
         let places = self.places();
         let mut steps = Vec::new();
         for (i, place) in places.iter().enumerate() {
-            steps.extend(self.steps(i, place, sensitivity)?);
+            steps.extend(self.steps(i, place, sensitivity));
         }
         steps.sort_by(|a, b| b.worth.total_cmp(&a.worth).then(a.place.cmp(&b.place)).then(a.from.cmp(&b.from)));
         let mut at = vec![0; places.len()];
@@ -362,7 +328,7 @@ impl<'a> Budget<'a> {
 
     /// Everything that can be raised by itself.
     fn places(&self) -> Vec<Place> {
-        let config = &self.ladders[0].rungs[0].plan.config;
+        let config = &self.config;
         let whole = self.recipe.container != Container::CompressedTensors;
         let mut places = Vec::new();
         for layer in 0..config.layers {
@@ -374,28 +340,26 @@ impl<'a> Budget<'a> {
         }
         // What the recipe leaves alone stays as it is.
         let treated = |p: &Place| {
-            let plan = &self.ladders[p.ladder].rungs[0].plan;
-            p.linears(config.experts).iter().any(|l| plan.treated.contains_key(l))
+            let own = &self.ladders[p.ladder].rungs[0];
+            p.linears(config.experts).iter().any(|l| own.treated.contains_key(l))
         };
         places.retain(treated);
         places
     }
 
     /// The way up from a place's own scheme, as far as each step saves less a byte than the one before.
-    fn steps(&self, number: usize, place: &Place, sensitivity: &Sensitivity) -> Result<Vec<Step>> {
+    fn steps(&self, number: usize, place: &Place, sensitivity: &Sensitivity) -> Vec<Step> {
         let ladder = &self.ladders[place.ladder];
-        let linears = place.linears(ladder.rungs[0].plan.config.experts);
-        let errors = sensitivity.errors(place, ladder.rungs.len())?;
-        let bytes = |rung: &Rung| -> u64 {
-            linears.iter().map(|l| rung.sizes.get(l).copied().unwrap_or_else(|| rung.plan.kept_bytes(l))).sum()
-        };
+        let linears = place.linears(self.config.experts);
+        let errors = sensitivity.errors(place, ladder.rungs.len());
+        let bytes = |rung: &Rung| -> u64 { linears.iter().map(|l| rung.sizes[l]).sum() };
         let bytes: Vec<u64> = ladder.rungs.iter().map(bytes).collect();
         let (mut steps, mut from) = (Vec::new(), 0);
         loop {
             let worth = |to: usize| (errors[from] - errors[to]) / (bytes[to] - bytes[from]) as f64;
             let up = (from + 1..bytes.len()).filter(|&to| bytes[to] > bytes[from] && errors[to] < errors[from]);
             // Of equal ones the nearest.
-            let Some(to) = up.rev().max_by(|&a, &b| worth(a).total_cmp(&worth(b))) else { return Ok(steps) };
+            let Some(to) = up.rev().max_by(|&a, &b| worth(a).total_cmp(&worth(b))) else { return steps };
             steps.push(Step { place: number, from, to, bytes: bytes[to] - bytes[from], worth: worth(to) });
             from = to;
         }
@@ -406,16 +370,16 @@ impl<'a> Budget<'a> {
         let mut recipe = self.recipe.clone();
         let mut overrides = Vec::new();
         for (ladder, of) in self.ladders.iter().enumerate() {
-            let mut counts = BTreeMap::new();
+            let mut counts = Vec::new();
             for (rung, r) in of.rungs.iter().enumerate() {
                 let here: Vec<&Place> =
                     places.iter().zip(at).filter(|(p, a)| p.ladder == ladder && **a == rung).map(|(p, _)| p).collect();
                 if here.is_empty() {
                     continue;
                 }
-                counts.insert(rung, format!("{} {}", here.len(), r.layer.scheme));
+                counts.push(format!("{} {}", here.len(), r.layer.scheme));
                 if rung > 0 {
-                    let targets = patterns(&here, of.rungs[0].plan.config.experts);
+                    let targets = patterns(&here, self.config.experts);
                     overrides.push(Override { targets, ignore: Vec::new(), layer: r.layer.clone() });
                 }
             }
@@ -427,13 +391,17 @@ impl<'a> Budget<'a> {
                 (Class::Experts, Container::CompressedTensors) => "experts",
                 (Class::Experts, _) => "layers of experts",
             };
-            let counts: Vec<String> = counts.into_values().collect();
             recipe.notes.push(format!("for at most {}, {what}: {}", gigabytes(self.target), counts.join(", ")));
         }
         // What the user says of single modules comes later, and counts.
         recipe.overrides.splice(0..0, overrides);
         recipe
     }
+}
+
+/// `recipe` with the largest scheme everywhere.
+fn raised_to_top(recipe: &Recipe, ladders: &[Ladder; 2]) -> Recipe {
+    ladders.iter().fold(recipe.clone(), |r, l| with(&r, l.class, l.top().clone()))
 }
 
 /// Refuses a recipe in which experts or attentions have schemes of their own: they would be none of the ladders'.
@@ -450,137 +418,6 @@ fn one_scheme_a_class(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// `recipe` with another layer for a class.
-fn with(recipe: &Recipe, class: Class, layer: LayerRecipe) -> Recipe {
-    let mut recipe = recipe.clone();
-    match class {
-        Class::Experts => recipe.experts = layer,
-        Class::Main => recipe.mw = layer,
-    }
-    recipe
-}
-
-impl<'a> Rung<'a> {
-    fn new(layer: LayerRecipe, plan: Plan<'a>) -> Self {
-        let sizes = plan.jobs.iter().map(|j| (j.linear, j.store.bytes() as u64)).collect();
-        Self { layer, plan, sizes }
-    }
-}
-
-impl<'a> Ladder<'a> {
-    fn new(
-        class: Class,
-        dir: &Path,
-        raw_config: &Map<String, Value>,
-        recipe: &Recipe,
-        source: Option<&'a Checkpoint>,
-        mxfp4: bool,
-    ) -> Result<Self> {
-        let plan = |layer: &LayerRecipe| {
-            let recipe = with(recipe, class, layer.clone());
-            recipe.check()?;
-            Plan::new(dir, raw_config, recipe, source)
-        };
-        let own = recipe.class(class).clone();
-        let mut rungs = vec![Rung::new(own.clone(), plan(&own)?)];
-        for scheme in larger(&own, class) {
-            let layer = raised(&own, scheme, class, mxfp4);
-            // What this container or these shapes cannot hold is no rung.
-            if let Ok(plan) = plan(&layer) {
-                rungs.push(Rung::new(layer, plan));
-            }
-        }
-        let size = |r: &Rung| r.plan.layout().total_bytes();
-        let exact = |r: &&Rung| mxfp4 && class == Class::Experts && r.layer.scheme == MXFP4;
-        if let Some(exact) = rungs[1..].iter().find(exact).filter(|r| size(r) <= size(&rungs[0])) {
-            return Err(Error::Refused(format!(
-                "--target-size: the experts of this checkpoint are MXFP4, which loses nothing and is smaller ({}) than {} ({}); \
-                 give --experts keep, or a smaller scheme",
-                gigabytes(size(exact)),
-                own.scheme,
-                gigabytes(size(&rungs[0]))
-            )));
-        }
-        rungs[1..].sort_by_cached_key(|r| r.plan.layout().total_bytes());
-        let mut least = 0;
-        rungs.retain(|r| {
-            let bytes = r.plan.layout().total_bytes();
-            let larger = bytes > least;
-            least = least.max(bytes);
-            larger
-        });
-        // Codes of the source's own type are the source.
-        if let Some(exact) = rungs.iter().position(|r| mxfp4 && class == Class::Experts && r.layer.scheme == MXFP4) {
-            rungs.truncate(exact + 1);
-        }
-        Ok(Self { class, rungs })
-    }
-
-    /// One a rung; none where there is nothing to choose.
-    fn trials(&self) -> Vec<Trial<'_>> {
-        if self.rungs.len() == 1 {
-            return Vec::new();
-        }
-        // What is kept is the source, and needs no trial.
-        self.rungs.iter().filter(|r| r.layer.is_rounded()).map(|r| Trial(Some(&r.plan.treated))).collect()
-    }
-}
-
-/// Schemes that may be larger than a layer's own and ask the same of its inputs.
-fn larger(own: &LayerRecipe, class: Class) -> Vec<SchemeName> {
-    let int = SchemeName::weight_only;
-    let int8 = |bits| SchemeName::Int { bits, int8_activations: true };
-    let experts = class == Class::Experts;
-    let mut schemes = match own.scheme {
-        SchemeName::Keep | SchemeName::Dense | SchemeName::Half(_) => return Vec::new(),
-        SchemeName::Ggml(_) => {
-            [Ggml::Tq1_0, Ggml::Tq2_0, Ggml::Q4_0, Ggml::Q5_0, Ggml::Q8_0].map(SchemeName::Ggml).to_vec()
-        }
-        // Base 3 and two bits stand for the same values.
-        SchemeName::Ternary(_) => vec![int(2), int(4), int(8)],
-        SchemeName::Int { int8_activations: false, .. }
-        | SchemeName::Mx(_)
-        | SchemeName::Nvfp4
-        | SchemeName::Float(_) => {
-            vec![SchemeName::Ternary(Trits::Quarters), int(2), int(4), int(8)]
-        }
-        SchemeName::Int { int8_activations: true, .. } => vec![int8(4), int8(8)],
-        SchemeName::W4afp8 | SchemeName::Fp8 | SchemeName::Fp8Static | SchemeName::Fp8Block => Vec::new(),
-    };
-    if experts && !own.scheme.rounds_inputs() {
-        schemes.push(MXFP4);
-    }
-    if !experts {
-        schemes.push(SchemeName::Keep);
-    }
-    schemes.retain(|s| *s != own.scheme);
-    schemes
-}
-
-/// How a layer that was `own` is quantized on a larger rung.
-fn raised(own: &LayerRecipe, scheme: SchemeName, class: Class, mxfp4: bool) -> LayerRecipe {
-    let exact = mxfp4 && class == Class::Experts && scheme == MXFP4;
-    let algorithm = match own.algorithm {
-        Algorithm::Rtn => Algorithm::Rtn,
-        _ if exact || scheme == SchemeName::Keep => Algorithm::Rtn,
-        _ if scheme.is_ternary() => Algorithm::PtBitnet,
-        Algorithm::PtBitnet if scheme == SchemeName::weight_only(2) => Algorithm::PtBitnet,
-        _ => Algorithm::Gptq,
-    };
-    // A scale a row is what makes the smallest schemes so small; larger ones have the usual groups.
-    let group_size = match own.group_size {
-        size @ GroupSize::Size(_) if own.scheme.own_group_size().is_none() => size,
-        _ => GroupSize::Auto,
-    };
-    LayerRecipe {
-        algorithm,
-        scheme,
-        symmetric: own.symmetric || !scheme.may_be_asymmetric(),
-        group_size: scheme.own_group_size().unwrap_or(group_size),
-        observer: own.observer,
-    }
 }
 
 impl Place {
@@ -612,62 +449,6 @@ fn patterns(places: &[&Place], experts: usize) -> Vec<String> {
         list.insert(0, format!(r"re:model\.layers\.({})\.{part}\.", join(&full)));
     }
     list
-}
-
-impl Sensitivity {
-    /// What each rung costs in a place.
-    fn errors(&self, place: &Place, rungs: usize) -> Result<Vec<f64>> {
-        let layer = &self.layers[place.layer];
-        let mut errors = match (place.ladder, place.expert) {
-            (1, _) => layer.attention.clone(),
-            (_, Some(expert)) => layer.experts[expert].clone(),
-            (_, None) => (0..layer.experts[0].len()).map(|r| layer.experts.iter().map(|e| e[r]).sum()).collect(),
-        };
-        // What is kept loses nothing, and a ladder of one was not tried.
-        errors.resize(rungs, 0.0);
-        Ok(errors)
-    }
-
-    /// Whether the figures are those of a model of this shape with so many trials of experts and attentions, and figures at
-    /// all.
-    fn check(&self, trials: (usize, usize), config: &ModelConfig) -> std::result::Result<(), String> {
-        let figures = |list: &[f64], n: usize| match list.iter().find(|e| !(e.is_finite() && **e >= 0.0)) {
-            Some(bad) => Err(format!("a measured error is {bad}: weights or text overflow, or somebody wrote it")),
-            None if list.len() != n => Err(format!("holds {} errors of a place, wanted {n}; remove it", list.len())),
-            None => Ok(()),
-        };
-        if self.layers.len() > config.layers || self.layers.iter().any(|l| l.experts.len() != config.experts) {
-            return Err("holds errors of a model of another shape; remove it".into());
-        }
-        for layer in &self.layers {
-            figures(&layer.attention, trials.1)?;
-            layer.experts.iter().try_for_each(|e| figures(e, trials.0))?;
-        }
-        Ok(())
-    }
-
-    fn read(file: &Path) -> Result<Option<Self>> {
-        let text = match std::fs::read(file).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io("read", file)(e)),
-        };
-        let bad = |e: serde_json::Error| Error::file(file, format!("is no list of measured errors: {e}; remove it"));
-        serde_json::from_str(&text).map(Some).map_err(bad)
-    }
-
-    fn write(&self, file: &Path) -> Result<()> {
-        let error = |e| Error::io("write measured errors to", file)(e);
-        let text = serde_json::to_string_pretty(self).expect("finite numbers and names");
-        std::fs::create_dir_all(folder_of(file)).map_err(error)?;
-        let mut new = file.as_os_str().to_owned();
-        new.push(".partial");
-        std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, file)).map_err(error)
-    }
-}
-
-fn folder_of(file: &Path) -> PathBuf {
-    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_path_buf()
 }
 
 fn gigabytes(bytes: u64) -> String {
