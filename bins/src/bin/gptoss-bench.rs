@@ -157,7 +157,7 @@ fn tokens(model: &Model, n: usize) -> Vec<u32> {
 fn decode(device: &Cpu, model: &Model, context: usize, n: usize) -> Result<Times> {
     let ids = tokens(model, context + n);
     check_prompt(model, &ids)?;
-    let steps = device.enter(|| -> Result<Vec<Duration>> {
+    let steps = device.enter_awake(|| -> Result<Vec<Duration>> {
         let mut session = Session::new(device, model)?;
         session.advance(&ids[..context])?;
         let step = |id: &u32| {

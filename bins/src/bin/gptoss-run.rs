@@ -126,7 +126,7 @@ fn text(args: &Args) -> Result<ExitCode> {
         whole.push_str(text);
         if args.json { Ok(true) } else { print(text) }
     };
-    let done = device.enter(|| -> Result<Generated> {
+    let done = device.enter_awake(|| -> Result<Generated> {
         let mut session = Session::new(&device, &model)?;
         let each = |id: Option<u32>| {
             let going = match id {

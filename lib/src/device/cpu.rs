@@ -2,6 +2,8 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -102,9 +104,86 @@ impl Cpu {
         Some(self.pool.install(|| layer::experts(&x.values, &layers, &rows, experts.alpha, experts.limit)))
     }
 
+    /// x W^T + bias through the values that the codes stand for.
+    fn by_values(&self, x: &Tensor, w: &Matrix<'_>, out: &mut Tensor) {
+        self.pool.install(|| {
+            let inputs = w.weight.inputs();
+            let packed = if inputs == Activations::Float {
+                Packed::new(&x.values, x.rows(), x.columns)
+            } else {
+                let mut rounded = x.clone();
+                let scale = w.weight.input_scale();
+                rounded.each_row(|_, row| inputs.quantize_token(row, scale));
+                Packed::new(&rounded.values, x.rows(), x.columns)
+            };
+            matmul(&packed, &*w.weight, w.bias.as_deref(), &mut out.values);
+        });
+    }
+
     /// Runs `f` on the pool's threads, which saves each operation inside it the way there.
     pub fn enter<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.pool.install(f)
+    }
+
+    /// The same for many short operations one after the other: meanwhile the other threads do not go to sleep, because
+    /// waking them takes as long as some of these do.
+    pub fn enter_awake<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        let threads = self.pool.current_num_threads();
+        // Threads that share a processor would keep each other from it.
+        if threads > std::thread::available_parallelism().map_or(1, Into::into) {
+            return self.enter(f);
+        }
+        self.enter(|| {
+            let (this, watch) = (rayon::current_thread_index(), Arc::new(Watch::default()));
+            let other = watch.clone();
+            self.pool.spawn_broadcast(move |c| {
+                if Some(c.index()) != this {
+                    other.stay_awake();
+                }
+            });
+            // A thread that began to wait inside a job of `f` would keep that from its end.
+            while watch.awake.load(Ordering::Acquire) < threads - 1 {
+                std::thread::yield_now();
+            }
+            let _end = End(watch);
+            f()
+        })
+    }
+}
+
+/// Threads that wait for work without going to sleep.
+#[derive(Default)]
+struct Watch {
+    awake: AtomicUsize,
+    over: AtomicBool,
+}
+
+impl Watch {
+    /// Without work for so long, threads nap; nobody computes.
+    const PATIENCE: Duration = Duration::from_millis(5);
+    const NAP: Duration = Duration::from_micros(200);
+
+    fn stay_awake(&self) {
+        self.awake.fetch_add(1, Ordering::Release);
+        let mut idle = Instant::now();
+        while !self.over.load(Ordering::Acquire) {
+            if rayon::yield_now() == Some(rayon::Yield::Executed) {
+                idle = Instant::now();
+            } else if idle.elapsed() > Self::PATIENCE {
+                std::thread::sleep(Self::NAP);
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Ends a watch, also where there is a panic.
+struct End(Arc<Watch>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.over.store(true, Ordering::Release);
     }
 }
 
@@ -198,37 +277,17 @@ impl Device for Cpu {
     }
 
     fn linears<const N: usize>(&self, x: &Tensor, w: [&Matrix<'_>; N]) -> Result<[Tensor; N]> {
-        let layers: Vec<Layer> = w.iter().filter_map(|w| self.by_codes(w)).collect();
-        let mut out = w.map(|w| Tensor::new(0, w.weight.shape().0));
-        if layers.len() == N {
-            let values = self.pool.install(|| layer::linears(&x.values, &layers));
-            out.iter_mut().zip(values).for_each(|(out, values)| out.values = values);
-        } else {
-            for (out, w) in out.iter_mut().zip(w) {
-                *out = self.linear(x, w)?;
+        let mut out = w.map(|w| Tensor::new(x.rows(), w.weight.shape().0));
+        let coded: Vec<(usize, Layer)> =
+            w.iter().enumerate().filter_map(|(i, w)| Some((i, self.by_codes(w)?))).collect();
+        let layers: Vec<Layer> = coded.iter().map(|c| c.1).collect();
+        let values = self.pool.install(|| layer::linears(&x.values, &layers));
+        coded.iter().zip(values).for_each(|(&(i, _), values)| out[i].values = values);
+        for (i, (out, w)) in out.iter_mut().zip(w).enumerate() {
+            if coded.iter().all(|c| c.0 != i) {
+                self.by_values(x, w, out);
             }
         }
-        Ok(out)
-    }
-
-    fn linear(&self, x: &Tensor, w: &Matrix<'_>) -> Result<Tensor> {
-        if let Some(layer) = self.by_codes(w) {
-            let values = self.pool.install(|| layer::linears(&x.values, &[layer]).swap_remove(0));
-            return Ok(Tensor { columns: layer.view.shape().0, values });
-        }
-        let mut out = Tensor::new(x.rows(), w.weight.shape().0);
-        self.pool.install(|| {
-            let inputs = w.weight.inputs();
-            let packed = if inputs == Activations::Float {
-                Packed::new(&x.values, x.rows(), x.columns)
-            } else {
-                let mut rounded = x.clone();
-                let scale = w.weight.input_scale();
-                rounded.each_row(|_, row| inputs.quantize_token(row, scale));
-                Packed::new(&rounded.values, x.rows(), x.columns)
-            };
-            matmul(&packed, &*w.weight, w.bias.as_deref(), &mut out.values);
-        });
         Ok(out)
     }
 

@@ -89,7 +89,10 @@ pub trait Device: Sync {
     /// RMSNorm of each row.
     fn norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
     /// x W^T + bias, x rounded first where the scheme says so.
-    fn linear(&self, x: &Self::Tensor, w: &Self::Matrix<'_>) -> Result<Self::Tensor>;
+    fn linear(&self, x: &Self::Tensor, w: &Self::Matrix<'_>) -> Result<Self::Tensor> {
+        let [out] = self.linears(x, [w])?;
+        Ok(out)
+    }
     /// The same for layers that have their inputs in common.
     fn linears<const N: usize>(&self, x: &Self::Tensor, w: [&Self::Matrix<'_>; N]) -> Result<[Self::Tensor; N]>;
     /// Rotary embedding by `cos` and `sin` [rows, head_dim / 2].

@@ -7,6 +7,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod inputs;
 pub mod layer;
 mod portable;
@@ -69,6 +71,8 @@ pub struct Ready {
 
 enum How {
     #[cfg(target_arch = "x86_64")]
+    Wide(Vec<avx512::Arranged>),
+    #[cfg(target_arch = "x86_64")]
     Vectors(Vec<avx2::vector::Arranged>),
     #[cfg(target_arch = "x86_64")]
     Batch(avx2::panels::Batch),
@@ -111,7 +115,10 @@ impl<'a> Source<'a> {
         let all = self.rounded.get_or_init(|| Inputs::new(self.values, self.columns, self.activations.0));
         #[cfg(target_arch = "x86_64")]
         if path != Path::Portable {
-            let vnni = path == Path::Vnni;
+            if path == Path::Avx512 && avx512::takes(kind) && rows.len() <= FEW {
+                return How::Wide(rows.iter().map(|&i| avx512::Arranged::new(all, i, kind)).collect());
+            }
+            let vnni = path == Path::Vnni || path == Path::Avx512 && avx2::has_vnni();
             return match rows.len() <= FEW {
                 true => How::Vectors(rows.iter().map(|&i| avx2::vector::Arranged::new(all, i, kind, vnni)).collect()),
                 false => How::Batch(avx2::panels::Batch::new(all, rows, kind, vnni)),
@@ -146,6 +153,9 @@ enum Path {
     /// The same, with AVX-VNNI.
     #[cfg(target_arch = "x86_64")]
     Vnni,
+    /// The same, with AVX-512 where that has a kernel.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Path {
@@ -157,6 +167,8 @@ impl Path {
             (Self::Avx2, avx2::is_here()),
             #[cfg(target_arch = "x86_64")]
             (Self::Vnni, avx2::has_vnni()),
+            #[cfg(target_arch = "x86_64")]
+            (Self::Avx512, avx512::is_here()),
         ];
         all.into_iter().filter(|p| p.1).map(|p| p.0)
     }
@@ -207,6 +219,8 @@ unsafe fn piece(task: &Shared, rows: Range<usize>) {
     let mut outs: Vec<&mut [f32]> = (0..n).map(|i| unsafe { task.out.row(i, first, rows.len()) }).collect();
     let view = &task.view;
     match &task.inputs.how {
+        #[cfg(target_arch = "x86_64")]
+        How::Wide(inputs) => avx512::integers(view, rows, inputs, &mut outs),
         #[cfg(target_arch = "x86_64")]
         How::Vectors(inputs) => avx2::vector::integers(view, rows, inputs, &mut outs),
         #[cfg(target_arch = "x86_64")]

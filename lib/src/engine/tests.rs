@@ -12,6 +12,8 @@ struct Owned {
     scales: Vec<u8>,
     scale_kind: ScaleKind,
     group: usize,
+    /// Whether each unit stands behind its scale: ggml's blocks.
+    blocks: bool,
 }
 
 impl Owned {
@@ -58,16 +60,28 @@ impl Owned {
                 ScaleKind::F32 => scales.extend(v.to_le_bytes()),
             }
         }
-        Self { kind, shape: (rows, columns), codes, step, scales, scale_kind, group }
+        Self { kind, shape: (rows, columns), codes, step, scales, scale_kind, group, blocks: false }
+    }
+
+    /// The same in ggml's blocks, with its scales.
+    fn random_blocks(kind: Kind, rows: usize, units: usize, seed: u64) -> Self {
+        let scale_kind = if kind.step() == 1.0 { ScaleKind::F16 } else { ScaleKind::E8m0 };
+        let mut owned = Self::random(kind, rows, units, (scale_kind, 1), seed);
+        let blocks = owned.codes.chunks_exact(owned.step).zip(owned.scales.chunks_exact(scale_kind.size()));
+        owned.codes = blocks.flat_map(|(c, s)| [s, &c[..kind.bytes()]].concat()).collect();
+        (owned.step, owned.blocks) = (scale_kind.size() + kind.bytes(), true);
+        owned
     }
 
     fn view(&self) -> View<'_> {
-        let per_row = self.shape.1.div_ceil(self.group);
-        let size = self.scale_kind.size();
-        let scales =
-            Scales { kind: self.scale_kind, bytes: &self.scales, row: per_row * size, step: size, group: self.group };
-        let row = self.shape.1.div_ceil(self.kind.unit()) * self.step;
-        View::new(self.kind, self.shape, &self.codes, (row, self.step), Some(scales)).unwrap()
+        let (size, row) = (self.scale_kind.size(), self.shape.1.div_ceil(self.kind.unit()) * self.step);
+        let (kind, group) = (self.scale_kind, self.group);
+        let scales = match self.blocks {
+            true => Scales { kind, bytes: &self.codes, row, step: self.step, group },
+            false => Scales { kind, bytes: &self.scales, row: self.shape.1.div_ceil(group) * size, step: size, group },
+        };
+        let codes = &self.codes[if self.blocks { size } else { 0 }..];
+        View::new(self.kind, self.shape, codes, (row, self.step), Some(scales)).unwrap()
     }
 }
 
@@ -112,14 +126,17 @@ proptest! {
     fn every_kernel_is_the_reference_bit_for_bit(
         kind in prop::sample::select(Kind::ALL.to_vec()),
         rows in 1usize..40,
-        units in 1usize..12,
+        units in 1usize..20,
         scales in (prop::sample::select(vec![ScaleKind::E8m0, ScaleKind::Bf16, ScaleKind::F16, ScaleKind::F32]), 0usize..4),
         n in prop_oneof![1usize..8, Just(70)],
         activations in prop::sample::select(vec![Activations::Float, Activations::DynamicTokenInt8]),
-        lane in any::<bool>(),
+        (lane, blocks) in any::<(bool, bool)>(),
         seed: u64,
     ) {
-        let weight = Owned::random(kind, rows, units, scales, seed);
+        let weight = match blocks && !kind.is_float() && kind.unit() == GROUP {
+            true => Owned::random_blocks(kind, rows, units, seed),
+            false => Owned::random(kind, rows, units, scales, seed),
+        };
         let whole = weight.view();
         let view = if lane && rows > 1 { whole.lane(1, 2) } else { whole };
         let (out, columns) = view.shape();

@@ -3,7 +3,7 @@
 pub mod codes;
 pub mod floats;
 pub mod panels;
-mod scales;
+pub mod scales;
 pub mod vector;
 
 use std::arch::x86_64::*;
