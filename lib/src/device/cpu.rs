@@ -1,5 +1,6 @@
 //! The operations on this processor: threads over outputs, each with one owner and a fixed order of its sums.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -10,8 +11,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{Attention, Device, Experts, Heads, Moments};
 use crate::containers::Weight;
-use crate::engine::Numerics;
 use crate::engine::layer::{self, Layer};
+use crate::engine::{Numerics, exact};
 use crate::error::{Error, Result};
 use crate::evaluate::States;
 use crate::formats::activations::Activations;
@@ -107,16 +108,19 @@ impl Cpu {
     /// x W^T + bias through the values that the codes stand for.
     fn by_values(&self, x: &Tensor, w: &Matrix<'_>, out: &mut Tensor) {
         self.pool.install(|| {
-            let inputs = w.weight.inputs();
-            let packed = if inputs == Activations::Float {
-                Packed::new(&x.values, x.rows(), x.columns)
-            } else {
-                let mut rounded = x.clone();
+            let (inputs, bias) = (w.weight.inputs(), w.bias.as_deref());
+            let mut x = Cow::Borrowed(x);
+            if inputs != Activations::Float {
                 let scale = w.weight.input_scale();
-                rounded.each_row(|_, row| inputs.quantize_token(row, scale));
-                Packed::new(&rounded.values, x.rows(), x.columns)
-            };
-            matmul(&packed, &*w.weight, w.bias.as_deref(), &mut out.values);
+                x.to_mut().each_row(|_, row| inputs.quantize_token(row, scale));
+            }
+            if x.rows() == 1
+                && let Some(view) = w.weight.view()
+                && exact::row(&view, w.weight.float(), &x.values, bias, &mut out.values)
+            {
+                return;
+            }
+            matmul(&Packed::new(&x.values, x.rows(), x.columns), &*w.weight, bias, &mut out.values);
         });
     }
 

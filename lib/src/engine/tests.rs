@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::view::{GROUP, ScaleKind, Scales};
 use super::*;
+use crate::formats::float::Float;
 
 /// A weight with bytes of its own.
 struct Owned {
@@ -154,6 +155,49 @@ proptest! {
             pool.install(|| multiply(vec![task]));
             let have: Vec<f32> = have.chunks_exact(out).rev().flatten().copied().collect();
             prop_assert_eq!(bits(&have), want.clone(), "{:?}, {} threads", path, threads);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn exact_rows_are_the_product_with_the_values_bit_for_bit(
+        kind in prop::sample::select(Kind::ALL.to_vec()),
+        rows in 1usize..70,
+        units in 1usize..20,
+        (float, scale) in prop::sample::select(vec![
+            (Float::F32, ScaleKind::F32), (Float::F32, ScaleKind::F16), (Float::Bf16, ScaleKind::Bf16),
+            (Float::Bf16, ScaleKind::E8m0), (Float::F16, ScaleKind::F16),
+        ]),
+        groups in 0usize..4,
+        (lane, blocks) in any::<(bool, bool)>(),
+        seed: u64,
+    ) {
+        let float = if blocks { Float::F32 } else { float };
+        let weight = match blocks && kind.unit() == GROUP && !kind.is_float() {
+            true => Owned::random_blocks(kind, rows, units, seed),
+            false => Owned::random(kind, rows, units, (scale, groups), seed),
+        };
+        let whole = weight.view();
+        let view = if lane && rows > 1 { whole.lane(1, 2) } else { whole };
+        let (out, columns) = view.shape();
+        let (x, bias) = (values(columns, seed as u32), (seed % 2 == 0).then(|| values(out, 7)));
+        let mut have = vec![f32::NAN; out];
+        if exact::row(&view, float, &x, bias.as_deref(), &mut have) {
+            let value = |r: usize, c: usize| {
+                let integer = kind.integer(view.unit(r, c / kind.unit()), c % kind.unit()) as f32;
+                float.round(integer * (kind.step() * view.scale(r, c)))
+            };
+            for (r, have) in have.iter().enumerate() {
+                let w: Vec<f32> = (0..columns).map(|c| value(r, c)).collect();
+                let want = crate::ops::matmul::reference(&x, &w, bias.as_ref().map(|b| b[r]));
+                prop_assert_eq!(bits(&[*have]), bits(&[want]), "row {}: {} {}", r, have, want);
+            }
+        } else {
+            #[cfg(target_arch = "x86_64")]
+            prop_assert!(kind.is_float() || !avx2::is_here());
         }
     }
 }

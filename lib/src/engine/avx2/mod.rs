@@ -1,6 +1,7 @@
 //! The kernels for AVX2, FMA and F16C, and with AVX-VNNI in place of some of it.
 
 pub mod codes;
+pub mod exact;
 pub mod floats;
 pub mod panels;
 pub mod scales;

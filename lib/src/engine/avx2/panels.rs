@@ -15,7 +15,7 @@ pub const HEIGHT: usize = 8;
 /// Rows of inputs that meet a panel together: their accumulators and a group of their codes stay in the first-level cache.
 const TILE: usize = 64;
 /// Bytes of one group of eight rows.
-const BLOCK: usize = HEIGHT * GROUP;
+pub const BLOCK: usize = HEIGHT * GROUP;
 
 /// Rows of inputs as panels meet them: by tile, then by group of columns, then by row.
 pub struct Batch {
@@ -114,20 +114,11 @@ fn integers(
         let eight = std::array::from_fn(|i| (first + i).min(rows.end - 1));
         // SAFETY: the features are there, and shapes were checked here and where views are made.
         unsafe {
-            panel_scales(view, eight, scratch);
+            panel_scales(view, eight, &mut scratch.four, &mut scratch.scales);
             match view.kind() {
-                Kind::E2m1 => decode::<E2M1>(view, eight, &mut scratch.panel),
-                Kind::E2m1Halves => decode::<E2M1_HALVES>(view, eight, &mut scratch.panel),
-                Kind::Int4 => decode::<INT4>(view, eight, &mut scratch.panel),
-                Kind::Int4Halves => decode::<INT4_HALVES>(view, eight, &mut scratch.panel),
-                Kind::Int2 | Kind::Ternary => decode::<QUARTERS>(view, eight, &mut scratch.panel),
-                Kind::Base3 => decode_base3(view, eight, &mut scratch.panel),
-                Kind::Tq2 => decode_tq2(view, eight, &mut scratch.panel),
-                Kind::Int8 if batch.vnni => decode_unsigned::<false>(view, eight, &mut scratch.panel),
-                Kind::Int8Offset if batch.vnni => decode_unsigned::<true>(view, eight, &mut scratch.panel),
-                Kind::Int8 => decode_bytes::<false>(view, eight, &mut scratch.panel),
-                Kind::Int8Offset => decode_bytes::<true>(view, eight, &mut scratch.panel),
-                Kind::E4m3 | Kind::Bf16 | Kind::F16 | Kind::F32 => panic!("floats are no integers"),
+                Kind::Int8 if batch.wide => decode_bytes::<false>(view, eight, &mut scratch.panel),
+                Kind::Int8Offset if batch.wide => decode_bytes::<true>(view, eight, &mut scratch.panel),
+                _ => fill(view, eight, &mut scratch.panel),
             }
             for tile in (0..batch.rows).step_by(TILE) {
                 let n = TILE.min(batch.rows - tile);
@@ -151,15 +142,42 @@ fn integers(
     }
 }
 
-/// The scales of eight rows, group by group.
+/// Decodes eight rows into a panel: groups of [`BLOCK`] bytes, registers of four columns of each row,
+/// [`Kind::offset`](crate::engine::view::Kind::offset) added as kernels for VNNI have it.
+///
+/// # Safety
+/// AVX2 is there; the rows are the view's, the panel has each group's block.
+#[target_feature(enable = "avx2")]
+pub unsafe fn fill(view: &View, rows: [usize; HEIGHT], panel: &mut [u8]) {
+    // SAFETY: the caller's.
+    unsafe {
+        match view.kind() {
+            Kind::E2m1 => decode::<E2M1>(view, rows, panel),
+            Kind::E2m1Halves => decode::<E2M1_HALVES>(view, rows, panel),
+            Kind::Int4 => decode::<INT4>(view, rows, panel),
+            Kind::Int4Halves => decode::<INT4_HALVES>(view, rows, panel),
+            Kind::Int2 | Kind::Ternary => decode::<QUARTERS>(view, rows, panel),
+            Kind::Base3 => decode_base3(view, rows, panel),
+            Kind::Tq2 => decode_tq2(view, rows, panel),
+            Kind::Int8 => decode_unsigned::<false>(view, rows, panel),
+            Kind::Int8Offset => decode_unsigned::<true>(view, rows, panel),
+            Kind::E4m3 | Kind::Bf16 | Kind::F16 | Kind::F32 => panic!("floats are no integers"),
+        }
+    }
+}
+
+/// The scales of eight rows, group by group, into `scales` [groups, 8]; `scratch` [groups, 4] is needed for it.
+///
+/// # Safety
+/// AVX2 and F16C are there; the rows are the view's.
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn panel_scales(view: &View, rows: [usize; HEIGHT], s: &mut Scratch) {
+pub unsafe fn panel_scales(view: &View, rows: [usize; HEIGHT], scratch: &mut [f32], scales: &mut [f32]) {
     for half in 0..2 {
         let four = std::array::from_fn(|i| rows[4 * half + i]);
         // SAFETY: the caller's.
-        unsafe { scales::four_rows(view, four, &mut s.four) };
-        let to = s.scales.as_chunks_mut::<HEIGHT>().0;
-        for (to, from) in to.iter_mut().zip(s.four.as_chunks::<4>().0) {
+        unsafe { scales::four_rows(view, four, scratch) };
+        let to = scales.as_chunks_mut::<HEIGHT>().0;
+        for (to, from) in to.iter_mut().zip(scratch.as_chunks::<4>().0) {
             to[4 * half..4 * half + 4].copy_from_slice(from);
         }
     }
