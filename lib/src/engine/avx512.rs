@@ -1,5 +1,5 @@
 //! A few rows of inputs on processors with AVX-512, VNNI and VBMI: what [`avx2::vector`](super::avx2::vector) does, with four
-//! groups a register, for codes of 4 and 8 bits. Other codes, and many inputs, stay with AVX2.
+//! groups a register, for codes of 2, 4 and 8 bits. Others, and many inputs, stay with AVX2.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -36,7 +36,7 @@ pub fn is_here() -> bool {
 /// Whether there is a kernel for this kind.
 pub fn takes(kind: Kind) -> bool {
     use Kind::*;
-    matches!(kind, E2m1 | E2m1Halves | Int4 | Int4Halves | Int8 | Int8Offset)
+    matches!(kind, E2m1 | E2m1Halves | Int4 | Int4Halves | Int8 | Int8Offset | Int2 | Ternary)
 }
 
 /// Calls a function with the type that a kind's codes have.
@@ -49,6 +49,7 @@ macro_rules! for_kind {
             Kind::Int4Halves => $($call)::+::<Nibbles<false, true>>($($argument),*),
             Kind::Int8 => $($call)::+::<Bytes<false>>($($argument),*),
             Kind::Int8Offset => $($call)::+::<Bytes<true>>($($argument),*),
+            Kind::Int2 | Kind::Ternary => $($call)::+::<Quarters>($($argument),*),
             other => panic!("no kernel for {other:?}"),
         }
     };
@@ -112,8 +113,14 @@ trait Codes {
     /// Bytes of a group's codes.
     const BYTES: usize;
 
-    /// The scale that stands in front of them in ggml's blocks.
-    const SCALE: ScaleKind;
+    /// The scale that stands in front of them in ggml's blocks, where that has such.
+    const SCALE: Option<ScaleKind>;
+
+    /// Bytes of that.
+    const LEAD: usize = match Self::SCALE {
+        Some(kind) => kind.size(),
+        None => 0,
+    };
 
     /// Lays out the inputs of four groups in the order in which [`Self::dots`] meets them.
     fn arrange(x: &[i8; QUAD], out: [&mut [u8; 64]; 2]);
@@ -132,8 +139,6 @@ trait Codes {
 struct Nibbles<const TABLE: bool, const HALVES: bool>;
 
 impl<const TABLE: bool, const HALVES: bool> Nibbles<TABLE, HALVES> {
-    /// Bytes of the scale of a block, and of the block.
-    const LEAD: usize = Self::SCALE.size();
     const BLOCK: usize = Self::LEAD + Self::BYTES;
     /// Where in four blocks the codes of the first three lie.
     const CODES: [u8; 64] = {
@@ -183,7 +188,7 @@ impl<const TABLE: bool, const HALVES: bool> Nibbles<TABLE, HALVES> {
 
 impl<const TABLE: bool, const HALVES: bool> Codes for Nibbles<TABLE, HALVES> {
     const BYTES: usize = 16;
-    const SCALE: ScaleKind = if TABLE { ScaleKind::E8m0 } else { ScaleKind::F16 };
+    const SCALE: Option<ScaleKind> = Some(if TABLE { ScaleKind::E8m0 } else { ScaleKind::F16 });
 
     fn arrange(x: &[i8; QUAD], [low, high]: [&mut [u8; 64]; 2]) {
         for i in 0..64 {
@@ -219,7 +224,7 @@ struct Bytes<const OFFSET: bool>;
 
 impl<const OFFSET: bool> Codes for Bytes<OFFSET> {
     const BYTES: usize = 32;
-    const SCALE: ScaleKind = ScaleKind::F16;
+    const SCALE: Option<ScaleKind> = Some(ScaleKind::F16);
 
     fn arrange(x: &[i8; QUAD], [low, high]: [&mut [u8; 64]; 2]) {
         let (first, last) = x.split_at(64);
@@ -260,6 +265,43 @@ impl<const OFFSET: bool> Codes for Bytes<OFFSET> {
     }
 }
 
+/// 2 bits, four columns a byte.
+struct Quarters;
+
+impl Codes for Quarters {
+    const BYTES: usize = 8;
+    const SCALE: Option<ScaleKind> = None;
+
+    fn arrange(x: &[i8; QUAD], [low, high]: [&mut [u8; 64]; 2]) {
+        for i in 0..64 {
+            // A lane's first half has columns 4 i, or 4 i + 2, its last half those behind them.
+            let column = i / 16 * GROUP + i % 8 * 4 + i % 16 / 8;
+            (low[i], high[i]) = (x[column] as u8, x[column + 2] as u8);
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+    unsafe fn dots<const LIE: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64) {
+        // SAFETY: the caller's.
+        unsafe {
+            let eight = |i: usize| codes.add(i * step).cast::<i64>().read_unaligned();
+            let four = match LIE {
+                TOGETHER => _mm256_loadu_si256(codes.cast()),
+                _ => _mm256_set_epi64x(eight(3), eight(2), eight(1), eight(0)),
+            };
+            // Both halves of a lane have the group's codes, the last one moved by a column.
+            let twice =
+                _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3), _mm512_castsi256_si512(four));
+            let moved = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 2, 0, 2, 0, 2, 0, 2));
+            let mask = _mm512_set1_epi8(3);
+            let (low, high) = (_mm512_and_si512(moved, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(moved), mask));
+            let sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, load(x));
+            (_mm512_dpbusd_epi32(sums, high, load(x.add(64))), 0)
+        }
+    }
+}
+
 /// 64 bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -286,7 +328,7 @@ unsafe fn lying<C: Codes>(view: &View, rows: Range<usize>, inputs: &[Arranged], 
     unsafe {
         if view.step() == C::BYTES {
             fours::<C, TOGETHER>(view, rows, inputs, out)
-        } else if view.in_blocks(C::SCALE) {
+        } else if C::SCALE.is_some_and(|kind| view.in_blocks(kind)) {
             fours::<C, BLOCKS>(view, rows, inputs, out)
         } else {
             fours::<C, APART>(view, rows, inputs, out)
@@ -385,7 +427,7 @@ unsafe fn row_parts<C: Codes, const LIE: u8>(
 ) {
     let step = match LIE {
         TOGETHER => C::BYTES,
-        BLOCKS => C::BYTES + C::SCALE.size(),
+        BLOCKS => C::LEAD + C::BYTES,
         _ => view.step(),
     };
     let whole = view.groups() / GROUPS;
@@ -420,8 +462,8 @@ unsafe fn row_parts<C: Codes, const LIE: u8>(
     if left > 0 {
         // The last groups; what is behind them meets inputs of 0. A byte of 0 is the scale 2^-127, and numbers that small are
         // slow; 127 is 1.
-        let mut units = [if LIE == BLOCKS && C::SCALE == ScaleKind::E8m0 { 127u8 } else { 0 }; 192];
-        let lead = if LIE == BLOCKS { C::SCALE.size() } else { 0 };
+        let mut units = [if LIE == BLOCKS && C::SCALE == Some(ScaleKind::E8m0) { 127u8 } else { 0 }; 192];
+        let lead = if LIE == BLOCKS { C::LEAD } else { 0 };
         for group in 0..left {
             let from = start.wrapping_add((whole * GROUPS + group) * step).wrapping_sub(lead);
             // SAFETY: a unit of the row, behind its scale where it has one.
@@ -480,7 +522,7 @@ unsafe fn sums<C: Codes, const LIE: u8>(scratch: &Scratch, a: &Arranged, ahead: 
 fn numbers<C: Codes>(stored: &[u64; 4]) -> __m512 {
     // SAFETY: four numbers of 64 bits.
     let rows = unsafe { _mm256_loadu_si256(stored.as_ptr().cast()) };
-    if C::SCALE == ScaleKind::E8m0 {
+    if C::SCALE == Some(ScaleKind::E8m0) {
         let places = _mm256_setr_epi8(
             0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         );

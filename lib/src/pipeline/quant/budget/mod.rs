@@ -39,6 +39,9 @@ const SEQUENCES: usize = 64;
 /// The version of the file of measured errors.
 const SCHEMA: &str = "gptoss.sensitivity/1";
 
+/// A flag that makes an output smaller, and what it does with the scheme for head and embedding.
+type Saving = (String, fn(&mut Recipe, SchemeName));
+
 /// Modules that no scheme is chosen for.
 const APART: [&str; 2] = ["lm_head", "embed_tokens"];
 
@@ -179,10 +182,10 @@ impl<'a> Budget<'a> {
     }
 
     /// Flags that make an output smaller, gentlest first, and what they do.
-    fn savings(&self) -> Vec<(String, fn(&mut Recipe, SchemeName))> {
+    fn savings(&self) -> Vec<Saving> {
         let gguf = self.recipe.container == Container::Gguf;
         let eight = if gguf { "q8_0" } else { "w8a16" };
-        let mut savings: Vec<(String, fn(&mut Recipe, SchemeName))> = Vec::new();
+        let mut savings: Vec<Saving> = Vec::new();
         let ignored = |module: &str| self.recipe.ignore.iter().any(|p| p == module);
         if ignored(APART[0]) {
             savings.push((format!("--lm-head {eight}"), |r, eight| r.also(APART[0], LayerRecipe::new(eight))));
