@@ -41,7 +41,7 @@ enum Command {
     Decode {
         #[command(flatten)]
         what: What,
-        /// Tokens that are taken in before
+        /// Tokens that are taken in before timing starts
         #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse_tokens)]
         context: usize,
         /// Tokens that are timed
@@ -112,7 +112,7 @@ fn sweep(what: &What, common: &Common, job: Job, f: impl Fn(&Cpu, &Model) -> Res
         resources.progress.note(&format!("{threads} threads"));
         let device = Cpu::new(threads)?.with(what.numerics);
         let times = f(&device, &model)?;
-        let read = (times.tokens == 1).then(|| device.enter(|| read_rate(&model.some_weights(READ))));
+        let read = (times.tokens == 1).then(|| device.enter_awake(|| read_rate(&model.some_weights(READ))));
         rows.push(times.row(threads, model.bytes_a_token(), read));
     }
     let mut manifest = Manifest::new("gptoss-bench", job).with(what.numerics);

@@ -28,6 +28,8 @@ const GRAIN: usize = 1 << 15;
 /// This processor.
 pub struct Cpu {
     pool: Arc<ThreadPool>,
+    /// Whether its threads look for work: [`Self::enter_awake`].
+    awake: Arc<AtomicBool>,
     numerics: Numerics,
 }
 
@@ -68,12 +70,12 @@ impl Cpu {
         let threads = threads.min(8 * std::thread::available_parallelism().map_or(1, Into::into));
         let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gptoss-{i}")).build();
         let pool = pool.map_err(|e| Error::Refused(format!("cannot start {threads} threads: {e}")))?;
-        Ok(Self { pool: Arc::new(pool), numerics: Numerics::Exact })
+        Ok(Self { pool: Arc::new(pool), awake: Arc::default(), numerics: Numerics::Exact })
     }
 
     /// The same threads, computing with `numerics`.
     pub fn with(&self, numerics: Numerics) -> Self {
-        Self { pool: self.pool.clone(), numerics }
+        Self { numerics, pool: self.pool.clone(), awake: self.awake.clone() }
     }
 
     /// `w` as the engine takes it, where it is asked for and can.
@@ -129,52 +131,67 @@ impl Cpu {
         self.pool.install(f)
     }
 
-    /// The same for many short operations one after the other: meanwhile the other threads do not go to sleep, because
-    /// waking them takes as long as some of these do.
+    /// The same for many short operations one after the other: meanwhile the other threads look for work instead of going
+    /// to sleep, because waking them takes as long as some of these do. Without work for a tenth of a second they sleep as
+    /// always; where the pool is busy with something else, or awake already, it is [`Self::enter`].
     pub fn enter_awake<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         let threads = self.pool.current_num_threads();
-        // Threads that share a processor would keep each other from it.
-        if threads > std::thread::available_parallelism().map_or(1, Into::into) {
+        // With more threads than processors, those that look for work would take time from those that have some.
+        let crowded = threads > std::thread::available_parallelism().map_or(1, Into::into);
+        if threads == 1 || crowded || self.awake.swap(true, Ordering::AcqRel) {
             return self.enter(f);
         }
+        let watch = Watch { awake: self.awake.clone(), ..Watch::default() };
         self.enter(|| {
-            let (this, watch) = (rayon::current_thread_index(), Arc::new(Watch::default()));
+            let (this, watch) = (rayon::current_thread_index(), Arc::new(watch));
             let other = watch.clone();
             self.pool.spawn_broadcast(move |c| {
                 if Some(c.index()) != this {
-                    other.stay_awake();
+                    other.look_for_work();
                 }
             });
-            // A thread that began to wait inside a job of `f` would keep that from its end.
-            while watch.awake.load(Ordering::Acquire) < threads - 1 {
+            // Every thread must be in its watch before `f` begins: one that took this job while it waits inside `f` would not
+            // go on there before `f` ends, and `f` would wait for it.
+            let start = Instant::now();
+            while watch.begun.load(Ordering::Acquire) < threads - 1 && start.elapsed() < Watch::PATIENCE {
                 std::thread::yield_now();
             }
-            let _end = End(watch);
-            f()
+            let complete = watch.begun.load(Ordering::Acquire) == threads - 1;
+            let mut end = Some(End(watch));
+            if !complete {
+                end = None;
+            }
+            let result = f();
+            drop(end);
+            result
         })
     }
 }
 
-/// Threads that wait for work without going to sleep.
+/// What threads share that look for work until the end.
 #[derive(Default)]
 struct Watch {
-    awake: AtomicUsize,
+    begun: AtomicUsize,
     over: AtomicBool,
+    /// The pool's.
+    awake: Arc<AtomicBool>,
 }
 
 impl Watch {
-    /// Without work for so long, threads nap; nobody computes.
-    const PATIENCE: Duration = Duration::from_millis(5);
-    const NAP: Duration = Duration::from_micros(200);
+    /// How long to wait for threads that are busy.
+    const PATIENCE: Duration = Duration::from_millis(2);
+    /// Without work for so long, a thread sleeps as always.
+    const IDLE: Duration = Duration::from_millis(100);
 
-    fn stay_awake(&self) {
-        self.awake.fetch_add(1, Ordering::Release);
-        let mut idle = Instant::now();
-        while !self.over.load(Ordering::Acquire) {
+    fn look_for_work(&self) {
+        if self.over.load(Ordering::Acquire) {
+            return;
+        }
+        self.begun.fetch_add(1, Ordering::Release);
+        let mut last = Instant::now();
+        while !self.over.load(Ordering::Acquire) && last.elapsed() < Self::IDLE {
             if rayon::yield_now() == Some(rayon::Yield::Executed) {
-                idle = Instant::now();
-            } else if idle.elapsed() > Self::PATIENCE {
-                std::thread::sleep(Self::NAP);
+                last = Instant::now();
             } else {
                 std::thread::yield_now();
             }
@@ -188,6 +205,7 @@ struct End(Arc<Watch>);
 impl Drop for End {
     fn drop(&mut self) {
         self.0.over.store(true, Ordering::Release);
+        self.0.awake.store(false, Ordering::Release);
     }
 }
 
@@ -281,14 +299,17 @@ impl Device for Cpu {
     }
 
     fn linears<const N: usize>(&self, x: &Tensor, w: [&Matrix<'_>; N]) -> Result<[Tensor; N]> {
-        let mut out = w.map(|w| Tensor::new(x.rows(), w.weight.shape().0));
+        let mut out = w.map(|w| Tensor::new(0, w.weight.shape().0));
         let coded: Vec<(usize, Layer)> =
             w.iter().enumerate().filter_map(|(i, w)| Some((i, self.by_codes(w)?))).collect();
-        let layers: Vec<Layer> = coded.iter().map(|c| c.1).collect();
-        let values = self.pool.install(|| layer::linears(&x.values, &layers));
-        coded.iter().zip(values).for_each(|(&(i, _), values)| out[i].values = values);
+        if !coded.is_empty() {
+            let layers: Vec<Layer> = coded.iter().map(|c| c.1).collect();
+            let values = self.pool.install(|| layer::linears(&x.values, &layers));
+            coded.iter().zip(values).for_each(|(&(i, _), values)| out[i].values = values);
+        }
         for (i, (out, w)) in out.iter_mut().zip(w).enumerate() {
             if coded.iter().all(|c| c.0 != i) {
+                *out = Tensor::new(x.rows(), w.weight.shape().0);
                 self.by_values(x, w, out);
             }
         }
@@ -421,5 +442,39 @@ impl Device for Cpu {
     fn moments(&self, mut sums: Moments) -> Result<Moments> {
         moments::mirror(&mut sums.gram, sums.abs.len());
         Ok(sums)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sum(device: &Cpu) -> u64 {
+        device.enter(|| (0..10_000u64).into_par_iter().sum())
+    }
+
+    #[test]
+    fn threads_that_are_kept_awake_compute_and_end() {
+        for threads in [1, 2, 3] {
+            let device = Cpu::new(threads).unwrap();
+            let other = device.with(Numerics::Engine);
+            for _ in 0..50 {
+                assert_eq!(device.enter_awake(|| sum(&device)), 49_995_000);
+                assert_eq!(device.enter_awake(|| other.enter_awake(|| sum(&other))), 49_995_000, "one in another");
+                let twice = std::thread::scope(|s| {
+                    let one = s.spawn(|| device.enter_awake(|| sum(&device)));
+                    let two = s.spawn(|| other.enter_awake(|| sum(&other)));
+                    (one.join().unwrap(), two.join().unwrap())
+                });
+                assert_eq!(twice, (49_995_000, 49_995_000), "two at once");
+            }
+            let panic =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| device.enter_awake(|| panic!("on purpose"))));
+            assert!(panic.is_err());
+            assert_eq!(device.enter_awake(|| sum(&device)), 49_995_000, "after a panic");
+            // A thread that came too late is nobody's: it must not wait for a watch that is over.
+            std::thread::sleep(Watch::IDLE);
+            assert_eq!(sum(&device), 49_995_000);
+        }
     }
 }

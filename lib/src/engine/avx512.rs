@@ -15,11 +15,11 @@ const GROUPS: usize = 4;
 /// Columns that go together.
 const QUAD: usize = GROUPS * GROUP;
 
-/// How the units of a row lie: one behind the other,
+/// The units of a row lie one behind the other.
 const TOGETHER: u8 = 0;
-/// in ggml's blocks, each behind its scale,
+/// The units of a row lie in ggml's blocks, each behind its scale.
 const BLOCKS: u8 = 1;
-/// or with something else between them.
+/// The units of a row lie with something else between them.
 const APART: u8 = 2;
 
 /// Whether this processor has what the kernels need.
@@ -130,9 +130,9 @@ trait Codes {
     /// stored: byte by byte, or in two bytes each.
     ///
     /// # Safety
-    /// [`is_here`]. `codes` has four units, each `step` bytes behind the one before, and `x` 128 bytes; of `BLOCKS` the first scale
-    /// is in front of `codes`, and `step` is the block's length.
-    unsafe fn dots<const LIE: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64);
+    /// [`is_here`]. `codes` has four units, each `step` bytes behind the one before, and `x` 128 bytes; of `BLOCKS` the first
+    /// scale is in front of `codes`, and `step` is the block's length.
+    unsafe fn dots<const LAYOUT: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64);
 }
 
 /// 4 bits: E2M1 where `TABLE`, integers otherwise; ggml's order where `HALVES`.
@@ -164,13 +164,13 @@ impl<const TABLE: bool, const HALVES: bool> Nibbles<TABLE, HALVES> {
     /// The codes of four units, one a lane, and the scales of blocks.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    unsafe fn load<const LIE: u8>(codes: *const u8, step: usize) -> (__m512i, u64) {
+    unsafe fn load<const LAYOUT: u8>(codes: *const u8, step: usize) -> (__m512i, u64) {
         // SAFETY: the caller's.
         unsafe {
-            if LIE == TOGETHER {
+            if LAYOUT == TOGETHER {
                 return (load(codes), 0);
             }
-            if LIE == BLOCKS {
+            if LAYOUT == BLOCKS {
                 let first = codes.wrapping_sub(Self::LEAD);
                 // The first 64 bytes of four blocks, and the codes of the fourth.
                 let (early, last) = (load(first), _mm_loadu_si128(codes.add(3 * Self::BLOCK).cast()));
@@ -200,10 +200,10 @@ impl<const TABLE: bool, const HALVES: bool> Codes for Nibbles<TABLE, HALVES> {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-    unsafe fn dots<const LIE: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64) {
+    unsafe fn dots<const LAYOUT: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64) {
         // SAFETY: the caller's.
         unsafe {
-            let (codes, scales) = Self::load::<LIE>(codes, step);
+            let (codes, scales) = Self::load::<LAYOUT>(codes, step);
             let shifted = _mm512_srli_epi16::<4>(codes);
             let (low, high) = if TABLE {
                 // Six bits of each index count, and the table is there for each value of the upper two.
@@ -233,11 +233,11 @@ impl<const OFFSET: bool> Codes for Bytes<OFFSET> {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-    unsafe fn dots<const LIE: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64) {
+    unsafe fn dots<const LAYOUT: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64) {
         // SAFETY: the caller's.
         unsafe {
             let two = |first: *const u8, x| {
-                let codes = match LIE {
+                let codes = match LAYOUT {
                     TOGETHER => load(first),
                     _ => {
                         let half = _mm512_castsi256_si512(_mm256_loadu_si256(first.cast()));
@@ -253,7 +253,7 @@ impl<const OFFSET: bool> Codes for Bytes<OFFSET> {
                 _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
                 _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
             );
-            if LIE != BLOCKS {
+            if LAYOUT != BLOCKS {
                 return (sums, 0);
             }
             let scale = |group: usize| codes.add(group * step).wrapping_sub(2).cast::<i16>().read_unaligned();
@@ -282,11 +282,11 @@ impl Codes for Quarters {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-    unsafe fn dots<const LIE: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64) {
+    unsafe fn dots<const LAYOUT: u8>(codes: *const u8, step: usize, x: *const u8) -> (__m512i, u64) {
         // SAFETY: the caller's.
         unsafe {
             let eight = |i: usize| codes.add(i * step).cast::<i64>().read_unaligned();
-            let four = match LIE {
+            let four = match LAYOUT {
                 TOGETHER => _mm256_loadu_si256(codes.cast()),
                 _ => _mm256_set_epi64x(eight(3), eight(2), eight(1), eight(0)),
             };
@@ -319,11 +319,11 @@ pub fn integers(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut 
     assert!(rows.end <= view.shape().0 && inputs.len() == out.len(), "rows of the weight, one output an input");
     assert!(inputs.iter().all(|a| a.kind == view.kind() && a.groups == view.groups()));
     // SAFETY: the features are there, and shapes were checked here and where views are made.
-    unsafe { for_kind!(view.kind(), lying(view, rows, inputs, out)) }
+    unsafe { for_kind!(view.kind(), in_layout(view, rows, inputs, out)) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
-unsafe fn lying<C: Codes>(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut [&mut [f32]]) {
+unsafe fn in_layout<C: Codes>(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut [&mut [f32]]) {
     // SAFETY: the caller's, and what each expects is looked at here.
     unsafe {
         if view.step() == C::BYTES {
@@ -348,6 +348,8 @@ struct Scratch {
 
 /// Lines of rows that are asked for, one after the other. They need not be there.
 struct Ahead {
+    /// How many are left.
+    lines: usize,
     at: *const u8,
     /// Where the row ends.
     end: *const u8,
@@ -358,18 +360,22 @@ struct Ahead {
 }
 
 impl Ahead {
-    /// Rows `first`.. of `view`.
-    fn new(view: &View, first: *const u8) -> Self {
+    /// `lines` of the rows of `view` that begin at `first`.
+    fn new(view: &View, first: *const u8, lines: usize) -> Self {
         let bytes = view.groups() * view.step();
         let gap = view.row() - bytes.min(view.row());
         // Rows that lie together are one.
         let (bytes, gap) = if gap < 64 { (usize::MAX / 4, 0) } else { (bytes, gap) };
-        Self { at: first, end: first.wrapping_add(bytes), gap, row: view.row() }
+        Self { lines, at: first, end: first.wrapping_add(bytes), gap, row: view.row() }
     }
 
     #[inline]
     #[target_feature(enable = "avx2")]
     fn ask(&mut self) {
+        if self.lines == 0 {
+            return;
+        }
+        self.lines -= 1;
         _mm_prefetch::<_MM_HINT_T0>(self.at.cast());
         self.at = self.at.wrapping_add(64);
         if self.at >= self.end {
@@ -379,33 +385,38 @@ impl Ahead {
     }
 }
 
-/// Rows go one after the other, and the next four are asked for meanwhile, evenly over all that is done: asked for in a
-/// heap, lines would wait for each other, and the memory for the next heap.
+/// Rows go one after the other, and the next four are asked for meanwhile, evenly over all that is done with the first
+/// inputs: asked for in a heap, lines would wait for each other, and the memory for the next heap.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
-unsafe fn fours<C: Codes, const LIE: u8>(view: &View, rows: Range<usize>, inputs: &[Arranged], out: &mut [&mut [f32]]) {
+unsafe fn fours<C: Codes, const LAYOUT: u8>(
+    view: &View,
+    rows: Range<usize>,
+    inputs: &[Arranged],
+    out: &mut [&mut [f32]],
+) {
     let quads = view.groups().div_ceil(GROUPS);
     let mut scratch = Scratch {
         parts: vec![[_mm512_setzero_si512(); 4]; quads],
-        stored: vec![[0; 4]; if LIE == BLOCKS { quads } else { 0 }],
-        scales: vec![0f32; if LIE == BLOCKS { 0 } else { quads * 16 }],
+        stored: vec![[0; 4]; if LAYOUT == BLOCKS { quads } else { 0 }],
+        scales: vec![0f32; if LAYOUT == BLOCKS { 0 } else { quads * 16 }],
     };
     let lines = (4 * view.groups() * view.step()).div_ceil(64);
     let in_sums = (lines - lines.min(4 * (view.groups() / 16) * asks::<C>())).div_ceil(quads);
     for first in rows.clone().step_by(4) {
         // A last row stands in for those that are missing.
         let four = std::array::from_fn(|i| (first + i).min(rows.end - 1));
-        let mut ahead = Ahead::new(view, view.row_start(first).wrapping_add(4 * view.row()));
+        let mut ahead = Ahead::new(view, view.row_start(first).wrapping_add(4 * view.row()), lines);
         for (i, (a, out)) in inputs.iter().zip(out.iter_mut()).enumerate() {
             // SAFETY: the caller's; these are rows of the view.
             let sums = unsafe {
                 for (r, row) in four.into_iter().enumerate() {
-                    row_parts::<C, LIE>(view, row, a, &mut scratch, r, &mut ahead);
+                    row_parts::<C, LAYOUT>(view, row, a, &mut scratch, r, &mut ahead);
                 }
-                if i == 0 && LIE != BLOCKS {
+                if i == 0 && LAYOUT != BLOCKS {
                     four_rows(view, four, &mut scratch.scales);
                 }
-                sums::<C, LIE>(&scratch, a, &mut ahead, in_sums)
+                sums::<C, LAYOUT>(&scratch, a, &mut ahead, in_sums)
             };
             let at = first - rows.start;
             let n = out.len().min(at + 4) - at;
@@ -417,7 +428,7 @@ unsafe fn fours<C: Codes, const LIE: u8>(view: &View, rows: Range<usize>, inputs
 /// The dots of a row, as row `r` of the scratch.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
-unsafe fn row_parts<C: Codes, const LIE: u8>(
+unsafe fn row_parts<C: Codes, const LAYOUT: u8>(
     view: &View,
     row: usize,
     a: &Arranged,
@@ -425,22 +436,22 @@ unsafe fn row_parts<C: Codes, const LIE: u8>(
     r: usize,
     ahead: &mut Ahead,
 ) {
-    let step = match LIE {
+    let step = match LAYOUT {
         TOGETHER => C::BYTES,
         BLOCKS => C::LEAD + C::BYTES,
         _ => view.step(),
     };
     let whole = view.groups() / GROUPS;
-    let start = view.row_start(row);
+    let start = if LAYOUT == BLOCKS { view.block_start(row).wrapping_add(C::LEAD) } else { view.row_start(row) };
     let x = a.codes.as_ptr().cast::<u8>();
     let parts = to.parts.as_mut_ptr().cast::<__m512i>().wrapping_add(r);
     let stored = to.stored.as_mut_ptr().cast::<u64>().wrapping_add(r);
     let put = |quad: usize, codes, step| {
         // SAFETY: four units of the row, or of its copy; inputs and scratch have every quad.
         unsafe {
-            let (sums, scales) = C::dots::<LIE>(codes, step, x.add(quad * QUAD));
+            let (sums, scales) = C::dots::<LAYOUT>(codes, step, x.add(quad * QUAD));
             parts.add(4 * quad).write(sums);
-            if LIE == BLOCKS {
+            if LAYOUT == BLOCKS {
                 stored.add(4 * quad).write(scales);
             }
         }
@@ -462,8 +473,8 @@ unsafe fn row_parts<C: Codes, const LIE: u8>(
     if left > 0 {
         // The last groups; what is behind them meets inputs of 0. A byte of 0 is the scale 2^-127, and numbers that small are
         // slow; 127 is 1.
-        let mut units = [if LIE == BLOCKS && C::SCALE == Some(ScaleKind::E8m0) { 127u8 } else { 0 }; 192];
-        let lead = if LIE == BLOCKS { C::LEAD } else { 0 };
+        let mut units = [if LAYOUT == BLOCKS && C::SCALE == Some(ScaleKind::E8m0) { 127u8 } else { 0 }; 192];
+        let lead = if LAYOUT == BLOCKS { C::LEAD } else { 0 };
         for group in 0..left {
             let from = start.wrapping_add((whole * GROUPS + group) * step).wrapping_sub(lead);
             // SAFETY: a unit of the row, behind its scale where it has one.
@@ -479,13 +490,18 @@ const fn asks<C: Codes>() -> usize {
     3 * GROUPS * C::BYTES / 64
 }
 
-/// What the parts of four rows come to. With each quad `asks` lines are asked for.
+/// What the parts of four rows come to. With each quad so many lines are asked for.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
-unsafe fn sums<C: Codes, const LIE: u8>(scratch: &Scratch, a: &Arranged, ahead: &mut Ahead, asks: usize) -> [f32; 4] {
+unsafe fn sums<C: Codes, const LAYOUT: u8>(
+    scratch: &Scratch,
+    a: &Arranged,
+    ahead: &mut Ahead,
+    lines_a_quad: usize,
+) -> [f32; 4] {
     let mut chains = _mm256_setzero_ps();
     for (quad, &[r0, r1, r2, r3]) in scratch.parts.iter().enumerate() {
-        for _ in 0..asks {
+        for _ in 0..lines_a_quad {
             ahead.ask();
         }
         // The four parts of four rows: two steps of a transposition, each with the sum of what it brings side by side.
@@ -495,7 +511,7 @@ unsafe fn sums<C: Codes, const LIE: u8>(scratch: &Scratch, a: &Arranged, ahead: 
         let sums = add(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
         // SAFETY: all have every quad.
         unsafe {
-            let own = match LIE {
+            let own = match LAYOUT {
                 BLOCKS => numbers::<C>(scratch.stored.get_unchecked(quad)),
                 _ => _mm512_loadu_ps(scratch.scales.as_ptr().add(16 * quad)),
             };

@@ -16,6 +16,7 @@ const SERIAL: usize = 1 << 16;
 pub fn row(view: &View, float: Float, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) -> bool {
     #[cfg(target_arch = "x86_64")]
     if !view.kind().is_float() && super::avx2::is_here() {
+        assert_eq!((out.len(), x.len()), view.shape(), "the caller fits shapes to each other");
         assert!(bias.is_none_or(|b| b.len() == out.len()), "a bias has one value an output");
         let piece = |(i, out): (usize, &mut [f32])| {
             let first = i * PIECE;

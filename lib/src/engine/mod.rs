@@ -4,6 +4,8 @@
 //! The numerics are fixed ([`reference`]): integer sums of 32 columns are exact, and what is summed in f32 is summed in one
 //! order, so every kernel, batch size and number of threads gives the same bits, and so does every container of the same
 //! weight that has a kernel. Weights that are floats meet f32 inputs.
+//!
+//! [`exact`] is apart: f32 inputs and the values of codes, as the forward computes otherwise, for one row.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

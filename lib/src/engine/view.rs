@@ -88,11 +88,11 @@ impl Kind {
         }
     }
 
-    /// What kernels leave added to an integer, so that it has no sign; 0 where they take it with its sign. `vnni` are those
-    /// for AVX-VNNI.
-    pub const fn offset(self, vnni: bool) -> i32 {
+    /// What kernels leave added to an integer, so that it has no sign; 0 where they take it with its sign.
+    /// `unsigned_bytes` is for those that have codes of 8 bits without sign too.
+    pub const fn offset(self, unsigned_bytes: bool) -> i32 {
         match self {
-            Self::Int8 | Self::Int8Offset if vnni => 128,
+            Self::Int8 | Self::Int8Offset if unsigned_bytes => 128,
             Self::E2m1 | Self::E2m1Halves => 12,
             Self::Int4 | Self::Int4Halves => 8,
             Self::Int2 => 2,
@@ -299,6 +299,16 @@ impl<'a> View<'a> {
         self.codes[r * self.row..].as_ptr()
     }
 
+    /// Where row `r` begins with the scale of its first block: a pointer to all that follows.
+    ///
+    /// # Panics
+    /// Where there are no scales. [`Self::in_blocks`] says whether codes follow.
+    #[inline(always)]
+    pub fn block_start(&self, r: usize) -> *const u8 {
+        let scales = self.scales.as_ref().expect("blocks have scales");
+        scales.bytes[r * scales.row..].as_ptr()
+    }
+
     /// Bytes from a row to the next.
     pub fn row(&self) -> usize {
         self.row
@@ -324,6 +334,7 @@ impl<'a> View<'a> {
     pub fn in_blocks(&self, kind: ScaleKind) -> bool {
         self.scales.is_some_and(|s| {
             let same = s.kind == kind && s.group == GROUP && s.step == self.step && s.row == self.row;
+            let same = same && s.bytes.len() >= self.codes.len() + kind.size();
             same && self.step == kind.size() + self.kind.bytes()
                 && s.bytes.as_ptr().wrapping_add(kind.size()) == self.codes.as_ptr()
         })

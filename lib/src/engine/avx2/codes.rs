@@ -18,15 +18,15 @@ pub trait Codes<const PAIRS: usize> {
     /// The scales that ggml's blocks of this kind have beside their codes.
     const BESIDE: Option<ScaleKind> = None;
 
-    /// Lays out the inputs `x` of one pair of unit's columns [64], in the order in which [`Self::dots`] meets them.
+    /// Lays out the inputs `x` of the 64 columns of one pair of groups, in the order in which [`Self::dots`] meets them.
     fn arrange(x: &[i8; PAIR], out: &mut [u8]);
 
-    /// For each pair of groups the products' sums, with [`Kind::offset`](crate::engine::view::Kind::offset) still in the codes: four parts of the first
-    /// group, four of the second.
+    /// For each pair of groups the products' sums, with [`Kind::offset`](crate::engine::view::Kind::offset) still in the
+    /// codes: four parts of the first group, four of the second.
     ///
     /// # Safety
-    /// AVX2 is there, and AVX-VNNI for those that use it; `codes` has a unit, whose second half begins `step` bytes behind the first where groups stand alone;
-    /// `x` has its inputs.
+    /// AVX2 is there, and AVX-VNNI for those that use it; `codes` has a unit, whose second half begins `step` bytes behind the
+    /// first where groups stand alone; `x` has its inputs.
     unsafe fn dots(codes: *const u8, step: usize, x: *const u8) -> [__m256i; PAIRS];
 }
 

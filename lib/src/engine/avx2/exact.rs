@@ -15,11 +15,11 @@ const PANELS: usize = 2;
 /// Outputs of these.
 const OUTPUTS: usize = PANELS * HEIGHT;
 
-/// How a value is rounded once it is a product: not at all,
-const EXACT: u8 = 0;
-/// to BF16,
+/// Products are values.
+const UNROUNDED: u8 = 0;
+/// Products are rounded to BF16.
 const BF16: u8 = 1;
-/// to F16.
+/// Products are rounded to F16.
 const F16: u8 = 2;
 
 /// Where a thread keeps panels.
@@ -43,8 +43,8 @@ pub fn outputs(view: &View, float: Float, x: &[f32], rows: Range<usize>, out: &m
     assert!(super::is_here(), "the caller has asked for this processor");
     assert!(rows.end <= view.shape().0 && rows.len() == out.len() && x.len() == view.shape().1, "shapes fit");
     // A code of 8 bits under a power of two, and a scale in BF16 times 1 or 2, are what they are in BF16.
-    let powers = view.scales().is_some_and(|s| s.kind == ScaleKind::E8m0);
-    let fits = powers || matches!(view.kind(), Kind::Int2 | Kind::Ternary | Kind::Base3 | Kind::Tq2);
+    let small = matches!(view.kind(), Kind::Int2 | Kind::Ternary | Kind::Base3);
+    let fits = view.scales().is_some_and(|s| s.kind == ScaleKind::E8m0 || small && s.kind == ScaleKind::Bf16);
     SCRATCH.with_borrow_mut(|s| {
         s.four.resize(view.groups() * 4, 0.0);
         s.panels.iter_mut().for_each(|p| p.resize(view.groups() * BLOCK, 0));
@@ -52,8 +52,8 @@ pub fn outputs(view: &View, float: Float, x: &[f32], rows: Range<usize>, out: &m
         // SAFETY: the features are there, and shapes were checked here and where views are made.
         unsafe {
             match float {
-                Float::F32 => all::<EXACT>(view, x, rows, s, out),
-                Float::Bf16 if fits => all::<EXACT>(view, x, rows, s, out),
+                Float::F32 => all::<UNROUNDED>(view, x, rows, s, out),
+                Float::Bf16 if fits => all::<UNROUNDED>(view, x, rows, s, out),
                 Float::Bf16 => all::<BF16>(view, x, rows, s, out),
                 Float::F16 => all::<F16>(view, x, rows, s, out),
             }
