@@ -1,0 +1,141 @@
+// What all kernels share: types, asynchronous copies, tensor-core products, conversions.
+//
+// The same sources compile for a processor too (host/simt.hpp), where every thread of a block runs in turn and each primitive below does
+// what the PTX manual says of it. So tests run the kernels themselves, index arithmetic and all, without a GPU.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+#else
+#include "host/simt.hpp"
+#endif
+
+// ---- numbers ----
+
+// How 16-bit and 32-bit floats of an argument are stored.
+enum FloatType : int { BF16 = 0, F16 = 1, F32 = 2 };
+
+HOST_DEVICE float from_bits(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+HOST_DEVICE uint32_t to_bits(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+#endif
+}
+
+HOST_DEVICE float bf16_value(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
+
+// To the nearest, ties to even; a NaN stays one.
+HOST_DEVICE uint16_t to_bf16(float value) {
+  uint32_t bits = to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+HOST_DEVICE float f16_value(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+  if (exponent == 31) return from_bits(sign | 0x7f800000u | fraction << 13);
+  // 2^-24 times the fraction, exact.
+  if (exponent == 0) return from_bits(to_bits(float(fraction) * from_bits(0x33800000u)) | sign);
+  return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+HOST_DEVICE uint16_t to_f16(float value) {
+  uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return uint16_t(sign | 0x7e00);
+  if (size >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // 65520 and more
+  if (size < 0x38800000u) {
+    // Below 2^-14 numbers are 2^-24 apart, as floats are between 0.5 and 1.
+    return uint16_t(sign | (to_bits(from_bits(size) + 0.5f) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1)) >> 13));
+}
+
+// The number at `index` of an array of `type`.
+HOST_DEVICE float read_float(const void* numbers, int64_t index, FloatType type) {
+  if (type == F32) return static_cast<const float*>(numbers)[index];
+  uint16_t bits = static_cast<const uint16_t*>(numbers)[index];
+  return type == BF16 ? bf16_value(bits) : f16_value(bits);
+}
+
+HOST_DEVICE void write_float(void* numbers, int64_t index, FloatType type, float value) {
+  if (type == F32) {
+    static_cast<float*>(numbers)[index] = value;
+  } else {
+    static_cast<uint16_t*>(numbers)[index] = type == BF16 ? to_bf16(value) : to_f16(value);
+  }
+}
+
+// 2^(e - 127); 255 is no number.
+HOST_DEVICE float e8m0_value(uint8_t e) {
+  uint32_t normal = uint32_t(e) << 23;
+  return from_bits(e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : normal);
+}
+
+// Twice the value of an E2M1 code is an exact integer: 0, 1, 2, 3, 4, 6, 8, 12, then the same below 0.
+HOST_DEVICE int e2m1_doubled(int code) {
+  int magnitude = code & 7;
+  int value = magnitude < 2 ? magnitude : (2 | (magnitude & 1)) << ((magnitude >> 1) - 1);
+  return code & 8 ? -value : value;
+}
+
+HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+#ifdef __CUDACC__
+
+// ---- asynchronous copies ----
+
+// 16 bytes of global memory to shared memory, or zeros where not `there`; `to` and `from` are multiples of 16.
+DEVICE void copy_async(void* to, const void* from, bool there) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes));
+}
+
+// What was copied until now is a group.
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;\n"); }
+
+// Waits until at most `PENDING` groups are on their way.
+template <int PENDING>
+DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING));
+}
+
+// ---- tensor cores ----
+
+// c += a b for int8: a [16, 32] by rows, b [32, 8] by columns, c [16, 8] in int32. Lane l has of a four columns from 4 (l % 4) of
+// row l / 4, then of row l / 4 + 8, then both 16 columns on; of b the same columns of row l / 4 of its transpose; of c columns
+// 2 (l % 4) and the next of row l / 4, then of row l / 4 + 8 (PTX ISA, m16n8k32).
+DEVICE void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Bytes of the pair (b, a), by the four low bits of each nibble of `selector`: three choose a byte, the fourth asks for its sign in all of its bits.
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { 
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
+#endif

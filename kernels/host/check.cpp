@@ -1,0 +1,337 @@
+// Runs the kernels on this processor (simt.hpp) and compares every output with plain loops, bit for bit.
+//
+//     c++ -std=c++17 -O2 -I.. -o check check.cpp && ./check
+#include <random>
+#include <string>
+
+#include "gemm_int8.cuh"
+
+#include "../dequantize_mxfp4.cu"
+#include "../mxfp4_a8.cu"
+#include "../quantize_activations.cu"
+#include "../w4a8.cu"
+#include "../w8a8.cu"
+
+namespace {
+
+std::mt19937 draw(7);
+
+int checks = 0;
+
+template <class T>
+void random_bytes(std::vector<T>& array) {
+  unsigned char* bytes = reinterpret_cast<unsigned char*>(array.data());
+  for (size_t i = 0; i < array.size() * sizeof(T); i++) bytes[i] = uint8_t(draw() >> 8);
+}
+
+// What kernels compute, as the formats say it: one output at a time.
+namespace plain {
+
+template <class Codes>
+int code(const gemm::Arguments& p, int row, int column);
+
+template <>
+int code<gemm::E2m1>(const gemm::Arguments& p, int row, int column) {
+  uint8_t byte = p.weight[int64_t(row) * (p.k / 2) + column / 2];
+  static const double VALUES[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  int nibble = column % 2 ? byte >> 4 : byte & 15;
+  return int((nibble & 8 ? -2 : 2) * VALUES[nibble & 7]);
+}
+
+template <>
+int code<gemm::Int4>(const gemm::Arguments& p, int row, int column) {
+  uint8_t byte = p.weight[int64_t(row) * (p.k / 2) + column / 2];
+  return (column % 2 ? byte >> 4 : byte & 15) - 8;
+}
+
+template <>
+int code<gemm::Int8>(const gemm::Arguments& p, int row, int column) {
+  return int8_t(p.weight[int64_t(row) * p.k + column]);
+}
+
+struct Output {
+  float stated;        // in the order that gemm_int8.cuh states
+  double exact, size;  // and in truth; the sum of the sizes of its parts
+};
+
+template <class Codes>
+Output output(const gemm::Arguments& p, int token, int row) {
+  int groups = p.k / p.group, a_split = ceil_div(groups, p.splits);
+  Output out = {0, 0, 0};
+  for (int split = 0; split < p.splits; split++) {
+    float chain = 0;
+    for (int g = split * a_split; g < groups && g < (split + 1) * a_split; g++) {
+      int sum = 0;
+      for (int k = g * p.group; k < (g + 1) * p.group; k++)
+        sum += code<Codes>(p, row, k) * p.input[int64_t(token) * p.k + k];
+      int64_t at = int64_t(row) * groups + g;
+      float scale = Codes::E8M0 ? e8m0_value(static_cast<const uint8_t*>(p.weight_scale)[at])
+                                : read_float(p.weight_scale, at, FloatType(p.scale_type));
+      // A kernel may have a multiple of the code by a power of two, which its step takes back.
+      float multiple = std::is_same<Codes, gemm::Int4>::value ? 16 : 1;
+      chain = fmaf(float(sum) * multiple, scale, chain);
+      out.exact += double(sum) * scale;
+      out.size += fabs(double(sum) * scale);
+    }
+    out.stated = split == 0 ? chain : out.stated + chain;
+  }
+  out.stated *= p.input_scale[token] * Codes::STEP;
+  double step = double(p.input_scale[token]) * (Codes::E8M0 ? 0.5 : 1);
+  out.exact *= step, out.size *= fabs(step);
+  if (p.bias) {
+    float bias = read_float(p.bias, row, FloatType(p.output_type));
+    out.stated += bias, out.exact += bias, out.size += fabs(bias);
+  }
+  return out;
+}
+
+}  // namespace plain
+
+struct Shape {
+  int m, n, k, group, splits;
+};
+
+template <class Codes>
+void check(const char* name, void (*const kernels[])(gemm::Arguments), Shape s, FloatType scale_type, FloatType output_type,
+           bool with_bias) {
+  gemm::Arguments p = {};
+  p.m = s.m, p.n = s.n, p.k = s.k, p.group = s.group, p.splits = s.splits;
+  p.scale_type = scale_type, p.output_type = output_type;
+  std::vector<uint8_t> weight(size_t(s.n) * s.k * Codes::STAGE_BYTES / gemm::COLUMNS);
+  std::vector<uint32_t> scales(size_t(s.n) * (s.k / s.group));
+  std::vector<int8_t> input(size_t(s.m) * s.k);
+  std::vector<float> input_scale(s.m), partial(size_t(s.splits) * s.m * s.n + 1, NAN);
+  std::vector<uint32_t> bias(s.n), output(size_t(s.m) * s.n + 1, 0xa5a5a5a5);
+  random_bytes(weight);
+  random_bytes(input);
+  for (int8_t& x : input) x = draw() % 5 == 0 ? -128 : x;
+  std::uniform_real_distribution<float> unit(-1, 1);
+  for (float& x : input_scale) x = unit(draw) * 0.01f;
+  for (size_t i = 0; i < scales.size(); i++) {
+    if (Codes::E8M0) {
+      static const uint8_t EXPONENTS[] = {0, 1, 110, 120, 127, 130};
+      reinterpret_cast<uint8_t*>(scales.data())[i] = EXPONENTS[draw() % 6];
+    } else {
+      write_float(scales.data(), i, scale_type, unit(draw));
+    }
+  }
+  for (int i = 0; i < s.n; i++) write_float(bias.data(), i, output_type, unit(draw));
+  p.weight = weight.data(), p.weight_scale = scales.data(), p.input = input.data(), p.input_scale = input_scale.data();
+  p.bias = with_bias ? bias.data() : nullptr;
+  p.output = output.data(), p.partial = partial.data();
+  simt::ranges.clear();
+  simt::allow(weight);
+  simt::allow(input);
+
+  static const int TOKENS[] = {8, 16, 32, 64};
+  for (int size = 0; size < 4; size++) {
+    for (bool backwards : {false, true}) {
+      std::fill(output.begin(), output.end(), 0xa5a5a5a5);
+      std::fill(partial.begin(), partial.end(), NAN);
+      const size_t shared[] = {
+          size_t(gemm::shared_bytes<Codes, 8>(s.k, s.group, s.splits)), size_t(gemm::shared_bytes<Codes, 16>(s.k, s.group, s.splits)),
+          size_t(gemm::shared_bytes<Codes, 32>(s.k, s.group, s.splits)), size_t(gemm::shared_bytes<Codes, 64>(s.k, s.group, s.splits))};
+      Dim3 grid = {ceil_div(s.n, gemm::ROWS), ceil_div(s.m, TOKENS[size]), s.splits};
+      simt::launch(grid, gemm::THREADS, shared[size], backwards, [&] { kernels[size](p); });
+      if (s.splits > 1) {
+        Dim3 all = {ceil_div(s.m * s.n, gemm::THREADS), 1, 1};
+        simt::launch(all, gemm::THREADS, 16, backwards, [&] { kernels[4](p); });
+      }
+      for (int token = 0; token < s.m; token++) {
+        for (int row = 0; row < s.n; row++) {
+          int64_t at = int64_t(token) * s.n + row;
+          plain::Output wanted = plain::output<Codes>(p, token, row);
+          uint32_t rounded = 0;
+          write_float(&rounded, 0, output_type, wanted.stated);
+          float have = read_float(output.data(), at, output_type), want = read_float(&rounded, 0, output_type);
+          // What the sums in f32 may round, and the output's type.
+          double slack = 1e-6 * wanted.size + (output_type == F32 ? 0 : output_type == BF16 ? 1.0 / 256 : 1.0 / 2048) * fabs(want);
+          if (to_bits(have) != to_bits(want) || fabs(have - wanted.exact) > slack) {
+            fprintf(stderr, "%s_%d, M %d N %d K %d group %d splits %d: output [%d, %d] is %.9g, wanted %.9g, in truth %.9g\n",
+                    name, TOKENS[size], s.m, s.n, s.k, s.group, s.splits, token, row, have, want, wanted.exact);
+            exit(1);
+          }
+        }
+      }
+      const unsigned char* behind = reinterpret_cast<const unsigned char*>(output.data());
+      size_t width = output_type == F32 ? 4 : 2;
+      for (size_t i = size_t(s.m) * s.n * width; i < output.size() * sizeof(uint32_t); i++) {
+        if (behind[i] != 0xa5) fprintf(stderr, "%s: something was written behind the output\n", name), exit(1);
+      }
+      checks++;
+    }
+  }
+}
+
+#define ALL_SIZES(name) \
+  { name##_8, name##_16, name##_32, name##_64, name##_finish }
+
+void check_products() {
+  void (*const mxfp4[])(gemm::Arguments) = ALL_SIZES(mxfp4_a8);
+  void (*const w4a8[])(gemm::Arguments) = ALL_SIZES(w4a8);
+  void (*const w8a8[])(gemm::Arguments) = ALL_SIZES(w8a8);
+  // A single product, odd numbers of tokens, rows that fill no block, a last stage that is not whole, splits that are not even.
+  const int shapes[][4] = {{1, 1, 32, 1}, {1, 64, 128, 1}, {3, 65, 160, 1}, {8, 16, 288, 2}, {17, 100, 576, 3}, {65, 70, 1152, 2}, {2, 72, 2880, 4}};
+  for (const int* s : shapes) {
+    check<gemm::E2m1>("mxfp4_a8", mxfp4, {s[0], s[1], s[2], 32, s[3]}, F32, F32, true);
+    check<gemm::E2m1>("mxfp4_a8", mxfp4, {s[0], s[1], s[2], 32, s[3]}, F32, BF16, false);
+    for (int group : {32, 64, 96, s[2]}) {
+      int splits = s[2] / group < s[3] ? 1 : s[3];
+      if (s[2] % group) continue;
+      check<gemm::Int4>("w4a8", w4a8, {s[0], s[1], s[2], group, splits}, BF16, BF16, true);
+      check<gemm::Int8>("w8a8", w8a8, {s[0], s[1], s[2], group, splits}, F16, F16, false);
+    }
+    check<gemm::Int4>("w4a8", w4a8, {s[0], s[1], s[2], 32, 1}, F32, F32, false);
+    check<gemm::Int8>("w8a8", w8a8, {s[0], s[1], s[2], s[2], 1}, F32, F32, true);
+  }
+}
+
+// Two thousand numbers of every size, and what is none.
+void check_activations() {
+  for (FloatType type : {BF16, F16, F32})
+    for (int k : {32, 96, 2880})
+      for (int kind = 0; kind < 4; kind++) {
+        int m = 3;
+        std::vector<uint32_t> input(m * k);
+        std::vector<int8_t> codes(m * k + 1, 77);
+        std::vector<float> scales(m + 1, 77);
+        std::normal_distribution<float> normal(0, 1);
+        for (int i = 0; i < m * k; i++) {
+          float x = kind == 1 ? 0 : normal(draw);
+          if (i == m * k - 5 && kind >= 2) x = kind == 2 ? NAN : INFINITY;
+          write_float(input.data(), i, type, x);
+        }
+        activations::Arguments p = {input.data(), codes.data(), scales.data(), m, k, type};
+        simt::launch({m, 1, 1}, activations::THREADS, activations::THREADS * 4, false, [&] { quantize_activations(p); });
+        for (int t = 0; t < m; t++) {
+          float most = 0;
+          bool none = false;
+          for (int i = t * k; i < (t + 1) * k; i++) {
+            float x = read_float(input.data(), i, type);
+            none = none || !isfinite(x);
+            most = fmaxf(most, fabsf(x));
+          }
+          float scale = most == 0 ? ldexpf(1, -23) : most / 127.5f;
+          if (none ? !isnan(scales[t]) : scales[t] != scale) fprintf(stderr, "scale %g, wanted %g\n", scales[t], scale), exit(1);
+          for (int i = t * k; i < (t + 1) * k && !none; i++) {
+            float x = read_float(input.data(), i, type), want = nearbyintf(fminf(fmaxf(x / scale, -128), 127));
+            if (codes[i] != want) fprintf(stderr, "%g under %g is %d, wanted %g\n", x, scale, codes[i], want), exit(1);
+          }
+        }
+        if (codes[m * k] != 77 || scales[m] != 77) fprintf(stderr, "something was written behind the codes\n"), exit(1);
+        checks++;
+      }
+}
+
+void check_dequantization() {
+  for (FloatType type : {BF16, F16, F32})
+    for (int n : {1, 65, 130})
+      for (int k : {32, 96, 288}) {
+        std::vector<uint8_t> codes(n * k / 2), scales(n * k / 32);
+        random_bytes(codes);
+        random_bytes(scales);
+        scales[0] = 0, scales.back() = 255;
+        std::vector<uint32_t> rows(n * k + 1, 0xa5a5a5a5), turned(n * k + 1, 0xa5a5a5a5);
+        mxfp4::Arguments p = {codes.data(), scales.data(), rows.data(), n, k, type};
+        simt::launch({ceil_div(n * k / 8, mxfp4::THREADS), 1, 1}, mxfp4::THREADS, 16, false, [&] { dequantize_mxfp4(p); });
+        p.output = turned.data();
+        Dim3 grid = {ceil_div(n, mxfp4::TILE), k / mxfp4::GROUP, 1};
+        simt::launch(grid, mxfp4::THREADS, mxfp4::GROUP * (mxfp4::TILE + 1) * 4, true, [&] { dequantize_mxfp4_turned(p); });
+        static const double VALUES[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+        for (int row = 0; row < n; row++)
+          for (int c = 0; c < k; c++) {
+            int byte = codes[row * (k / 2) + c / 2], nibble = c % 2 ? byte >> 4 : byte & 15, e = scales[row * (k / 32) + c / 32];
+            double exact = ldexp((nibble & 8 ? -1 : 1) * VALUES[nibble & 7], e - 127);
+            uint32_t want = 0;
+            write_float(&want, 0, type, e == 255 ? NAN : float(exact));
+            float a = read_float(rows.data(), row * k + c, type), b = read_float(turned.data(), c * n + row, type);
+            float w = read_float(&want, 0, type);
+            bool same = isnan(w) ? isnan(a) && isnan(b) : a == w && b == w;
+            // BF16 and F32 have every one of them.
+            if (type != F16 && e != 255 && fabs(exact) < 3e38) same = same && a == exact;
+            if (!same) fprintf(stderr, "row %d column %d: %g and %g, wanted %g\n", row, c, a, b, w), exit(1);
+          }
+        checks += 2;
+      }
+}
+
+// Conversions of every 16-bit float there is, and of what lies halfway between two.
+void check_floats() {
+  for (uint32_t bits = 0; bits < 0x10000; bits++) {
+    uint16_t half = uint16_t(bits);
+    int exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    double sign = bits & 0x8000 ? -1 : 1;
+    double exact = exponent == 31 ? (fraction ? NAN : sign * INFINITY)
+                                  : sign * (exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24));
+    float value = f16_value(half);
+    if (isnan(exact) ? !isnan(value) || !isnan(f16_value(to_f16(value))) : value != exact || to_f16(value) != half)
+      fprintf(stderr, "F16 %04x is %g\n", bits, value), exit(1);
+    if (isfinite(value) && isfinite(f16_value(half + 1))) {
+      float between = (value + f16_value(half + 1)) / 2;
+      if (to_f16(between) != (half & 1 ? half + 1 : half)) fprintf(stderr, "F16 between %04x and the next\n", bits), exit(1);
+    }
+    float wide = bf16_value(half);
+    if (!isnan(wide) && to_bf16(wide) != half) fprintf(stderr, "BF16 %04x\n", bits), exit(1);
+    float halfway = from_bits(bits << 16 | 0x8000);
+    if (isfinite(halfway) && to_bf16(halfway) != (half & 1 ? half + 1 : half)) fprintf(stderr, "BF16 behind %04x\n", bits), exit(1);
+  }
+}
+
+// Every decoder over every byte, in every place of a word.
+void check_decoders() {
+  for (int low = 0; low < 256; low++) {
+    for (int high = 0; high < 256; high++) {
+      uint32_t word = uint32_t(low | high << 8) * 0x00010001u;
+      gemm::Eight e2m1 = gemm::E2m1::decode(word), int4 = gemm::Int4::decode(word);
+      for (int i = 0; i < 8; i++) {
+        int nibble = word >> (4 * i) & 15;
+        int8_t have = int8_t((i < 4 ? e2m1.low : e2m1.high) >> (8 * (i % 4)));
+        int8_t four = int8_t((i < 4 ? int4.low : int4.high) >> (8 * (i % 4)));
+        if (have != e2m1_doubled(nibble) || four != (nibble - 8) * 16) {
+          fprintf(stderr, "word %08x, nibble %d: E2M1 %d, int4 %d\n", word, i, have, four);
+          exit(1);
+        }
+      }
+    }
+  }
+}
+
+// Chunks of a tile have places of their own, and what a warp reads at once has no two words in one bank.
+void check_places() {
+  for (int wide = 0; wide < 2; wide++) {
+    int chunks = wide ? 8 : 4;
+    auto place = [&](int row, int chunk) { return wide ? gemm::chunk_of_128(row, chunk) : gemm::chunk_of_64(row, chunk); };
+    std::vector<bool> taken(64 * chunks);
+    for (int row = 0; row < 64; row++)
+      for (int c = 0; c < chunks; c++) {
+        if (place(row, c) >= int(taken.size()) || taken[place(row, c)]) fprintf(stderr, "chunk %d of row %d\n", c, row), exit(1);
+        taken[place(row, c)] = true;
+      }
+    for (int first = 0; first < 64; first += wide ? 4 : 8)
+      for (int group = 0; group < 4; group++) {
+        uint64_t banks = 0;
+        for (int row = first; row < first + (wide ? 4 : 8); row++)
+          for (int quarter = 0; quarter < 4; quarter++)
+            for (int word = 0; word < (wide ? 2 : 1); word++) {
+              int at = wide ? place(row, 2 * group + quarter / 2) * 4 + quarter % 2 * 2 + word : place(row, group) * 4 + quarter;
+              if (banks >> at % 32 & 1) fprintf(stderr, "two words in bank %d\n", at % 32), exit(1);
+              banks |= uint64_t(1) << at % 32;
+            }
+      }
+  }
+}
+
+
+
+
+}  // namespace
+
+int main() {
+  check_places();
+  check_floats();
+  check_decoders();
+  check_activations();
+  check_dequantization();
+  check_products();
+  printf("%d launches gave what plain loops give\n", checks);
+}

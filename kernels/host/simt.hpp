@@ -1,0 +1,229 @@
+// Runs kernels on a processor, one block after the other, each thread of a block as a fiber that runs until it has to wait for others. What
+// the hardware leaves undefined is made visible: memory that is asked for and not there yet reads as garbage, and so does shared memory that
+// nobody wrote; a barrier that a thread misses, an address that is not aligned or outside an array, end the program with a message.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define HOST_DEVICE inline
+#define DEVICE inline
+#define KERNEL(threads) static void
+#define SHARED_MEMORY(name) unsigned char* name = simt::block.shared.data()
+
+struct Dim3 {
+  int x = 1, y = 1, z = 1;
+};
+
+inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+constexpr int WARP = 32;
+constexpr size_t STACK = 64 << 10;
+
+enum class State { Ready, Warp, Block, Done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool there;
+};
+
+// A lane's registers in a product.
+struct Product {
+  int* c;
+  const uint32_t *a, *b;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  State state;
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+  Product product;
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<unsigned char> shared;
+  ucontext_t scheduler;
+  int current = 0;
+  std::function<void()> kernel;
+};
+
+inline Block block;
+
+// Memory that kernels may read and write.
+struct Range {
+  const char *begin, *end;
+};
+inline std::vector<Range> ranges;
+
+template <class T>
+void allow(const std::vector<T>& array) {
+  const char* begin = reinterpret_cast<const char*>(array.data());
+  ranges.push_back({begin, begin + array.size() * sizeof(T)});
+}
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "block (%d, %d, %d), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, block.current, what);
+  exit(1);
+}
+
+// Gives the processor to the scheduler until the thread is ready again.
+inline void wait(State state) {
+  Thread& t = block.threads[block.current];
+  t.state = state;
+  swapcontext(&t.context, &block.scheduler);
+}
+
+inline void entry() {
+  block.kernel();
+  Thread& t = block.threads[block.current];
+  if (!t.open.empty()) fail("copies were asked for and never committed");
+  t.state = State::Done;
+  swapcontext(&t.context, &block.scheduler);
+}
+
+// c += a b, by the fragments' layout in the PTX manual (m16n8k32, s8).
+inline void multiply(int first) {
+  int8_t a[16][32], b[32][8];
+  for (int lane = 0; lane < WARP; lane++) {
+    const Product& p = block.threads[first + lane].product;
+    int row = lane / 4, column = lane % 4 * 4;
+    for (int i = 0; i < 4; i++) {
+      auto byte = [i](uint32_t word) { return int8_t(word >> (8 * i)); };
+      a[row][column + i] = byte(p.a[0]);
+      a[row + 8][column + i] = byte(p.a[1]);
+      a[row][column + 16 + i] = byte(p.a[2]);
+      a[row + 8][column + 16 + i] = byte(p.a[3]);
+      b[column + i][row] = byte(p.b[0]);
+      b[column + 16 + i][row] = byte(p.b[1]);
+    }
+  }
+  for (int lane = 0; lane < WARP; lane++) {
+    for (int i = 0; i < 4; i++) {
+      int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2, sum = 0;
+      for (int k = 0; k < 32; k++) sum += a[row][k] * b[k][column];
+      block.threads[first + lane].product.c[i] += sum;
+    }
+  }
+}
+
+// Lets all go on that wait for each other and are complete; false where nobody can.
+inline bool release() {
+  bool any = false;
+  int n = int(block.threads.size()), waiting = 0, done = 0;
+  for (int first = 0; first < n; first += WARP) {
+    int here = 0;
+    for (int i = first; i < first + WARP; i++) here += block.threads[i].state == State::Warp;
+    if (here == WARP) {
+      multiply(first);
+      for (int i = first; i < first + WARP; i++) block.threads[i].state = State::Ready;
+      any = true;
+    }
+  }
+  for (Thread& t : block.threads) {
+    waiting += t.state == State::Block;
+    done += t.state == State::Done;
+  }
+  if (waiting == n) {
+    for (Thread& t : block.threads) t.state = State::Ready;
+    any = true;
+  }
+  return any || done == n;
+}
+
+// Runs `kernel` for every block of `grid`. `backwards` runs threads in the other order, so that what depends on it shows.
+inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, std::function<void()> kernel) {
+  gridDim = grid;
+  blockDim = {threads, 1, 1};
+  block.kernel = std::move(kernel);
+  if (threads % WARP) fail("a block has whole warps");
+  for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
+        block.threads = std::vector<Thread>(threads);
+        block.shared.assign(shared_bytes, 0xa5);
+        for (Thread& t : block.threads) {
+          t.state = State::Ready;
+          getcontext(&t.context);
+          t.context.uc_stack.ss_sp = t.stack.get();
+          t.context.uc_stack.ss_size = STACK;
+          t.context.uc_link = nullptr;
+          makecontext(&t.context, entry, 0);
+        }
+        for (bool going = true; going;) {
+          going = false;
+          for (int i = 0; i < threads; i++) {
+            block.current = backwards ? threads - 1 - i : i;
+            Thread& t = block.threads[block.current];
+            if (t.state != State::Ready) continue;
+            threadIdx = {block.current, 0, 0};
+            swapcontext(&block.scheduler, &t.context);
+            going = true;
+          }
+          if (!going && !release()) fail("threads wait for each other for ever: a barrier or a warp's product was missed");
+          for (Thread& t : block.threads) going = going || t.state == State::Ready;
+        }
+      }
+}
+
+}  // namespace simt
+
+inline void __syncthreads() { simt::wait(simt::State::Block); }
+
+inline void copy_async(void* to, const void* from, bool there) {
+  auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
+  auto& shared = simt::block.shared;
+  if (address(to) % 16 || address(from) % 16) simt::fail("an asynchronous copy is not aligned");
+  if (to < shared.data() || static_cast<unsigned char*>(to) + 16 > shared.data() + shared.size())
+    simt::fail("an asynchronous copy goes outside shared memory");
+  bool known = !there;
+  for (const simt::Range& r : simt::ranges)
+    known = known || (static_cast<const char*>(from) >= r.begin && static_cast<const char*>(from) + 16 <= r.end);
+  if (!known) simt::fail("an asynchronous copy reads outside every array");
+  memset(to, 0xa5, 16);
+  simt::block.threads[simt::block.current].open.push_back({to, from, there});
+}
+
+inline void copy_commit() {
+  simt::Thread& t = simt::block.threads[simt::block.current];
+  t.groups.push_back(std::move(t.open));
+  t.open.clear();
+}
+
+template <int PENDING>
+inline void copy_wait() {
+  auto& groups = simt::block.threads[simt::block.current].groups;
+  while (groups.size() > PENDING) {
+    for (const simt::Copy& c : groups.front()) c.there ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  simt::block.threads[simt::block.current].product = {c, a, b};
+  simt::wait(simt::State::Warp);
+}
+
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; i++) {
+    uint32_t nibble = selector >> (4 * i) & 15, byte = bytes >> (8 * (nibble & 7)) & 255;
+    if (nibble & 8) byte = byte & 128 ? 255 : 0;
+    out |= byte << (8 * i);
+  }
+  return out;
+}
