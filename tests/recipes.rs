@@ -142,34 +142,32 @@ fn present_kernels_keep_w4a8_on_every_machine() {
 }
 
 #[test]
-fn kernels_that_cannot_be_installed_are_an_error_with_the_reason() {
+fn kernels_are_installed_where_that_is_asked_for_and_an_error_has_the_reason() {
     let dir = tempfile::tempdir().unwrap();
-    let go = |flags: &str, path: &Path| {
+    let kernels = dir.path().join("kernels");
+    let go = |flags: &str, cuda: Option<&Path>| {
         let mut c = command(&format!("gptoss-quant --quiet --algo rtn --experts w4a8 --try-install-qqq {flags}"));
         c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("out"));
-        run(c.env("GPTOSS_KERNELS", dir.path()).env("PATH", path))
+        c.env("GPTOSS_KERNELS", &kernels).env("PATH", "/usr/bin:/bin").env("TORCH_CUDA_ARCH_LIST", "8.6");
+        match cuda {
+            Some(cuda) => c.env("CUDA_HOME", cuda),
+            None => c.env_remove("CUDA_HOME").env_remove("VIRTUAL_ENV"),
+        };
+        run(&mut c)
     };
-    let nothing = go("--yes", dir.path());
-    assert_eq!(nothing.code, 2);
-    for part in ["there is no gptoss-kernel-install beside this program or in PATH", "--allow-fallback"] {
-        assert!(nothing.err.contains(part), "{}", nothing.err);
+    let unasked = go("", None);
+    assert!(unasked.code == 2 && unasked.err.contains("give --yes"), "{}", unasked.err);
+    let failed = go("--yes", None);
+    assert!(failed.code == 2 && failed.out.is_empty(), "{}", failed.out);
+    for part in ["no CUDA compiler: looked in", "gptoss-kernel-install failed", "--allow-fallback"] {
+        assert!(failed.err.contains(part), "{}", failed.err);
     }
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let bin = dir.path().join("bin");
-        std::fs::create_dir(&bin).unwrap();
-        let installer = bin.join("gptoss-kernel-install");
-        std::fs::write(&installer, "#!/bin/sh\necho \"asked with $*\"\nexit 3\n").unwrap();
-        std::fs::set_permissions(&installer, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let unasked = go("", &bin);
-        assert!(unasked.code == 2 && unasked.err.contains("give --yes"), "{}", unasked.err);
-        let failed = go("--yes", &bin);
-        assert!(failed.code == 2 && failed.out.is_empty(), "{}", failed.out);
-        for part in ["asked with --yes", "gptoss-kernel-install failed"] {
-            assert!(failed.err.contains(part), "{}", failed.err);
-        }
-    }
+    assert!(!kernels.exists());
+
+    let peers = std::env::var_os("GPTOSS_PEERS").map_or_else(|| root().join("venv"), Into::into);
+    let done = go("--yes", Some(&peers.join("cuda/nvidia/cu13")));
+    assert_eq!(done.manifest()["job"]["recipe"]["kernels"], "present", "{}", done.err);
+    assert_eq!(std::fs::read_dir(&kernels).unwrap().count(), 1);
 }
 
 #[test]

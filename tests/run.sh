@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every test. Installs what they need: a C compiler for the linker, Python with the peers of tests/peers/requirements.txt
-# in venv/ (4.8 GB: PyTorch comes with its CUDA libraries; llama.cpp is built from source), and qemu-user.
+# in venv/ (4.9 GB: PyTorch comes with its CUDA libraries; llama.cpp is built from source; a CUDA compiler), and qemu-user.
 # Arguments go to `cargo test`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ if ! command -v cargo >/dev/null; then
   echo "cargo is missing: install a Rust toolchain (rust-version in Cargo.toml says which)" >&2
   exit 1
 fi
-need 'cc --version' build-essential
+need 'cc --version && c++ --version' build-essential
 need 'unshare --version' util-linux
 need 'qemu-x86_64 --version' qemu-user
 
@@ -25,6 +25,16 @@ if [ "$(cat "$venv/stamp" 2>/dev/null || true)" != "$stamp" ]; then
   export CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"
   "$venv/bin/python" -m pip install --quiet --no-deps --no-cache-dir --disable-pip-version-check -r tests/peers/requirements.txt
   echo "$stamp" > "$venv/stamp"
+fi
+
+# The pinned CUDA compiler (105 MB), for the kernels' builds; no GPU is needed.
+stamp="$(sha256sum kernels/requirements.txt | cut -d' ' -f1)"
+if [ "$(cat "$venv/cuda/stamp" 2>/dev/null || true)" != "$stamp" ]; then
+  echo "installing the CUDA compiler into $venv/cuda" >&2
+  rm -rf "$venv/cuda"
+  "$venv/bin/python" -m pip install --quiet --no-deps --no-cache-dir --disable-pip-version-check --require-hashes \
+    --target "$venv/cuda" -r kernels/requirements.txt
+  echo "$stamp" > "$venv/cuda/stamp"
 fi
 export GPTOSS_PEERS="$venv"
 

@@ -285,7 +285,9 @@ fn the_committed_schema_is_the_one_that_the_types_give() {
 
 #[test]
 fn help_shows_examples() {
-    for tool in ["gptoss-dequant", "gptoss-quant", "gptoss-verify", "gptoss-run", "gptoss-bench"] {
+    for tool in
+        ["gptoss-dequant", "gptoss-quant", "gptoss-kernel-install", "gptoss-verify", "gptoss-run", "gptoss-bench"]
+    {
         let ran = run(command(tool).arg("--help").env("COLUMNS", "120"));
         assert_eq!(ran.code, 0);
         insta::assert_snapshot!(format!("{tool}-help"), ran.out);

@@ -70,14 +70,19 @@ impl Common {
         }
     }
 
-    /// Writes the manifest, or a table of it, to standard output. A reader that has gone away is no error.
-    pub fn emit(&self, manifest: &Manifest) -> Result<()> {
-        let table = match self.format {
+    /// Whether standard output gets a table.
+    pub fn is_table(&self) -> bool {
+        match self.format {
             Format::Auto => std::io::stdout().is_terminal(),
             Format::Json => false,
             Format::Table => true,
-        };
-        let text = if table { report::table(manifest) } else { serde_json::to_string_pretty(manifest)? + "\n" };
+        }
+    }
+
+    /// Writes the manifest, or a table of it, to standard output. A reader that has gone away is no error.
+    pub fn emit(&self, manifest: &Manifest) -> Result<()> {
+        let text =
+            if self.is_table() { report::table(manifest) } else { serde_json::to_string_pretty(manifest)? + "\n" };
         write_out(&text)
     }
 }

@@ -4,9 +4,23 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use gptoss::formats::activations::Activations;
+use gptoss::kernels::store::KernelBuild;
 use gptoss::manifest::{BenchRow, ErrorReport, FileSet, Job, Loads, Manifest, TensorReport};
 use gptoss::recipe::{GroupSize, LayerRecipe, Observer, Recipe};
 use gptoss::verify::quality::QualityReport;
+
+/// A build of kernels: its files, with the beginning of their hashes.
+fn kernels(o: &mut String, k: &KernelBuild, path: Option<&str>) {
+    for f in &k.files {
+        let _ = writeln!(o, "{:<36} {:>7} bytes  sha256 {}...", f.name, f.bytes, &f.sha256[..16]);
+    }
+    line(o, "compiler", &format!("nvcc {} {}", k.nvcc, k.flags.join(" ")));
+    line(o, "architectures", &k.targets.join(";"));
+    line(o, "build", &k.id);
+    if let Some(path) = path {
+        line(o, "installed in", path);
+    }
+}
 
 /// A manifest as a table.
 pub fn table(m: &Manifest) -> String {
@@ -14,6 +28,10 @@ pub fn table(m: &Manifest) -> String {
     let o = &mut out;
     if let Some(env) = &m.environment {
         environment(o, env);
+        return out;
+    }
+    if let Some(k) = &m.kernels {
+        kernels(o, k, m.volatile.as_ref().and_then(|v| v.output_path.as_deref()));
         return out;
     }
     tensors(o, &m.tensors);

@@ -13,6 +13,7 @@ pub mod error;
 pub mod evaluate;
 pub mod formats;
 pub mod generate;
+pub mod kernels;
 pub mod manifest;
 pub mod model;
 pub mod ops;

@@ -73,6 +73,9 @@ pub struct Manifest {
     /// The machine, from `gptoss-verify env`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub environment: Option<crate::verify::env::Environment>,
+    /// The kernels that `gptoss-kernel-install` built.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub kernels: Option<crate::kernels::store::KernelBuild>,
     /// What differs from run to run.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub volatile: Option<Volatile>,
@@ -125,6 +128,9 @@ pub enum Job {
     },
     /// Which runtimes load a checkpoint.
     Runtimes,
+    /// The CUDA kernels.
+    #[serde(rename = "install-kernels")]
+    InstallKernels,
     /// The machine.
     Env,
 }
@@ -369,6 +375,7 @@ impl Manifest {
             verdict: None,
             quality: None,
             environment: None,
+            kernels: None,
             volatile: None,
         }
     }

@@ -26,6 +26,7 @@ pub fn exe(tool: &str) -> &'static str {
         "gptoss-quant" => env!("CARGO_BIN_EXE_gptoss-quant"),
         "gptoss-run" => env!("CARGO_BIN_EXE_gptoss-run"),
         "gptoss-bench" => env!("CARGO_BIN_EXE_gptoss-bench"),
+        "gptoss-kernel-install" => env!("CARGO_BIN_EXE_gptoss-kernel-install"),
         "gptoss-verify" => env!("CARGO_BIN_EXE_gptoss-verify"),
         other => panic!("no tool {other}"),
     }

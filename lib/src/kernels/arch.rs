@@ -1,0 +1,148 @@
+//! GPU architectures: what kernels are compiled for.
+
+use std::fmt;
+
+use crate::error::{Error, Result};
+
+/// What is built where nothing else is said: every GPU from the A100 on, and for those to come PTX that their driver compiles.
+pub const DEFAULT: &str = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0";
+
+/// Architectures that the kernels and nvcc 13.0 know; `a` stands for instructions that no later one has.
+const KNOWN: [&str; 14] =
+    ["8.0", "8.6", "8.7", "8.9", "9.0", "9.0a", "10.0", "10.0a", "10.3", "10.3a", "12.0", "12.0a", "12.1", "12.1a"];
+
+/// One result of a compilation.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Target {
+    /// As nvcc writes it, such as `86` or `90a`.
+    code: String,
+    /// PTX, which drivers compile, in place of machine code.
+    ptx: bool,
+}
+
+impl Target {
+    /// What nvcc is asked for.
+    pub fn flags(&self) -> Vec<String> {
+        let code = &self.code;
+        if self.ptx {
+            return vec![format!("-gencode=arch=compute_{code},code=compute_{code}"), "-ptx".into()];
+        }
+        vec![format!("-gencode=arch=compute_{code},code=sm_{code}"), "-cubin".into()]
+    }
+
+    /// The name of its file of `kernel`, such as `w4a8.sm_90a.cubin`.
+    pub fn file(&self, kernel: &str) -> String {
+        if self.ptx {
+            format!("{kernel}.compute_{}.ptx", self.code)
+        } else {
+            format!("{kernel}.sm_{}.cubin", self.code)
+        }
+    }
+
+    /// The least compute capability that runs it, times 10.
+    pub fn capability(&self) -> u32 {
+        self.code.trim_end_matches('a').parse().expect("codes are numbers")
+    }
+
+    /// Whether a GPU of compute capability `major`.`minor` runs it.
+    pub fn runs_on(&self, major: u32, minor: u32) -> bool {
+        let (own, gpu) = (self.capability(), 10 * major + minor);
+        if self.ptx {
+            return own <= gpu;
+        }
+        // Machine code runs on later minor versions too, unless it is for this one alone.
+        own == gpu || !self.code.ends_with('a') && own / 10 == major && own <= gpu
+    }
+}
+
+/// As in TORCH_CUDA_ARCH_LIST, with PTX named apart.
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let digits = self.code.trim_end_matches('a').len();
+        write!(f, "{}.{}{}", &self.code[..digits - 1], &self.code[digits - 1..], if self.ptx { "+PTX" } else { "" })
+    }
+}
+
+/// A list as PyTorch has it: `8.6;9.0a`, separated by `;`, `,` or blanks; `+PTX` behind one asks for PTX too. Sorted, each once.
+///
+/// # Errors
+/// [`Error::Refused`] for an empty list and for architectures that the kernels are not made for.
+pub fn parse_list(text: &str, origin: &str) -> Result<Vec<Target>> {
+    let mut targets = Vec::new();
+    for word in text.split([';', ',', ' ']).map(str::trim).filter(|w| !w.is_empty()) {
+        let (name, ptx) = word.strip_suffix("+PTX").map_or((word, false), |name| (name, true));
+        let name = name.strip_prefix("sm_").map_or_else(|| name.to_owned(), dotted);
+        if !KNOWN.contains(&&name[..]) {
+            return Err(Error::Refused(format!(
+                "{origin}: {word:?} is no architecture that the kernels are made for; wanted some of {}, such as \"8.6;9.0a\"",
+                KNOWN.join(", ")
+            )));
+        }
+        let code = name.replace('.', "");
+        if ptx {
+            targets.push(Target { code: code.clone(), ptx });
+        }
+        targets.push(Target { code, ptx: false });
+    }
+    if targets.is_empty() {
+        return Err(Error::Refused(format!("{origin} names no architecture; wanted a list such as \"8.6;9.0a\"")));
+    }
+    targets.sort_by_key(|t| (t.capability(), t.code.clone(), t.ptx));
+    targets.dedup();
+    Ok(targets)
+}
+
+/// `90a` -> `9.0a`.
+fn dotted(code: &str) -> String {
+    let digits = code.trim_end_matches('a').len();
+    if digits < 2 || !code.is_ascii() {
+        code.to_owned()
+    } else {
+        format!("{}.{}", &code[..digits - 1], &code[digits - 1..])
+    }
+}
+
+/// The list for GPUs of these compute capabilities, such as "9.0": those of Hopper with the instructions that they alone have.
+pub fn of_gpus<'a>(capabilities: impl Iterator<Item = &'a str>) -> String {
+    let mut names: Vec<String> = capabilities.map(|c| if c == "9.0" { "9.0a".into() } else { c.to_owned() }).collect();
+    names.sort();
+    names.dedup();
+    names.join(";")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(text: &str) -> Vec<String> {
+        parse_list(text, "--arch").unwrap().iter().map(Target::to_string).collect()
+    }
+
+    #[test]
+    fn lists_are_pytorchs() {
+        assert_eq!(names("9.0a;8.6"), ["8.6", "9.0a"]);
+        assert_eq!(names("8.0+PTX, 8.0 12.0"), ["8.0", "8.0+PTX", "12.0"]);
+        assert_eq!(names("sm_90a sm_100"), ["9.0a", "10.0"]);
+        assert_eq!(names(DEFAULT).len(), 7);
+        for bad in ["", ";", "7.5", "8.6;banana", "sm_", "9.0b", "86"] {
+            assert!(parse_list(bad, "--arch").unwrap_err().to_string().contains("such as \"8.6;9.0a\""), "{bad}");
+        }
+        assert_eq!(of_gpus(["9.0", "8.6", "9.0"].into_iter()), "8.6;9.0a");
+    }
+
+    #[test]
+    fn files_and_flags_name_the_architecture() {
+        let [code, ptx] = &parse_list("9.0a+PTX", "--arch").unwrap()[..] else { panic!("two results") };
+        assert_eq!((code.file("w4a8"), ptx.file("w4a8")), ("w4a8.sm_90a.cubin".into(), "w4a8.compute_90a.ptx".into()));
+        assert_eq!(code.flags(), ["-gencode=arch=compute_90a,code=sm_90a", "-cubin"]);
+        assert_eq!(ptx.flags(), ["-gencode=arch=compute_90a,code=compute_90a", "-ptx"]);
+    }
+
+    #[test]
+    fn machine_code_runs_where_cuda_says() {
+        let one = |name: &str| parse_list(name, "--arch").unwrap().pop().unwrap();
+        assert!(one("8.0").runs_on(8, 6) && !one("8.6").runs_on(8, 0) && !one("8.0").runs_on(9, 0));
+        assert!(one("9.0a").runs_on(9, 0) && !one("10.0a").runs_on(10, 3) && one("10.0").runs_on(10, 3));
+        assert!(one("8.0+PTX").runs_on(12, 0), "the driver compiles it");
+    }
+}

@@ -1,0 +1,39 @@
+//! CUDA kernels: their sources, which this program carries, and the builds of them that are installed.
+
+pub mod arch;
+pub mod build;
+pub mod store;
+pub mod toolkit;
+
+/// Files of `kernels/`, by name: what a build compiles, and what that includes.
+pub const SOURCES: [(&str, &str); 7] = [
+    ("common.cuh", include_str!("../../../kernels/common.cuh")),
+    ("dequantize_mxfp4.cu", include_str!("../../../kernels/dequantize_mxfp4.cu")),
+    ("gemm_int8.cuh", include_str!("../../../kernels/gemm_int8.cuh")),
+    ("mxfp4_a8.cu", include_str!("../../../kernels/mxfp4_a8.cu")),
+    ("quantize_activations.cu", include_str!("../../../kernels/quantize_activations.cu")),
+    ("w4a8.cu", include_str!("../../../kernels/w4a8.cu")),
+    ("w8a8.cu", include_str!("../../../kernels/w8a8.cu")),
+];
+
+/// The sources that are compiled, without their ending.
+pub fn kernels() -> impl Iterator<Item = &'static str> {
+    SOURCES.iter().filter_map(|(name, _)| name.strip_suffix(".cu"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_source_is_carried() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
+        let mut there: Vec<String> = std::fs::read_dir(&folder)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .filter(|n| n.ends_with(".cu") || n.ends_with(".cuh"))
+            .collect();
+        there.sort();
+        assert_eq!(there, SOURCES.map(|s| s.0));
+    }
+}
