@@ -131,6 +131,9 @@ DEVICE void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
+DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
 // Bytes of the pair (b, a), by the four low bits of each nibble of `selector`: three choose a byte, the fourth asks for its sign in all of its bits.
 DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { 
   uint32_t bytes;

@@ -39,6 +39,16 @@ struct Arguments {
   int output_type;
 };
 
+// What a launch over the experts of a layer has beside that; group_rows.cu makes the first three. Weights, scales and biases of the experts
+// lie one behind the other; m is the number of rows, a row being a token at one of its experts; splits is 1.
+struct Experts {
+  const int* tiles;    // [tiles, 2]: expert and first row of each tile; the expert is -1 behind the last
+  const int* offsets;  // [experts + 1]: where the rows of each expert begin
+  const int* rows;     // [M]: the row of `input` that each row takes, or null where it is its own
+  int swiglu;          // 1: even outputs are gates, odd ones go up, and output is [M, N / 2]
+  float alpha, limit;  // of SwiGLU
+};
+
 // Where 16-byte chunk `chunk` of row `row` lies in a tile whose rows are 64 bytes: no two of eight rows share a bank.
 HOST_DEVICE int chunk_of_64(int row, int chunk) { return row * 4 + (chunk ^ ((row >> 1) & 3)); }
 
@@ -52,7 +62,7 @@ HOST_DEVICE int split_columns(int k, int group, int splits) { return ceil_div(k 
 HOST_DEVICE int scale_stride(int k, int group, int splits) { return (split_columns(k, group, splits) / group) | 1; }
 template <class Codes, int TOKENS>
 HOST_DEVICE int shared_bytes(int k, int group, int splits) {
-  return STAGES * (ROWS * Codes::STAGE_BYTES + TOKENS * COLUMNS) + ROWS * scale_stride(k, group, splits) * 4;
+  return STAGES * (ROWS * Codes::STAGE_BYTES + TOKENS * COLUMNS) + ROWS * scale_stride(k, group, splits) * 4 + TOKENS * 4;
 }
 
 // A lane's eight codes of one row as two registers of int8: columns 8 (l % 4) to + 3, then + 4 to + 7.
@@ -115,8 +125,9 @@ struct Int8 {
 };
 
 // Asks for the codes and inputs of the stage that begins at `column`; zeros stand for rows, tokens and columns that are not there.
+// `sources` has the row of `input` of each token, -1 where there is none.
 template <class Codes, int TOKENS>
-DEVICE void copy_stage(const Arguments& p, unsigned char* stage, int row, int token, int column, int end) {
+DEVICE void copy_stage(const Arguments& p, unsigned char* stage, int row, const int* sources, int column, int end) {
   constexpr int CHUNKS = Codes::STAGE_BYTES / 16, A_CHUNK = COLUMNS / CHUNKS;
   int64_t row_bytes = int64_t(p.k) * Codes::STAGE_BYTES / COLUMNS;
   for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
@@ -129,8 +140,8 @@ DEVICE void copy_stage(const Arguments& p, unsigned char* stage, int row, int to
   unsigned char* tokens = stage + ROWS * Codes::STAGE_BYTES;
   for (int i = threadIdx.x; i < TOKENS * 8; i += THREADS) {
     int t = i / 8, c = i % 8, at = column + c * 16;
-    bool there = token + t < p.m && at < end;
-    const int8_t* from = p.input + int64_t(token + t) * p.k + at;
+    bool there = sources[t] >= 0 && at < end;
+    const int8_t* from = p.input + int64_t(sources[t]) * p.k + at;
     copy_async(tokens + chunk_of_128(t, c) * 16, there ? from : p.input, there);
   }
   copy_commit();
@@ -152,35 +163,60 @@ DEVICE void load_scales(const Arguments& p, float* scales, int row, int first, i
   }
 }
 
-// An output, or its part of one split.
+// The output that a sum is, before it is rounded.
 template <class Codes>
-DEVICE void store(const Arguments& p, int split, int token, int row, float sum) {
-  if (token >= p.m || row >= p.n) return;
-  int64_t at = int64_t(token) * p.n + row;
-  if (p.splits > 1) {
-    p.partial[int64_t(split) * p.m * p.n + at] = sum;
-    return;
-  }
-  float value = sum * (p.input_scale[token] * Codes::STEP);
-  if (p.bias) value += read_float(p.bias, row, FloatType(p.output_type));
-  write_float(p.output, at, FloatType(p.output_type), value);
+DEVICE float output_of(const Arguments& p, int source, int row, float sum) {
+  float value = sum * (p.input_scale[source] * Codes::STEP);
+  return p.bias ? value + read_float(p.bias, row, FloatType(p.output_type)) : value;
 }
 
-// grid: (ceil(N / 64), ceil(M / TOKENS), splits).
+// gpt-oss's gated unit: (up + 1) * gate * sigmoid(alpha * gate), gate at most limit, up within it.
+DEVICE float swiglu(float gate, float up, float alpha, float limit) {
+  gate = fminf(gate, limit);
+  up = fminf(fmaxf(up, -limit), limit);
+  return (up + 1) * (gate / (1 + expf(-alpha * gate)));
+}
+
+// What a tile of an expert's rows is of the whole launch; `last` is where its rows end.
+template <class Codes>
+DEVICE void take_expert(Arguments& p, int expert) {
+  int64_t first = int64_t(expert) * p.n, row_bytes = int64_t(p.k) * Codes::STAGE_BYTES / COLUMNS, scales = p.k / p.group;
+  int scale_bytes = Codes::E8M0 ? 1 : p.scale_type == F32 ? 4 : 2, bias_bytes = p.output_type == F32 ? 4 : 2;
+  p.weight += first * row_bytes;
+  p.weight_scale = static_cast<const char*>(p.weight_scale) + first * scales * scale_bytes;
+  if (p.bias) p.bias = static_cast<const char*>(p.bias) + first * bias_bytes;
+}
+
+// grid: (ceil(N / 64), ceil(M / TOKENS), splits), or (ceil(N / 64), tiles, 1) where `experts` is not null.
 template <class Codes, int TOKENS>
-DEVICE void product(const Arguments& p, unsigned char* shared) {
+DEVICE void product(Arguments p, const Experts* experts, unsigned char* shared) {
   constexpr int STAGE = ROWS * Codes::STAGE_BYTES + TOKENS * COLUMNS, TILES = TOKENS / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_of_lane = lane / 4, quarter = lane % 4;
-  const int row = blockIdx.x * ROWS, token = blockIdx.y * TOKENS;
+  const int row = blockIdx.x * ROWS;
+  int token = blockIdx.y * TOKENS, last = p.m;
+  if (experts) {
+    int expert = experts->tiles[2 * blockIdx.y];
+    if (expert < 0) return;
+    token = experts->tiles[2 * blockIdx.y + 1];
+    last = experts->offsets[expert + 1];
+    take_expert<Codes>(p, expert);
+  }
   const int width = split_columns(p.k, p.group, p.splits), begin = blockIdx.z * width;
   const int end = begin + width < p.k ? begin + width : p.k;
   const int stages = begin < end ? ceil_div(end - begin, COLUMNS) : 0;
   const int stride = scale_stride(p.k, p.group, p.splits);
   float* scales = reinterpret_cast<float*>(shared + STAGES * STAGE);
+  int* sources = reinterpret_cast<int*>(scales + ROWS * stride);
+
+  if (threadIdx.x < TOKENS) {
+    int at = token + threadIdx.x;
+    sources[threadIdx.x] = at >= last ? -1 : experts && experts->rows ? experts->rows[at] : at;
+  }
+  __syncthreads();
 
   for (int s = 0; s < STAGES - 1; s++) {
     if (s < stages) {
-      copy_stage<Codes, TOKENS>(p, shared + s * STAGE, row, token, begin + s * COLUMNS, end);
+      copy_stage<Codes, TOKENS>(p, shared + s * STAGE, row, sources, begin + s * COLUMNS, end);
     } else {
       copy_commit();
     }
@@ -194,7 +230,7 @@ DEVICE void product(const Arguments& p, unsigned char* shared) {
     __syncthreads();
     // Every warp is done with the stage before, whose place the next one takes.
     if (s + STAGES - 1 < stages) {
-      copy_stage<Codes, TOKENS>(p, shared + (s + STAGES - 1) % STAGES * STAGE, row, token,
+      copy_stage<Codes, TOKENS>(p, shared + (s + STAGES - 1) % STAGES * STAGE, row, sources,
                                 begin + (s + STAGES - 1) * COLUMNS, end);
     } else {
       copy_commit();
@@ -228,11 +264,28 @@ DEVICE void product(const Arguments& p, unsigned char* shared) {
       }
     }
   }
+  FloatType type = FloatType(p.output_type);
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      store<Codes>(p, blockIdx.z, token + t * 8 + 2 * quarter + i % 2, row + warp * 16 + row_of_lane + i / 2 * 8, chains[t][i]);
+      int column = t * 8 + 2 * quarter + i % 2, output = row + warp * 16 + row_of_lane + i / 2 * 8, at = token + column;
+      bool there = sources[column] >= 0 && output < p.n;
+      if (p.splits > 1) {
+        if (there) p.partial[(int64_t(blockIdx.z) * p.m + at) * p.n + output] = chains[t][i];
+        continue;
+      }
+      float value = there ? output_of<Codes>(p, sources[column], output, chains[t][i]) : 0;
+      if (experts && experts->swiglu) {
+        // The other half of the pair is with the lane four on or back.
+        float other = exchange(value, 4);
+        if (there && output % 2 == 0) {
+          float h = swiglu(value, other, experts->alpha, experts->limit);
+          write_float(p.output, int64_t(at) * (p.n / 2) + output / 2, type, h);
+        }
+      } else if (there) {
+        write_float(p.output, int64_t(at) * p.n + output, type, value);
+      }
     }
   }
 }
@@ -245,17 +298,24 @@ DEVICE void finish(const Arguments& p) {
   float sum = p.partial[at];
   for (int s = 1; s < p.splits; s++) sum += p.partial[s * size + at];
   int token = int(at / p.n), row = int(at % p.n);
-  float value = sum * (p.input_scale[token] * Codes::STEP);
-  if (p.bias) value += read_float(p.bias, row, FloatType(p.output_type));
-  write_float(p.output, at, FloatType(p.output_type), value);
+  write_float(p.output, at, FloatType(p.output_type), output_of<Codes>(p, token, row, sum));
 }
 
 }  // namespace gemm
 
-// The kernels of a kind of codes: for up to 8, 16, 32 and 64 tokens a block, and the sum of splits.
-#define INT8_KERNELS(name, Codes)                                                                                     \
-  KERNEL(gemm::THREADS) name##_8(gemm::Arguments p) { SHARED_MEMORY(s); gemm::product<gemm::Codes, 8>(p, s); }        \
-  KERNEL(gemm::THREADS) name##_16(gemm::Arguments p) { SHARED_MEMORY(s); gemm::product<gemm::Codes, 16>(p, s); }      \
-  KERNEL(gemm::THREADS) name##_32(gemm::Arguments p) { SHARED_MEMORY(s); gemm::product<gemm::Codes, 32>(p, s); }      \
-  KERNEL(gemm::THREADS) name##_64(gemm::Arguments p) { SHARED_MEMORY(s); gemm::product<gemm::Codes, 64>(p, s); }      \
+// The kernels of a kind of codes: for up to 8, 16, 32 and 64 tokens a block, and the sum of splits; the same over experts.
+#define INT8_PRODUCT(name, Codes, TOKENS)                                                                                      \
+  KERNEL(gemm::THREADS) name##_##TOKENS(gemm::Arguments p) {                                                                   \
+    SHARED_MEMORY(s);                                                                                                          \
+    gemm::product<gemm::Codes, TOKENS>(p, nullptr, s);                                                                         \
+  }                                                                                                                            \
+  KERNEL(gemm::THREADS) name##_experts_##TOKENS(gemm::Arguments p, gemm::Experts experts) {                                    \
+    SHARED_MEMORY(s);                                                                                                          \
+    gemm::product<gemm::Codes, TOKENS>(p, &experts, s);                                                                        \
+  }
+#define INT8_KERNELS(name, Codes)                                                                                              \
+  INT8_PRODUCT(name, Codes, 8)                                                                                                 \
+  INT8_PRODUCT(name, Codes, 16)                                                                                                \
+  INT8_PRODUCT(name, Codes, 32)                                                                                                \
+  INT8_PRODUCT(name, Codes, 64)                                                                                                \
   KERNEL(gemm::THREADS) name##_finish(gemm::Arguments p) { gemm::finish<gemm::Codes>(p); }

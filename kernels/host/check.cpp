@@ -6,7 +6,9 @@
 
 #include "gemm_int8.cuh"
 
+#include "../combine_experts.cu"
 #include "../dequantize_mxfp4.cu"
+#include "../group_rows.cu"
 #include "../mxfp4_a8.cu"
 #include "../quantize_activations.cu"
 #include "../w4a8.cu"
@@ -277,6 +279,146 @@ void check_floats() {
   }
 }
 
+// A whole mixture of experts: rows grouped, inputs rounded, gate and up with SwiGLU, rounded, down, added. Experts without rows among them.
+template <class Codes>
+void check_experts(const char* name, void (*const kernels[])(gemm::Arguments, gemm::Experts), int tokens, int hidden, int inner,
+                   int count, int top_k, int group, FloatType type) {
+  const float ALPHA = 1.702f, LIMIT = 7.0f;
+  FloatType scale_type = BF16;
+  std::uniform_real_distribution<float> unit(-1, 1);
+  struct Weight {
+    std::vector<uint8_t> codes, scales;
+    std::vector<uint32_t> bias;
+  };
+  auto weight = [&](int n, int k) {
+    Weight w;
+    w.codes.resize(size_t(count) * n * k * Codes::STAGE_BYTES / gemm::COLUMNS);
+    random_bytes(w.codes);
+    w.scales.resize(size_t(count) * n * (k / group) * (Codes::E8M0 ? 1 : 2));
+    for (size_t i = 0; i < size_t(count) * n * (k / group); i++) {
+      if (Codes::E8M0) w.scales[i] = uint8_t(119 + draw() % 3);
+      else write_float(w.scales.data(), i, scale_type, unit(draw) * 0.01f);
+    }
+    w.bias.resize(count * n);
+    for (int i = 0; i < count * n; i++) write_float(w.bias.data(), i, type, unit(draw));
+    return w;
+  };
+  Weight gate_up = weight(2 * inner, hidden), down = weight(hidden, inner);
+  std::vector<int> chosen;
+  std::vector<float> weights;
+  for (int t = 0; t < tokens; t++) {
+    // Ascending, and never the second expert.
+    std::vector<bool> in(count);
+    for (int left = top_k; left > 0;) {
+      int e = draw() % count;
+      if (e != 1 && !in[e]) in[e] = true, left--;
+    }
+    for (int e = 0; e < count; e++)
+      if (in[e]) chosen.push_back(e), weights.push_back(fabsf(unit(draw)));
+  }
+  std::vector<uint32_t> x(tokens * hidden);
+  for (int i = 0; i < tokens * hidden; i++) write_float(x.data(), i, type, unit(draw));
+  int rows_count = tokens * top_k;
+
+  static const int TOKENS[] = {8, 16, 32, 64};
+  for (int turn = 0; turn < 8; turn++) {
+    int size = turn / 2;
+    bool backwards = turn % 2;
+    int tile = TOKENS[size], tiles_count = rows_count / tile + count;
+    std::vector<int> offsets(count + 1, -7), rows(rows_count, -7), places(rows_count, -7), tiles(2 * tiles_count, -7);
+    routes::Arguments r = {chosen.data(), offsets.data(), rows.data(), places.data(), tiles.data(), tokens, top_k, count, tile, tiles_count};
+    simt::launch({1, 1, 1}, routes::THREADS, (3 * routes::THREADS + 1) * 4, backwards, [&] { group_rows(r); });
+    // Each row is its token's, at the expert that it stands with, tokens ascending.
+    for (int i = 0; i < rows_count; i++) {
+      int e = chosen[i], at = places[i];
+      bool first = at == offsets[e], rises = first || rows[at] > rows[at - 1];
+      if (at < offsets[e] || at >= offsets[e + 1] || rows[at] != i / top_k || !rises) fprintf(stderr, "row of entry %d\n", i), exit(1);
+    }
+    if (offsets[count] != rows_count) fprintf(stderr, "%d rows\n", offsets[count]), exit(1);
+
+    std::vector<int8_t> codes(tokens * hidden), hidden_codes(rows_count * inner);
+    std::vector<float> scales(tokens), hidden_scales(rows_count);
+    std::vector<uint32_t> h(rows_count * inner, 0xa5a5a5a5), y(rows_count * hidden, 0xa5a5a5a5), out(tokens * hidden, 0xa5a5a5a5);
+    auto round = [&](std::vector<uint32_t>& from, std::vector<int8_t>& to, std::vector<float>& s, int m, int k) {
+      activations::Arguments a = {from.data(), to.data(), s.data(), m, k, type};
+      simt::launch({m, 1, 1}, activations::THREADS, activations::THREADS * 4, false, [&] { quantize_activations(a); });
+    };
+    auto product = [&](const Weight& w, const std::vector<int8_t>& in, const std::vector<float>& s, std::vector<uint32_t>& to, int n,
+                       int k, bool gated) {
+      gemm::Arguments p = {};
+      p.weight = w.codes.data(), p.weight_scale = w.scales.data(), p.input = in.data(), p.input_scale = s.data();
+      p.bias = w.bias.data(), p.output = to.data(), p.m = rows_count, p.n = n, p.k = k, p.group = group, p.splits = 1;
+      p.scale_type = scale_type, p.output_type = type;
+      gemm::Experts e = {tiles.data(), offsets.data(), gated ? rows.data() : nullptr, gated, ALPHA, LIMIT};
+      simt::ranges.clear();
+      simt::allow(w.codes);
+      simt::allow(in);
+      const size_t shared[] = {size_t(gemm::shared_bytes<Codes, 8>(k, group, 1)), size_t(gemm::shared_bytes<Codes, 16>(k, group, 1)),
+                               size_t(gemm::shared_bytes<Codes, 32>(k, group, 1)), size_t(gemm::shared_bytes<Codes, 64>(k, group, 1))};
+      Dim3 grid = {ceil_div(n, gemm::ROWS), tiles_count, 1};
+      simt::launch(grid, gemm::THREADS, shared[size], backwards, [&] { kernels[size](p, e); });
+    };
+    round(x, codes, scales, tokens, hidden);
+    product(gate_up, codes, scales, h, 2 * inner, hidden, true);
+    round(h, hidden_codes, hidden_scales, rows_count, inner);
+    product(down, hidden_codes, hidden_scales, y, hidden, inner, false);
+    combine::Arguments c = {y.data(), places.data(), weights.data(), out.data(), hidden, top_k, type};
+    simt::launch({ceil_div(hidden, combine::THREADS), tokens, 1}, combine::THREADS, 16, false, [&] { combine_experts(c); });
+
+    // The same, a token and an expert at a time. What was rounded to int8 is taken from the kernel that is checked above.
+    auto expert = [&](const Weight& w, int e, const int8_t* in, float scale, int row, int n, int k) {
+      gemm::Arguments p = {};
+      p.n = n, p.k = k, p.group = group, p.splits = 1, p.scale_type = scale_type, p.output_type = type;
+      p.weight = w.codes.data() + size_t(e) * n * k * Codes::STAGE_BYTES / gemm::COLUMNS;
+      p.weight_scale = w.scales.data() + size_t(e) * n * (k / group) * (Codes::E8M0 ? 1 : 2);
+      p.bias = reinterpret_cast<const char*>(w.bias.data()) + size_t(e) * n * (type == F32 ? 4 : 2);
+      p.input = in, p.input_scale = &scale;
+      return plain::output<Codes>(p, 0, row).stated;
+    };
+    auto same = [&](const std::vector<uint32_t>& array, int64_t at, float want, const char* what) {
+      uint32_t rounded = 0;
+      write_float(&rounded, 0, type, want);
+      float have = read_float(array.data(), at, type);
+      want = read_float(&rounded, 0, type);
+      if (to_bits(have) != to_bits(want))
+        fprintf(stderr, "%s, tiles of %d: %s %ld is %.9g, wanted %.9g\n", name, tile, what, long(at), have, want), exit(1);
+    };
+    for (int t = 0; t < tokens; t++) {
+      std::vector<float> sums(hidden, 0);
+      for (int i = t * top_k; i < (t + 1) * top_k; i++) {
+        int row = places[i], e = chosen[i];
+        for (int j = 0; j < inner; j++) {
+          float gate = expert(gate_up, e, &codes[t * hidden], scales[t], 2 * j, 2 * inner, hidden);
+          float up = expert(gate_up, e, &codes[t * hidden], scales[t], 2 * j + 1, 2 * inner, hidden);
+          gate = fminf(gate, LIMIT), up = fmaxf(-LIMIT, fminf(up, LIMIT));
+          same(h, row * inner + j, (up + 1) * (gate / (1 + expf(-ALPHA * gate))), "hidden value");
+        }
+        for (int j = 0; j < hidden; j++) {
+          same(y, row * hidden + j, expert(down, e, &hidden_codes[row * inner], hidden_scales[row], j, hidden, inner), "output of an expert");
+          sums[j] = fmaf(weights[i], read_float(y.data(), row * hidden + j, type), sums[j]);
+        }
+      }
+      for (int j = 0; j < hidden; j++) same(out, t * hidden + j, sums[j], "output");
+    }
+    checks += 6;
+  }
+}
+
+#define ALL_EXPERTS(name) \
+  { name##_experts_8, name##_experts_16, name##_experts_32, name##_experts_64 }
+
+void check_mixtures() {
+  void (*const mxfp4[])(gemm::Arguments, gemm::Experts) = ALL_EXPERTS(mxfp4_a8);
+  void (*const w4a8[])(gemm::Arguments, gemm::Experts) = ALL_EXPERTS(w4a8);
+  void (*const w8a8[])(gemm::Arguments, gemm::Experts) = ALL_EXPERTS(w8a8);
+  for (int tokens : {1, 5, 33}) {
+    check_experts<gemm::E2m1>("mxfp4_a8", mxfp4, tokens, 96, 64, 6, 2, 32, F32);
+    check_experts<gemm::E2m1>("mxfp4_a8", mxfp4, tokens, 64, 160, 4, 3, 32, BF16);
+    check_experts<gemm::Int4>("w4a8", w4a8, tokens, 128, 64, 6, 2, 64, BF16);
+    check_experts<gemm::Int8>("w8a8", w8a8, tokens, 64, 32, 5, 2, 32, F16);
+  }
+}
+
 // Every decoder over every byte, in every place of a word.
 void check_decoders() {
   for (int low = 0; low < 256; low++) {
@@ -333,5 +475,6 @@ int main() {
   check_activations();
   check_dequantization();
   check_products();
+  check_mixtures();
   printf("%d launches gave what plain loops give\n", checks);
 }

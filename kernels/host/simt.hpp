@@ -38,10 +38,12 @@ struct Copy {
   bool there;
 };
 
-// A lane's registers in a product.
+// A lane's registers in a product; or the value that it exchanges with lane ^ mask, where c is null.
 struct Product {
   int* c;
   const uint32_t *a, *b;
+  float value;
+  int mask;
 };
 
 struct Thread {
@@ -120,6 +122,16 @@ inline void multiply(int first) {
   }
 }
 
+// Lanes get each other's values.
+inline void trade(int first) {
+  float values[WARP];
+  for (int lane = 0; lane < WARP; lane++) values[lane] = block.threads[first + lane].product.value;
+  for (int lane = 0; lane < WARP; lane++) {
+    Product& p = block.threads[first + lane].product;
+    p.value = values[lane ^ p.mask];
+  }
+}
+
 // Lets all go on that wait for each other and are complete; false where nobody can.
 inline bool release() {
   bool any = false;
@@ -128,7 +140,10 @@ inline bool release() {
     int here = 0;
     for (int i = first; i < first + WARP; i++) here += block.threads[i].state == State::Warp;
     if (here == WARP) {
-      multiply(first);
+      bool product = block.threads[first].product.c != nullptr;
+      for (int i = first; i < first + WARP; i++)
+        if ((block.threads[i].product.c != nullptr) != product) fail("lanes of a warp do different things together");
+      product ? multiply(first) : trade(first);
       for (int i = first; i < first + WARP; i++) block.threads[i].state = State::Ready;
       any = true;
     }
@@ -144,15 +159,16 @@ inline bool release() {
   return any || done == n;
 }
 
-// Runs `kernel` for every block of `grid`. `backwards` runs threads in the other order, so that what depends on it shows.
+// Runs `kernel` for every block of `grid`. `backwards` runs blocks and threads in the other order, so that what depends on it shows.
 inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, std::function<void()> kernel) {
   gridDim = grid;
   blockDim = {threads, 1, 1};
   block.kernel = std::move(kernel);
   if (threads % WARP) fail("a block has whole warps");
-  for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
+  for (int z = 0; z < grid.z; z++)
+    for (int y = 0; y < grid.y; y++)
+      for (int x = 0; x < grid.x; x++) {
+        blockIdx = backwards ? Dim3{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z} : Dim3{x, y, z};
         block.threads = std::vector<Thread>(threads);
         block.shared.assign(shared_bytes, 0xa5);
         for (Thread& t : block.threads) {
@@ -213,8 +229,15 @@ inline void copy_wait() {
 }
 
 inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  simt::block.threads[simt::block.current].product = {c, a, b};
+  simt::block.threads[simt::block.current].product = {c, a, b, 0, 0};
   simt::wait(simt::State::Warp);
+}
+
+inline float exchange(float value, int mask) {
+  simt::Thread& t = simt::block.threads[simt::block.current];
+  t.product = {nullptr, nullptr, nullptr, value, mask};
+  simt::wait(simt::State::Warp);
+  return t.product.value;
 }
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {

@@ -6,10 +6,12 @@ pub mod store;
 pub mod toolkit;
 
 /// Files of `kernels/`, by name: what a build compiles, and what that includes.
-pub const SOURCES: [(&str, &str); 7] = [
+pub const SOURCES: [(&str, &str); 9] = [
+    ("combine_experts.cu", include_str!("../../../kernels/combine_experts.cu")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("dequantize_mxfp4.cu", include_str!("../../../kernels/dequantize_mxfp4.cu")),
     ("gemm_int8.cuh", include_str!("../../../kernels/gemm_int8.cuh")),
+    ("group_rows.cu", include_str!("../../../kernels/group_rows.cu")),
     ("mxfp4_a8.cu", include_str!("../../../kernels/mxfp4_a8.cu")),
     ("quantize_activations.cu", include_str!("../../../kernels/quantize_activations.cu")),
     ("w4a8.cu", include_str!("../../../kernels/w4a8.cu")),
