@@ -16,9 +16,9 @@ struct Arguments {
 
 }  // namespace combine
 
-// grid: (ceil(K / THREADS), tokens).
+// grid: (tokens, ceil(K / THREADS)).
 KERNEL(combine::THREADS) combine_experts(combine::Arguments p) {
-  int column = blockIdx.x * combine::THREADS + threadIdx.x, token = blockIdx.y;
+  int column = blockIdx.y * combine::THREADS + threadIdx.x, token = blockIdx.x;
   if (column >= p.k) return;
   float sum = 0;
   for (int i = 0; i < p.top_k; i++) {

@@ -9,7 +9,8 @@
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Three blocks of a multiprocessor at once: up to 168 registers for 128 threads.
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 3)
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #include "host/simt.hpp"
@@ -107,16 +108,16 @@ HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE void copy_async(void* to, const void* from, bool there) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   int bytes = there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
 // What was copied until now is a group.
-DEVICE void copy_commit() { asm volatile("cp.async.commit_group;\n"); }
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most `PENDING` groups are on their way.
 template <int PENDING>
 DEVICE void copy_wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING));
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
 }
 
 // ---- tensor cores ----

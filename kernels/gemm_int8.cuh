@@ -33,7 +33,7 @@ struct Arguments {
   void* output;               // [M, N]
   float* partial;             // [splits, M, N] where splits > 1
   int m, n, k;
-  int group;                  // columns of a scale of the weight: a multiple of 32 that divides k
+  int group;                  // columns of a scale of the weight: a multiple of 32 that divides k, below 131072 so that sums fit
   int splits;                 // parts of K, each a multiple of group
   int scale_type;             // of weight_scale, where it is a float
   int output_type;
@@ -58,8 +58,12 @@ HOST_DEVICE int chunk_of_128(int row, int chunk) { return row * 8 + (chunk ^ ((r
 // Columns that a split has, the last one the rest.
 HOST_DEVICE int split_columns(int k, int group, int splits) { return ceil_div(k / group, splits) * group; }
 
-// Bytes of shared memory that a block needs.
+// Floats from a row's scales to the next one's.
 HOST_DEVICE int scale_stride(int k, int group, int splits) { return (split_columns(k, group, splits) / group) | 1; }
+
+// Bytes of shared memory that a block needs, dynamic all of them: above 48 KiB a launch has to ask for it
+// (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES). The scales of a split are among them, so K in groups of 32 has a limit, which more splits
+// raise: 99 KiB, what 8.6, 8.9 and 12.x have, are enough for K = 4096 and every kernel, 163 KiB (8.0) for K = 11520.
 template <class Codes, int TOKENS>
 HOST_DEVICE int shared_bytes(int k, int group, int splits) {
   return STAGES * (ROWS * Codes::STAGE_BYTES + TOKENS * COLUMNS) + ROWS * scale_stride(k, group, splits) * 4 + TOKENS * 4;
@@ -172,8 +176,9 @@ DEVICE float output_of(const Arguments& p, int source, int row, float sum) {
 
 // gpt-oss's gated unit: (up + 1) * gate * sigmoid(alpha * gate), gate at most limit, up within it.
 DEVICE float swiglu(float gate, float up, float alpha, float limit) {
-  gate = fminf(gate, limit);
-  up = fminf(fmaxf(up, -limit), limit);
+  // Comparisons, because a minimum would pass over what is no number.
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up < -limit ? -limit : up;
   return (up + 1) * (gate / (1 + expf(-alpha * gate)));
 }
 
@@ -187,17 +192,17 @@ DEVICE void take_expert(Arguments& p, int expert) {
   if (p.bias) p.bias = static_cast<const char*>(p.bias) + first * bias_bytes;
 }
 
-// grid: (ceil(N / 64), ceil(M / TOKENS), splits), or (ceil(N / 64), tiles, 1) where `experts` is not null.
+// grid: (ceil(M / TOKENS), ceil(N / 64), splits), or (tiles, ceil(N / 64), 1) where `experts` is not null.
 template <class Codes, int TOKENS>
 DEVICE void product(Arguments p, const Experts* experts, unsigned char* shared) {
   constexpr int STAGE = ROWS * Codes::STAGE_BYTES + TOKENS * COLUMNS, TILES = TOKENS / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_of_lane = lane / 4, quarter = lane % 4;
-  const int row = blockIdx.x * ROWS;
-  int token = blockIdx.y * TOKENS, last = p.m;
+  const int row = blockIdx.y * ROWS;
+  int token = blockIdx.x * TOKENS, last = p.m;
   if (experts) {
-    int expert = experts->tiles[2 * blockIdx.y];
+    int expert = experts->tiles[2 * blockIdx.x];
     if (expert < 0) return;
-    token = experts->tiles[2 * blockIdx.y + 1];
+    token = experts->tiles[2 * blockIdx.x + 1];
     last = experts->offsets[expert + 1];
     take_expert<Codes>(p, expert);
   }

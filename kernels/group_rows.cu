@@ -25,7 +25,7 @@ KERNEL(routes::THREADS) group_rows(routes::Arguments p) {
   SHARED_MEMORY(shared);
   int* counts = reinterpret_cast<int*>(shared);         // [THREADS]
   int* first_tiles = counts + routes::THREADS;          // [THREADS]
-  int* first_rows = first_tiles + routes::THREADS;      // [THREADS + 1]
+  int* first_rows = first_tiles + routes::THREADS;      // [THREADS]
   const int expert = threadIdx.x, entries = p.tokens * p.top_k;
   int own = 0;
   if (expert < p.count) {
@@ -41,14 +41,13 @@ KERNEL(routes::THREADS) group_rows(routes::Arguments p) {
       row += counts[e];
       tile += ceil_div(counts[e], p.tile);
     }
-    first_rows[p.count] = row;
+    p.offsets[p.count] = row;
     for (; tile < p.tile_count; tile++) p.tiles[2 * tile] = -1;
   }
   __syncthreads();
-  if (expert > p.count) return;
+  if (expert >= p.count) return;
   int row = first_rows[expert];
   p.offsets[expert] = row;
-  if (expert == p.count) return;
   for (int t = 0; t < ceil_div(own, p.tile); t++) {
     p.tiles[2 * (first_tiles[expert] + t)] = expert;
     p.tiles[2 * (first_tiles[expert] + t) + 1] = row + t * p.tile;

@@ -52,7 +52,7 @@ fn every_kernel_gives_what_plain_loops_give_on_this_processor() {
     let program = dir.path().join("check");
     let kernels = root().join("kernels");
     let built = Command::new("c++")
-        .args(["-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas"])
+        .args(["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"])
         .arg("-I")
         .arg(&kernels)
         .arg("-o")
@@ -62,7 +62,7 @@ fn every_kernel_gives_what_plain_loops_give_on_this_processor() {
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
     let ran: Ran = Command::new(&program).output().unwrap().into();
     assert_eq!(ran.code, 0, "{}", ran.err);
-    assert_eq!(ran.out, "1242 launches gave what plain loops give\n");
+    assert_eq!(ran.out, "1326 launches gave what plain loops give\n");
 }
 
 /// Where they are built, when, and by how many compilers does not show; the bytes are those that are committed.
@@ -93,8 +93,8 @@ fn builds_have_the_committed_hashes_and_machine_code_for_tensor_cores() {
     }
 }
 
-/// Products run on tensor cores, nothing spills, and no kernel has more registers than lets two blocks of 128 threads run side by side
-/// with room to spare.
+/// Products run on tensor cores, nothing spills, and no kernel has more registers than lets three blocks of 128 threads run side by
+/// side.
 fn machine_code(cubin: &Path) {
     let name = cubin.file_name().unwrap().to_str().unwrap();
     let dump = |flag: &str| {
@@ -114,7 +114,7 @@ fn machine_code(cubin: &Path) {
     let mut kernels = 0;
     for word in dump("-res-usage").split_whitespace() {
         if let Some(registers) = word.strip_prefix("REG:") {
-            assert!(registers.parse::<u32>().unwrap() <= 128, "{name}: {registers} registers");
+            assert!(registers.parse::<u32>().unwrap() <= 168, "{name}: {registers} registers");
             kernels += 1;
         }
     }
@@ -157,7 +157,11 @@ fn what_is_installed_is_listed_checked_and_taken_away() {
     assert_eq!(run(&mut install(data.path(), "--list")).code, 0);
 
     let wrong = run(&mut install(data.path(), "--uninstall zz"));
-    assert!(wrong.code == 2 && wrong.err.contains("no build in") && wrong.err.contains("--list"), "{}", wrong.err);
+    assert!(
+        wrong.code == 2 && wrong.err.contains("begins with \"zz\"") && wrong.err.contains("--list"),
+        "{}",
+        wrong.err
+    );
     assert_eq!(run(install(data.path(), "--uninstall").arg(&id[..6])).code, 0);
     assert!(left(data.path()).is_empty());
     let none = run(&mut install(data.path(), "--list --format table"));
@@ -188,16 +192,18 @@ fn what_cannot_be_built_says_why_and_leaves_nothing() {
     // A compiler that stops in the middle: its words are shown, and what it made before is gone.
     let broken = data.path().join("nvcc");
     let script = "#!/bin/sh\ncase \"$*\" in\n*--version*) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;\n\
-                  *w8a8*) echo 'w8a8.cu(7): error: expected a \";\"' >&2; exit 2 ;;\n*-o*) : > \"$6\" ;;\nesac\n";
+                  *w8a8*) echo 'w8a8.cu(7): error: expected a \";\"' >&2; exit 2 ;;\n*-o*) while [ \"$1\" != -o ]; do shift; done; : > \"$2\" ;;\nesac\n";
     std::fs::write(&broken, script).unwrap();
     std::fs::set_permissions(&broken, std::fs::Permissions::from_mode(0o755)).unwrap();
     refused("--yes --arch 8.6", Some(&broken), &["w8a8 does not compile for 8.6", "expected a \";\""]);
 
     // What a killed build left goes with the next one; what a living one has does not.
     let folder = data.path().join("gptoss/kernels");
-    let (dead, living) = (folder.join(".x.partial-4000000"), folder.join(format!(".x.partial-{}", std::process::id())));
+    let (dead, living) = (folder.join(".x.partial-a"), folder.join(".x.partial-b"));
     std::fs::create_dir_all(&dead).unwrap();
     std::fs::create_dir_all(&living).unwrap();
+    let held = std::fs::File::open(&living).unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
     with_nvcc(data.path(), "--yes --quiet --arch 8.6").manifest();
     assert!(!dead.exists() && living.exists());
 }

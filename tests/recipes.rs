@@ -127,7 +127,6 @@ fn present_kernels_keep_w4a8_on_every_machine() {
         assert_eq!((&r["experts"]["scheme"], &r["kernels"]), (&"w4a8".into(), &"present".into()), "{name}");
         assert_eq!(r["notes"], Value::Null, "{name}");
     }
-    // Found where the installer puts them.
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("sm_90")).unwrap();
     let quant = || {
@@ -137,8 +136,9 @@ fn present_kernels_keep_w4a8_on_every_machine() {
     };
     let err = quant().err;
     assert!(err.contains("w4a8 for the experts needs kernels, and none are installed here"), "{err}");
+    // What only looks like a build is none.
     std::fs::write(dir.path().join("sm_90/manifest.json"), "{}").unwrap();
-    assert_eq!(quant().manifest()["job"]["recipe"]["kernels"], "present");
+    assert!(quant().err.contains("none are installed here"));
 }
 
 #[test]
@@ -168,6 +168,15 @@ fn kernels_are_installed_where_that_is_asked_for_and_an_error_has_the_reason() {
     let done = go("--yes", Some(&peers.join("cuda/nvidia/cu13")));
     assert_eq!(done.manifest()["job"]["recipe"]["kernels"], "present", "{}", done.err);
     assert_eq!(std::fs::read_dir(&kernels).unwrap().count(), 1);
+    // Found where the installer put them, until one is damaged.
+    let plan = || {
+        let mut c = command("gptoss-quant --dry-run --quiet --experts w4a8 --model-in");
+        run(c.arg(tiny()).env("GPTOSS_KERNELS", &kernels))
+    };
+    assert_eq!(plan().manifest()["job"]["recipe"]["kernels"], "present");
+    let build = std::fs::read_dir(&kernels).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(build.join("w4a8.sm_86.cubin"), "").unwrap();
+    assert!(plan().err.contains("none are installed here"));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // Runs kernels on a processor, one block after the other, each thread of a block as a fiber that runs until it has to wait for others. What
 // the hardware leaves undefined is made visible: memory that is asked for and not there yet reads as garbage, and so does shared memory that
-// nobody wrote; a barrier that a thread misses, an address that is not aligned or outside an array, end the program with a message.
+// nobody wrote; a barrier that a thread misses, a copy that is not aligned or outside an array, end the program with a message.
 #pragma once
 
 #include <math.h>
@@ -165,6 +165,8 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, 
   blockDim = {threads, 1, 1};
   block.kernel = std::move(kernel);
   if (threads % WARP) fail("a block has whole warps");
+  if (grid.y > 65535 || grid.z > 65535) fail("a grid is too high");
+  if (shared_bytes > 99 << 10) fail("a block wants more shared memory than an RTX 3090 has");
   for (int z = 0; z < grid.z; z++)
     for (int y = 0; y < grid.y; y++)
       for (int x = 0; x < grid.x; x++) {

@@ -74,7 +74,7 @@ pub fn parse_list(text: &str, origin: &str) -> Result<Vec<Target>> {
         let name = name.strip_prefix("sm_").map_or_else(|| name.to_owned(), dotted);
         if !KNOWN.contains(&&name[..]) {
             return Err(Error::Refused(format!(
-                "{origin}: {word:?} is no architecture that the kernels are made for; wanted some of {}, such as \"8.6;9.0a\"",
+                "{origin}: {word:?} is no architecture that the kernels are made for; wanted some of {}, such as --arch \"8.6;9.0a\"",
                 KNOWN.join(", ")
             )));
         }
@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(names("sm_90a sm_100"), ["9.0a", "10.0"]);
         assert_eq!(names(DEFAULT).len(), 7);
         for bad in ["", ";", "7.5", "8.6;banana", "sm_", "9.0b", "86"] {
-            assert!(parse_list(bad, "--arch").unwrap_err().to_string().contains("such as \"8.6;9.0a\""), "{bad}");
+            assert!(parse_list(bad, "--arch").unwrap_err().to_string().contains("\"8.6;9.0a\""), "{bad}");
         }
         assert_eq!(of_gpus(["9.0", "8.6", "9.0"].into_iter()), "8.6;9.0a");
     }

@@ -1,6 +1,7 @@
 //! Compiles the kernels into a folder whose name says what went in. The same sources, compiler and flags give the same bytes in any
 //! folder, at any time: sources have no path in them, and are compiled from a folder of their own.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::arch::Target;
@@ -13,8 +14,8 @@ use crate::manifest::{FileRecord, Job, Manifest};
 use crate::pipeline::executor::map;
 use crate::pipeline::progress::{Progress, Unit};
 
-/// Flags of every compilation.
-pub const FLAGS: [&str; 2] = ["-std=c++17", "-O3"];
+/// Flags of every compilation. Products and sums are fused where a source says so, nowhere else: their order is stated.
+pub const FLAGS: [&str; 3] = ["-std=c++17", "-O3", "-fmad=false"];
 
 /// Lines of a compiler's message that are shown.
 const MESSAGE_LINES: usize = 30;
@@ -56,9 +57,7 @@ impl Request {
     pub fn install(&self, root: &Path, threads: usize, progress: &Progress) -> Result<Installed> {
         let mut build = self.planned();
         let path = root.join(&build.id);
-        if let Some(there) = Installed::open(&path)?
-            && there.damage().is_empty()
-        {
+        if let Some(there) = sound(&path) {
             progress.note(&format!("kernels: {} is installed already", build.id));
             return Ok(there);
         }
@@ -69,6 +68,11 @@ impl Request {
         manifest.kernels = Some(build.clone());
         let text = serde_json::to_string_pretty(&manifest).expect("a manifest is JSON") + "\n";
         write(&partial.0.join(MANIFEST), text.as_bytes())?;
+        let _alone = lock(root, true)?;
+        // Another process may have been faster, with the same bytes.
+        if let Some(there) = sound(&path) {
+            return Ok(there);
+        }
         if path.exists() {
             std::fs::remove_dir_all(&path).map_err(Error::io("remove the damaged", &path))?;
         }
@@ -110,7 +114,10 @@ impl Request {
         let command =
             duct::cmd(&self.toolkit.nvcc, words).dir(sources).stdin_null().stderr_to_stdout().stdout_capture();
         // Flags from outside would change the bits.
-        let command = command.env_remove("NVCC_PREPEND_FLAGS").env_remove("NVCC_APPEND_FLAGS");
+        let outside = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH"];
+        let command = outside.iter().fold(command, |c, name| c.env_remove(name));
+        // What a killed compiler leaves goes with the folder.
+        let command = command.env("TMPDIR", sources);
         let ran = command.unchecked().run().map_err(Error::io("run", &self.toolkit.nvcc))?;
         if ran.status.success() {
             return Ok(());
@@ -126,22 +133,40 @@ impl Request {
     }
 }
 
+/// The build in `path`, where there is one with nothing amiss.
+fn sound(path: &Path) -> Option<Installed> {
+    Installed::open(path).ok().flatten().filter(|i| i.damage().is_empty())
+}
+
+/// Locks a folder for as long as the result lives; `None` where another process has it and `wait` is false.
+fn lock(folder: &Path, wait: bool) -> Result<Option<File>> {
+    use rustix::fs::FlockOperation::{LockExclusive, NonBlockingLockExclusive};
+    let file = File::open(folder).map_err(Error::io("open", folder))?;
+    match rustix::fs::flock(&file, if wait { LockExclusive } else { NonBlockingLockExclusive }) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(e) => Err(Error::io("lock", folder)(e.into())),
+    }
+}
+
 /// A folder in which a build grows; it goes with this, unless it was renamed.
-struct Partial(PathBuf);
+struct Partial(PathBuf, #[allow(dead_code, reason = "the lock says that the folder is in use")] Option<File>);
 
 impl Partial {
     fn new(root: &Path, id: &str) -> Result<Self> {
-        // What killed builds left behind: their processes are gone.
+        let _alone = lock(root, true)?;
+        // What killed builds left behind: nobody holds it.
         for entry in std::fs::read_dir(root).map_err(Error::io("read", root))?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let process = name.strip_prefix('.').and_then(|n| n.split_once(".partial-")).map(|n| n.1.to_owned());
-            if process.is_some_and(|p| !Path::new("/proc").join(p).exists()) {
+            let left = name.starts_with('.') && name.contains(".partial-");
+            if left && let Ok(Some(_held)) = lock(&entry.path(), false) {
                 let _ = std::fs::remove_dir_all(entry.path());
             }
         }
-        let path = root.join(format!(".{id}.partial-{}", std::process::id()));
-        std::fs::create_dir(&path).map_err(Error::io("create", &path))?;
-        Ok(Self(path))
+        let folder = tempfile::Builder::new().prefix(&format!(".{id}.partial-")).tempdir_in(root);
+        let path = folder.map_err(Error::io("create a folder in", root))?.keep();
+        let held = lock(&path, true)?;
+        Ok(Self(path, held))
     }
 }
 

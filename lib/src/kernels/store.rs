@@ -74,7 +74,7 @@ impl Installed {
     }
 }
 
-/// All builds in `root`, by name. What is no build is passed over.
+/// All builds in `root`, by name. What is none, or has a manifest that says nothing, is passed over.
 pub fn list(root: &Path) -> Result<Vec<Installed>> {
     let entries = match std::fs::read_dir(root) {
         Ok(entries) => entries,
@@ -90,11 +90,7 @@ pub fn list(root: &Path) -> Result<Vec<Installed>> {
         }
     }
     paths.sort();
-    let mut all = Vec::new();
-    for path in paths {
-        all.extend(Installed::open(&path)?);
-    }
-    Ok(all)
+    Ok(paths.iter().filter_map(|path| Installed::open(path).ok().flatten()).collect())
 }
 
 /// Takes away the builds that `id` names, in full or by its beginning; `all` names every one. Gives what went.
@@ -106,8 +102,11 @@ pub fn uninstall(root: &Path, id: &str) -> Result<Vec<Installed>> {
     if id != "all" {
         named.retain(|i| !id.is_empty() && i.build.id.starts_with(id));
         if named.len() != 1 {
-            let what = if named.is_empty() { "no build" } else { "several builds" };
-            return Err(Error::Refused(format!("{what} in {} begin with {id:?}; --list shows them", root.display())));
+            let what = if named.is_empty() { "no build in" } else { "more than one build in" };
+            return Err(Error::Refused(format!(
+                "{what} {} has an id that begins with {id:?}; see --list",
+                root.display()
+            )));
         }
     }
     for build in &named {

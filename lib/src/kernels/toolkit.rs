@@ -34,7 +34,7 @@ impl Toolkit {
                 Err(Error::Refused(format!(
                     "no CUDA compiler: looked in {}. Install CUDA {PINNED}, or `pip install --no-deps nvidia-cuda-nvcc=={PINNED} \
                      nvidia-nvvm=={PINNED} nvidia-cuda-crt=={PINNED} nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85` in a \
-                     virtual environment, or say --nvcc PATH",
+                     virtual environment, or say --nvcc PATH. It needs g++ beside it",
                     looked.join(", ")
                 )))
             }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::store::{self, Installed};
+
 /// What is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -135,23 +137,24 @@ fn nvcc() -> Option<Nvcc> {
 
 /// Where kernel builds are installed: `$GPTOSS_KERNELS`, or the user's data folder.
 pub fn kernel_dir() -> Option<PathBuf> {
-    if let Some(dir) = std::env::var_os("GPTOSS_KERNELS") {
-        return Some(dir.into());
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    if let Some(dir) = set("GPTOSS_KERNELS") {
+        return std::path::absolute(dir).ok();
     }
-    let data = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from);
-    let data = data.or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/share")));
+    // The XDG specification has relative paths ignored.
+    let data = set("XDG_DATA_HOME").filter(|d| d.is_absolute());
+    let data = data.or_else(|| set("HOME").map(|h| h.join(".local/share")));
     data.map(|d| d.join("gptoss/kernels"))
 }
 
-/// Whether a complete set of kernels is installed: its manifest is written last.
+/// Whether a build is installed that has the kernels of W4A8, undamaged.
 pub fn kernels_installed() -> bool {
-    let entries = kernel_dir().and_then(|d| std::fs::read_dir(d).ok()).into_iter().flatten().flatten();
-    entries.into_iter().any(|e| e.path().join("manifest.json").is_file())
+    let builds = kernel_dir().and_then(|d| store::list(&d).ok()).unwrap_or_default();
+    let has = |b: &Installed| b.build.files.iter().any(|f| f.name.starts_with("w4a8.")) && b.damage().is_empty();
+    builds.iter().any(has)
 }
 
 fn kernels() -> Vec<String> {
-    let Some(entries) = kernel_dir().and_then(|d| std::fs::read_dir(d).ok()) else { return Vec::new() };
-    let mut names: Vec<String> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
-    names
+    let builds = kernel_dir().and_then(|d| store::list(&d).ok()).unwrap_or_default();
+    builds.into_iter().map(|b| b.build.id).collect()
 }
