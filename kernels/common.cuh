@@ -136,7 +136,7 @@ DEVICE void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
 DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // Bytes of the pair (b, a), by the four low bits of each nibble of `selector`: three choose a byte, the fourth asks for its sign in all of its bits.
-DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { 
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
   return bytes;

@@ -2,8 +2,8 @@
 //
 //   output[m, n] = input_scale[m] * step * sum over groups g of weight_scale[n, g] * (sum of code[n, k] * input[m, k] over g) + bias[n]
 //
-// M tokens, N outputs, K columns, both multiples of 32 but for M. Integer sums of a group are exact. A split of K is one chain of fused
-// multiply-adds over its groups, ascending, and splits are added ascending: the order that `reference` below has.
+// M tokens, N outputs, K columns, a multiple of 32. Integer sums of a group are exact. A split of K is one chain of fused multiply-adds over
+// its groups, ascending, and splits are added ascending: the order that the plain loops of host/check.cpp have.
 //
 // Weights are the rows of the tensor cores' left operand (16 of them), tokens the columns of the right one (8), so that a single token
 // wastes little. A block has 64 rows of the weight, 16 a warp, and TOKENS tokens; four groups of 32 columns are a stage of the pipeline.
@@ -74,6 +74,12 @@ struct Eight {
   uint32_t low, high;
 };
 
+// Eight bytes at a multiple of eight, in one load: of two, nvcc makes one by chance, and PTX has other bytes from time to time.
+DEVICE Eight load_eight(const unsigned char* at) {
+  uint64_t both = *reinterpret_cast<const uint64_t*>(at);
+  return {uint32_t(both), uint32_t(both >> 32)};
+}
+
 // E2M1, as gpt-oss is published: twice the values.
 struct E2m1 {
   static constexpr int STAGE_BYTES = 64;
@@ -122,9 +128,7 @@ struct Int8 {
   static constexpr bool E8M0 = false;
 
   DEVICE static Eight load(const unsigned char* tile, int row, int group, int quarter) {
-    const unsigned char* chunk = tile + chunk_of_128(row, 2 * group + quarter / 2) * 16;
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(chunk) + quarter % 2 * 2;
-    return {words[0], words[1]};
+    return load_eight(tile + chunk_of_128(row, 2 * group + quarter / 2) * 16 + quarter % 2 * 8);
   }
 };
 
@@ -182,7 +186,7 @@ DEVICE float swiglu(float gate, float up, float alpha, float limit) {
   return (up + 1) * (gate / (1 + expf(-alpha * gate)));
 }
 
-// What a tile of an expert's rows is of the whole launch; `last` is where its rows end.
+// Makes the arguments of all experts those of one.
 template <class Codes>
 DEVICE void take_expert(Arguments& p, int expert) {
   int64_t first = int64_t(expert) * p.n, row_bytes = int64_t(p.k) * Codes::STAGE_BYTES / COLUMNS, scales = p.k / p.group;
@@ -251,9 +255,8 @@ DEVICE void product(Arguments p, const Experts* experts, unsigned char* shared) 
       uint32_t a[4] = {upper.low, lower.low, upper.high, lower.high};
 #pragma unroll
       for (int t = 0; t < TILES; t++) {
-        const unsigned char* chunk = tokens + chunk_of_128(t * 8 + row_of_lane, 2 * g + quarter / 2) * 16;
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(chunk) + quarter % 2 * 2;
-        uint32_t b[2] = {words[0], words[1]};
+        Eight x = Int8::load(tokens, t * 8 + row_of_lane, g, quarter);
+        uint32_t b[2] = {x.low, x.high};
         mma_s8(sums[t], a, b);
       }
       if ((column + GROUP) % p.group != 0) continue;

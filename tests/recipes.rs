@@ -180,6 +180,38 @@ fn kernels_are_installed_where_that_is_asked_for_and_an_error_has_the_reason() {
 }
 
 #[test]
+fn kernels_that_cannot_be_installed_are_an_error_with_the_reason() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    // A program that has no installer beside it.
+    let alone = dir.path().join("gptoss-quant");
+    std::fs::copy(support::exe("gptoss-quant"), &alone).unwrap();
+    let go = |flags: &[&str], path: &Path| {
+        let mut c = std::process::Command::new(&alone);
+        c.args(["--quiet", "--algo", "rtn", "--experts", "w4a8", "--try-install-qqq"]).args(flags);
+        c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("out"));
+        run(c.env("GPTOSS_KERNELS", dir.path().join("kernels")).env("PATH", path).stdin(std::process::Stdio::null()))
+    };
+    let nothing = go(&["--yes"], dir.path());
+    assert_eq!(nothing.code, 2);
+    for part in ["there is no gptoss-kernel-install beside this program or in PATH", "--allow-fallback"] {
+        assert!(nothing.err.contains(part), "{}", nothing.err);
+    }
+    let bin = dir.path().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    let installer = bin.join("gptoss-kernel-install");
+    std::fs::write(&installer, "#!/bin/sh\necho \"asked with $*\"\nexit 3\n").unwrap();
+    std::fs::set_permissions(&installer, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let unasked = go(&[], &bin);
+    assert!(unasked.code == 2 && unasked.err.contains("give --yes"), "{}", unasked.err);
+    let failed = go(&["--yes"], &bin);
+    assert!(failed.code == 2 && failed.out.is_empty(), "{}", failed.out);
+    for part in ["asked with --yes", "gptoss-kernel-install failed"] {
+        assert!(failed.err.contains(part), "{}", failed.err);
+    }
+}
+
+#[test]
 fn without_a_model_the_plan_is_for_the_120b() {
     let flags =
         "--experts-algo awq --experts-type int4 --experts-scheme w4a16 --mw-algo gptq --mw-type int8 --mw-scheme w8a8";

@@ -96,6 +96,17 @@ pub fn write_out(text: &str) -> Result<()> {
     }
 }
 
+/// Asks whether to do `what`; where there is nobody to ask it is an error that says how to answer.
+pub fn agreed(what: &str) -> Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        anyhow::bail!("there is nobody to ask whether to {what}: give --yes");
+    }
+    write!(std::io::stderr(), "{what}? [y/N] ")?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
 /// Runs a tool: its error goes to standard error and makes exit code 2.
 pub fn run(tool: &str, body: impl FnOnce() -> Result<ExitCode>) -> ExitCode {
     match body() {

@@ -287,7 +287,7 @@ fn environment(o: &mut String, e: &gptoss::verify::env::Environment) {
         line(o, "gpu", &format!("{}, compute capability {}, {}", g.name, g.compute_capability, human(g.memory_bytes)));
     }
     match &e.nvcc {
-        Some(n) => line(o, "nvcc", &format!("{} at {}", n.version.as_deref().unwrap_or("unknown version"), n.path)),
+        Some(n) => line(o, "nvcc", &format!("{} at {}", n.version, n.path)),
         None => line(o, "nvcc", "none"),
     }
     let kernels = if e.kernels.is_empty() { "none".into() } else { e.kernels.join(", ") };

@@ -188,7 +188,7 @@ void check_products() {
   }
 }
 
-// Two thousand numbers of every size, and what is none.
+// Numbers around 0, nothing but zeros, and tokens with something in them that is no number.
 void check_activations() {
   for (FloatType type : {BF16, F16, F32})
     for (int k : {32, 96, 2880})

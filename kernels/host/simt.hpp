@@ -23,7 +23,7 @@ struct Dim3 {
   int x = 1, y = 1, z = 1;
 };
 
-inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline Dim3 threadIdx, blockIdx;
 
 namespace simt {
 
@@ -65,7 +65,7 @@ struct Block {
 
 inline Block block;
 
-// Memory that kernels may read and write.
+// Memory that asynchronous copies may read.
 struct Range {
   const char *begin, *end;
 };
@@ -161,8 +161,6 @@ inline bool release() {
 
 // Runs `kernel` for every block of `grid`. `backwards` runs blocks and threads in the other order, so that what depends on it shows.
 inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, std::function<void()> kernel) {
-  gridDim = grid;
-  blockDim = {threads, 1, 1};
   block.kernel = std::move(kernel);
   if (threads % WARP) fail("a block has whole warps");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid is too high");

@@ -1,6 +1,5 @@
 //! `gptoss-kernel-install`: builds the CUDA kernels and installs them.
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,7 +11,7 @@ use gptoss::kernels::store::{self, Installed};
 use gptoss::kernels::toolkit::{PINNED, Toolkit};
 use gptoss::pipeline::meter::Meter;
 use gptoss::verify::env::{Environment, kernel_dir};
-use gptoss_tools::{Common, DIFFERENT, run, write_out};
+use gptoss_tools::{Common, DIFFERENT, agreed, run, write_out};
 
 /// Builds the CUDA kernels from the sources in this program and installs them
 #[derive(Parser)]
@@ -98,20 +97,21 @@ fn install(args: &Args, request: &Request, root: &std::path::Path, origin: &str)
     let (resources, meter) = (args.common.resources(), Meter::start());
     let Request { toolkit, targets } = request;
     let what = format!(
-        "kernels for {} ({origin}) with nvcc {} ({}) into {}",
+        "build kernels for {} ({origin}) with nvcc {} ({}) into {}",
         names(targets),
         toolkit.version,
         toolkit.nvcc.display(),
         root.display()
     );
-    resources.progress.note(&format!("building {what}"));
     if toolkit.version != PINNED {
         resources.progress.note(&format!(
             "note: nvcc {} is not the pinned {PINNED}: the kernels will work, but have other bytes than those with known hashes",
             toolkit.version
         ));
     }
-    if !args.yes && !agreed()? {
+    if args.yes {
+        resources.progress.note(&what);
+    } else if !agreed(&what)? {
         bail!("declined; nothing was written");
     }
     let Installed { path, mut manifest, .. } = request.install(root, resources.threads, &resources.progress)?;
@@ -126,16 +126,6 @@ fn install(args: &Args, request: &Request, root: &std::path::Path, origin: &str)
     });
     args.common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn agreed() -> Result<bool> {
-    if !std::io::stdin().is_terminal() {
-        bail!("this writes files and there is nobody to ask: give --yes");
-    }
-    write!(std::io::stderr(), "go on? [y/N] ")?;
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 /// One line a build, or the manifests as a JSON array.

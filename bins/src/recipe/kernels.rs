@@ -1,14 +1,14 @@
 //! Are the kernels of w4a8 there, and if not, what then?
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use gptoss::pipeline::progress::Progress;
 use gptoss::recipe::{Kernels, Recipe};
 use gptoss::verify::env::kernels_installed;
 
 use super::{Installed, KernelArgs};
+use crate::agreed;
 
 const INSTALLER: &str = "gptoss-kernel-install";
 
@@ -47,7 +47,7 @@ fn install(yes: bool) -> Result<Option<String>> {
     let Some(program) = installer() else {
         return Ok(Some(format!("there is no {INSTALLER} beside this program or in PATH")));
     };
-    if !yes && !agreed()? {
+    if !yes && !agreed("install the kernels of w4a8")? {
         return Ok(Some("declined".into()));
     }
     // Standard output is for the manifest.
@@ -59,14 +59,4 @@ fn install(yes: bool) -> Result<Option<String>> {
 fn installer() -> Option<PathBuf> {
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(INSTALLER)));
     beside.filter(|p| p.is_file()).or_else(|| which::which(INSTALLER).ok())
-}
-
-fn agreed() -> Result<bool> {
-    if !std::io::stdin().is_terminal() {
-        bail!("--try-install-qqq asks before it installs, and there is nobody to ask: give --yes");
-    }
-    write!(std::io::stderr(), "install the kernels of w4a8? [y/N] ")?;
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

@@ -157,13 +157,9 @@ impl Cpu {
                 std::thread::yield_now();
             }
             let complete = watch.begun.load(Ordering::Acquire) == threads - 1;
-            let mut end = Some(End(watch));
-            if !complete {
-                end = None;
-            }
-            let result = f();
-            drop(end);
-            result
+            // A watch that not everyone came to ends here, and those who come later go away at once.
+            let _end = complete.then_some(End(watch));
+            f()
         })
     }
 }

@@ -9,6 +9,7 @@ use super::store::{Installed, KernelBuild, MANIFEST};
 use super::toolkit::Toolkit;
 use super::{SOURCES, kernels};
 use crate::checkpoint::digest::{record, sha256};
+use crate::checkpoint::sink::to_text;
 use crate::error::{Error, Result};
 use crate::manifest::{FileRecord, Job, Manifest};
 use crate::pipeline::executor::map;
@@ -66,8 +67,7 @@ impl Request {
         build.files = self.compile(&partial.0, threads, progress)?;
         let mut manifest = Manifest::new("gptoss-kernel-install", Job::InstallKernels);
         manifest.kernels = Some(build.clone());
-        let text = serde_json::to_string_pretty(&manifest).expect("a manifest is JSON") + "\n";
-        write(&partial.0.join(MANIFEST), text.as_bytes())?;
+        write(&partial.0.join(MANIFEST), to_text(&manifest).as_bytes())?;
         let _alone = lock(root, true)?;
         // Another process may have been faster, with the same bytes.
         if let Some(there) = sound(&path) {

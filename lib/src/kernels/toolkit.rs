@@ -27,8 +27,8 @@ impl Toolkit {
             return Self::at(path);
         }
         let places = places();
-        match places.iter().find(|(_, path)| path.is_file()) {
-            Some((_, path)) => Self::at(path),
+        match places.iter().find_map(|(_, path)| path.as_deref()) {
+            Some(path) => Self::at(path),
             None => {
                 let looked: Vec<&str> = places.iter().map(|(place, _)| &place[..]).collect();
                 Err(Error::Refused(format!(
@@ -58,23 +58,19 @@ impl Toolkit {
     }
 }
 
-/// Places where a compiler may be, and what to call them.
-fn places() -> Vec<(String, PathBuf)> {
-    let mut places = Vec::new();
-    if let Some(home) = std::env::var_os("CUDA_HOME").filter(|h| !h.is_empty()) {
-        places.push((format!("CUDA_HOME ({})", Path::new(&home).display()), Path::new(&home).join("bin/nvcc")));
-    } else {
-        places.push(("CUDA_HOME (not set)".into(), PathBuf::new()));
-    }
-    places.push(("PATH".into(), which::which("nvcc").unwrap_or_default()));
-    if let Some(venv) = std::env::var_os("VIRTUAL_ENV").filter(|h| !h.is_empty()) {
-        let lib = Path::new(&venv).join("lib");
-        let mut pythons: Vec<PathBuf> =
-            std::fs::read_dir(&lib).into_iter().flatten().flatten().map(|e| e.path()).collect();
-        pythons.sort();
-        let wheel = |python: &PathBuf| python.join("site-packages/nvidia/cu13/bin/nvcc");
-        let found = pythons.iter().map(wheel).find(|p| p.is_file()).unwrap_or_default();
-        places.push((format!("the virtual environment {}", Path::new(&venv).display()), found));
+/// Places that a compiler is looked for in, by the name that people know, and the one that is there.
+fn places() -> Vec<(String, Option<PathBuf>)> {
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let mut places = vec![match set("CUDA_HOME") {
+        Some(home) => (format!("CUDA_HOME ({})", home.display()), Some(home.join("bin/nvcc")).filter(|p| p.is_file())),
+        None => ("CUDA_HOME (not set)".into(), None),
+    }];
+    places.push(("PATH".into(), which::which("nvcc").ok()));
+    if let Some(venv) = set("VIRTUAL_ENV") {
+        let pythons = std::fs::read_dir(venv.join("lib")).into_iter().flatten().flatten();
+        let wheel = |python: PathBuf| python.join("site-packages/nvidia/cu13/bin/nvcc");
+        let found = pythons.map(|e| wheel(e.path())).filter(|p| p.is_file()).min();
+        places.push((format!("the virtual environment {}", venv.display()), found));
     }
     places
 }

@@ -42,7 +42,7 @@ struct Lines {
 pub enum Unit {
     /// Bytes, shown with their multiples.
     Bytes,
-    /// Multiply-adds, of which only the share is shown.
+    /// Multiply-adds, compilations: only the share is shown.
     Work,
 }
 

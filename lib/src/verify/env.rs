@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::store::{self, Installed};
+use crate::kernels::toolkit::Toolkit;
 
 /// What is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -49,8 +50,8 @@ pub struct Gpu {
 pub struct Nvcc {
     /// Where it is.
     pub path: String,
-    /// Its release, such as "13.0".
-    pub version: Option<String>,
+    /// Such as "13.0.88".
+    pub version: String,
 }
 
 impl Environment {
@@ -128,11 +129,8 @@ fn gpu(device: cudarc::driver::sys::CUdevice) -> Option<Gpu> {
 }
 
 fn nvcc() -> Option<Nvcc> {
-    let named = std::env::var_os("CUDA_HOME").map(|h| PathBuf::from(h).join("bin/nvcc")).filter(|p| p.exists());
-    let path = named.or_else(|| which::which("nvcc").ok())?;
-    let text = duct::cmd!(&path, "--version").stderr_null().read().ok();
-    let version = text.as_deref().and_then(|t| t.split("release ").nth(1)?.split(',').next().map(str::to_owned));
-    Some(Nvcc { path: path.display().to_string(), version })
+    let Toolkit { nvcc, version } = Toolkit::find(None).ok()?;
+    Some(Nvcc { path: nvcc.display().to_string(), version })
 }
 
 /// Where kernel builds are installed: `$GPTOSS_KERNELS`, or the user's data folder.
