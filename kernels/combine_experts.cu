@@ -18,6 +18,7 @@ struct Arguments {
 
 // grid: (tokens, ceil(K / THREADS)).
 KERNEL(combine::THREADS) combine_experts(combine::Arguments p) {
+  inputs_ready();
   int column = blockIdx.y * combine::THREADS + threadIdx.x, token = blockIdx.x;
   if (column >= p.k) return;
   float sum = 0;

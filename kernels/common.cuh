@@ -51,11 +51,17 @@ HOST_DEVICE uint16_t to_bf16(float value) {
 }
 
 HOST_DEVICE float f16_value(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(h));
+  return value;
+#else
   uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
   if (exponent == 31) return from_bits(sign | 0x7f800000u | fraction << 13);
   // 2^-24 times the fraction, exact.
   if (exponent == 0) return from_bits(to_bits(float(fraction) * from_bits(0x33800000u)) | sign);
   return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
+#endif
 }
 
 // To the nearest, ties to even; a NaN stays one.
@@ -104,11 +110,12 @@ HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // ---- asynchronous copies ----
 
-// 16 bytes of global memory to shared memory, or zeros where not `there`; `to` and `from` are multiples of 16.
+// 16 bytes of global memory to shared memory, or zeros where not `there`; `to` and `from` are multiples of 16. Rows are read 64 bytes at a
+// time, so the L2 cache is told that the rest of their 128 follows.
 DEVICE void copy_async(void* to, const void* from, bool there) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   int bytes = there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
 // What was copied until now is a group.
@@ -132,8 +139,66 @@ DEVICE void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// c += a b for bf16, in f32: a [16, 16] by rows, b [16, 8] by columns, c [16, 8]. Lane l has of a columns 2 (l % 4) and the next of row
+// l / 4, then of row l / 4 + 8, then both 8 columns on; of b the same columns of row l / 4 of its transpose; of c the same as above (PTX ISA,
+// m16n8k16).
+DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// a b + c for two bf16 each, rounded once.
+DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// ---- shared memory ----
+
+// Sixteen bytes at a multiple of sixteen, in one load.
+DEVICE void load_sixteen(uint32_t (&to)[4], const void* from) {
+  uint4 words = *static_cast<const uint4*>(from);
+  to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
+}
+
+// ---- between blocks ----
+
+// What this thread wrote before is there for who sees what it writes after, and the other way round for reads.
+DEVICE void publish() { __threadfence(); }
+
+// The number at `at` before `value` was added.
+DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
+
+// A number that another block wrote: from the L2 cache, which all of them share.
+DEVICE float load_published(const float* from) { return __ldcg(from); }
+
+// ---- between kernels ----
+
+// Kernels of a stream may be launched to overlap (programmatic stream serialization, from 9.0 on). Before this, a kernel reads nothing that an
+// earlier one writes: weights only.
+DEVICE void inputs_ready() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may begin to start where there is room.
+DEVICE void start_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- lanes of a warp ----
+
 // The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
 DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+// The value of lane `lane`.
+DEVICE float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 // Bytes of the pair (b, a), by the four low bits of each nibble of `selector`: three choose a byte, the fourth asks for its sign in all of its bits.
 DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -143,3 +208,26 @@ DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 #endif
+
+// ---- on both sides ----
+
+// Eight numbers at `index`, a multiple of eight, of an array that begins at a multiple of sixteen bytes.
+DEVICE void read_eight(float (&to)[8], const void* numbers, int64_t index, FloatType type) {
+  uint32_t words[4];
+  if (type == F32) {
+    const float* from = static_cast<const float*>(numbers) + index;
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+      load_sixteen(words, from + half);
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[half + i] = from_bits(words[i]);
+    }
+    return;
+  }
+  load_sixteen(words, static_cast<const uint16_t*>(numbers) + index);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    uint16_t bits = uint16_t(words[i / 2] >> (16 * (i % 2)));
+    to[i] = type == BF16 ? bf16_value(bits) : f16_value(bits);
+  }
+}

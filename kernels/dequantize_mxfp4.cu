@@ -26,6 +26,7 @@ DEVICE float value(const Arguments& p, int row, int column) {
 
 // grid: (ceil(N K / 8 / THREADS)). A thread has four bytes.
 KERNEL(mxfp4::THREADS) dequantize_mxfp4(mxfp4::Arguments p) {
+  inputs_ready();
   int64_t at = (int64_t(blockIdx.x) * mxfp4::THREADS + threadIdx.x) * 8;
   if (at >= int64_t(p.n) * p.k) return;
   int row = int(at / p.k), column = int(at % p.k);
@@ -34,6 +35,7 @@ KERNEL(mxfp4::THREADS) dequantize_mxfp4(mxfp4::Arguments p) {
 
 // grid: (ceil(N / 64), K / 32). A tile of 64 rows and one group of columns is read along its rows and written along its columns.
 KERNEL(mxfp4::THREADS) dequantize_mxfp4_turned(mxfp4::Arguments p) {
+  inputs_ready();
   SHARED_MEMORY(shared);
   constexpr int TILE = mxfp4::TILE, GROUP = mxfp4::GROUP;
   float* tile = reinterpret_cast<float*>(shared);  // [GROUP][TILE + 1]: a column's numbers in different banks

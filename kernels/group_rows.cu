@@ -22,6 +22,8 @@ struct Arguments {
 
 // grid: (1). A thread an expert.
 KERNEL(routes::THREADS) group_rows(routes::Arguments p) {
+  inputs_ready();
+  start_dependents();
   SHARED_MEMORY(shared);
   int* counts = reinterpret_cast<int*>(shared);         // [THREADS]
   int* first_tiles = counts + routes::THREADS;          // [THREADS]

@@ -6,22 +6,21 @@ namespace activations {
 constexpr int THREADS = 256;
 
 struct Arguments {
-  const void* input;  // [M, K] of input_type
+  const void* input;  // [M, K] of input_type; K a multiple of 8
   int8_t* codes;      // [M, K]
   float* scales;      // [M]; no number where an input is none
   int m, k;
   int input_type;
 };
 
-// The largest of what the threads of a block have, for all of them; `shared` has one float a thread.
+// The largest of what the threads of a block have, for all of them; `shared` has one float a warp.
 DEVICE float block_max(float own, float* shared) {
-  shared[threadIdx.x] = own;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) shared[threadIdx.x] = fmaxf(shared[threadIdx.x], shared[threadIdx.x + half]);
-  }
+  for (int mask = 16; mask > 0; mask /= 2) own = fmaxf(own, exchange(own, mask));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
   __syncthreads();
-  return shared[0];
+  float most = shared[0];
+  for (int i = 1; i < THREADS / 32; i++) most = fmaxf(most, shared[i]);
+  return most;
 }
 
 }  // namespace activations
@@ -29,20 +28,32 @@ DEVICE float block_max(float own, float* shared) {
 // grid: (M). The order of a maximum does not show in it.
 KERNEL(activations::THREADS) quantize_activations(activations::Arguments p) {
   SHARED_MEMORY(shared);
+  inputs_ready();
+  start_dependents();
   FloatType type = FloatType(p.input_type);
   int64_t first = int64_t(blockIdx.x) * p.k;
-  float most = 0;
-  for (int i = threadIdx.x; i < p.k; i += activations::THREADS) {
-    float size = fabsf(read_float(p.input, first + i, type));
-    // A maximum would pass over what is no number; infinity goes the same way.
-    most = fmaxf(most, size <= 3.402823466e38f ? size : from_bits(0x7f800000u));
+  float most = 0, numbers[8];
+  for (int i = threadIdx.x * 8; i < p.k; i += activations::THREADS * 8) {
+    read_eight(numbers, p.input, first + i, type);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float size = fabsf(numbers[j]);
+      // A maximum would pass over what is no number; infinity goes the same way.
+      most = fmaxf(most, size <= 3.402823466e38f ? size : from_bits(0x7f800000u));
+    }
   }
   most = activations::block_max(most, reinterpret_cast<float*>(shared));
   float scale = most / 127.5f;
   if (scale == 0) scale = from_bits(0x34000000u);  // 2^-23
-  for (int i = threadIdx.x; i < p.k; i += activations::THREADS) {
-    float quotient = read_float(p.input, first + i, type) / scale;
-    p.codes[first + i] = int8_t(rintf(fminf(fmaxf(quotient, -128.0f), 127.0f)));
+  for (int i = threadIdx.x * 8; i < p.k; i += activations::THREADS * 8) {
+    read_eight(numbers, p.input, first + i, type);
+    uint64_t codes = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      int code = int(rintf(fminf(fmaxf(numbers[j] / scale, -128.0f), 127.0f)));
+      codes |= uint64_t(uint8_t(code)) << (8 * j);
+    }
+    *reinterpret_cast<uint64_t*>(p.codes + first + i) = codes;
   }
   if (threadIdx.x == 0) p.scales[blockIdx.x] = most > 3.402823466e38f ? from_bits(0x7fc00000u) : scale;
 }

@@ -23,7 +23,7 @@ struct Dim3 {
   int x = 1, y = 1, z = 1;
 };
 
-inline Dim3 threadIdx, blockIdx;
+inline Dim3 threadIdx, blockIdx, gridDim;
 
 namespace simt {
 
@@ -38,9 +38,13 @@ struct Copy {
   bool there;
 };
 
-// A lane's registers in a product; or the value that it exchanges with lane ^ mask, where c is null.
-struct Product {
-  int* c;
+// What a lane does together with its warp.
+enum class Act { Int8, Bf16, Trade, Take };
+
+// Its registers in a product; or the value that it has for others and the mask, or the lane, of the one that it takes.
+struct Together {
+  Act act;
+  void* c;
   const uint32_t *a, *b;
   float value;
   int mask;
@@ -52,7 +56,7 @@ struct Thread {
   State state;
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
-  Product product;
+  Together together;
 };
 
 struct Block {
@@ -101,7 +105,7 @@ inline void entry() {
 inline void multiply(int first) {
   int8_t a[16][32], b[32][8];
   for (int lane = 0; lane < WARP; lane++) {
-    const Product& p = block.threads[first + lane].product;
+    const Together& p = block.threads[first + lane].together;
     int row = lane / 4, column = lane % 4 * 4;
     for (int i = 0; i < 4; i++) {
       auto byte = [i](uint32_t word) { return int8_t(word >> (8 * i)); };
@@ -117,18 +121,50 @@ inline void multiply(int first) {
     for (int i = 0; i < 4; i++) {
       int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2, sum = 0;
       for (int k = 0; k < 32; k++) sum += a[row][k] * b[k][column];
-      block.threads[first + lane].product.c[i] += sum;
+      static_cast<int*>(block.threads[first + lane].together.c)[i] += sum;
     }
   }
 }
 
-// Lanes get each other's values.
+// The same for bf16 (m16n8k16). In which order tensor cores add is not said: here exactly, rounded once.
+inline void multiply_bf16(int first) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < WARP; lane++) {
+    const Together& p = block.threads[first + lane].together;
+    int row = lane / 4, column = lane % 4 * 2;
+    for (int i = 0; i < 2; i++) {
+      auto half = [i](uint32_t word) {
+        uint32_t bits = word >> (16 * i) << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+      };
+      a[row][column + i] = half(p.a[0]);
+      a[row + 8][column + i] = half(p.a[1]);
+      a[row][column + 8 + i] = half(p.a[2]);
+      a[row + 8][column + 8 + i] = half(p.a[3]);
+      b[column + i][row] = half(p.b[0]);
+      b[column + 8 + i][row] = half(p.b[1]);
+    }
+  }
+  for (int lane = 0; lane < WARP; lane++) {
+    for (int i = 0; i < 4; i++) {
+      int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      float& c = static_cast<float*>(block.threads[first + lane].together.c)[i];
+      double sum = c;
+      for (int k = 0; k < 16; k++) sum += double(a[row][k]) * b[k][column];
+      c = float(sum);
+    }
+  }
+}
+
+// Lanes get each other's values: that of lane ^ mask, or of the lane named.
 inline void trade(int first) {
   float values[WARP];
-  for (int lane = 0; lane < WARP; lane++) values[lane] = block.threads[first + lane].product.value;
+  for (int lane = 0; lane < WARP; lane++) values[lane] = block.threads[first + lane].together.value;
   for (int lane = 0; lane < WARP; lane++) {
-    Product& p = block.threads[first + lane].product;
-    p.value = values[lane ^ p.mask];
+    Together& p = block.threads[first + lane].together;
+    p.value = values[p.act == Act::Trade ? lane ^ p.mask : p.mask];
   }
 }
 
@@ -140,10 +176,10 @@ inline bool release() {
     int here = 0;
     for (int i = first; i < first + WARP; i++) here += block.threads[i].state == State::Warp;
     if (here == WARP) {
-      bool product = block.threads[first].product.c != nullptr;
+      Act act = block.threads[first].together.act;
       for (int i = first; i < first + WARP; i++)
-        if ((block.threads[i].product.c != nullptr) != product) fail("lanes of a warp do different things together");
-      product ? multiply(first) : trade(first);
+        if (block.threads[i].together.act != act) fail("lanes of a warp do different things together");
+      act == Act::Int8 ? multiply(first) : act == Act::Bf16 ? multiply_bf16(first) : trade(first);
       for (int i = first; i < first + WARP; i++) block.threads[i].state = State::Ready;
       any = true;
     }
@@ -165,6 +201,7 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, 
   if (threads % WARP) fail("a block has whole warps");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid is too high");
   if (shared_bytes > 99 << 10) fail("a block wants more shared memory than an RTX 3090 has");
+  gridDim = grid;
   for (int z = 0; z < grid.z; z++)
     for (int y = 0; y < grid.y; y++)
       for (int x = 0; x < grid.x; x++) {
@@ -228,17 +265,57 @@ inline void copy_wait() {
   }
 }
 
-inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  simt::block.threads[simt::block.current].product = {c, a, b, 0, 0};
-  simt::wait(simt::State::Warp);
+namespace simt {
+
+inline Together& act(Together together) {
+  Thread& t = block.threads[block.current];
+  t.together = together;
+  wait(State::Warp);
+  return t.together;
 }
 
+}  // namespace simt
+
+inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { simt::act({simt::Act::Int8, c, a, b, 0, 0}); }
+
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { simt::act({simt::Act::Bf16, c, a, b, 0, 0}); }
+
 inline float exchange(float value, int mask) {
-  simt::Thread& t = simt::block.threads[simt::block.current];
-  t.product = {nullptr, nullptr, nullptr, value, mask};
-  simt::wait(simt::State::Warp);
-  return t.product.value;
+  return simt::act({simt::Act::Trade, nullptr, nullptr, nullptr, value, mask}).value;
 }
+
+inline float bf16_value(uint16_t bits);
+inline uint16_t to_bf16(float value);
+
+inline float from_lane(float value, int lane) {
+  return simt::act({simt::Act::Take, nullptr, nullptr, nullptr, value, lane}).value;
+}
+
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  auto one = [](uint32_t a, uint32_t b, uint32_t c) {
+    double exact = double(bf16_value(uint16_t(a))) * bf16_value(uint16_t(b)) + bf16_value(uint16_t(c));
+    return uint32_t(to_bf16(float(exact)));
+  };
+  return one(a, b, c) | one(a >> 16, b >> 16, c >> 16) << 16;
+}
+
+inline void load_sixteen(uint32_t (&to)[4], const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) simt::fail("a load of sixteen bytes is not aligned");
+  memcpy(to, from, 16);
+}
+
+// Blocks run one after the other, kernels too.
+inline void publish() {}
+inline void inputs_ready() {}
+inline void start_dependents() {}
+
+inline int atomic_add(int* at, int value) {
+  int before = *at;
+  *at += value;
+  return before;
+}
+
+inline float load_published(const float* from) { return *from; }
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t bytes = uint64_t(b) << 32 | a;

@@ -6,14 +6,18 @@ pub mod store;
 pub mod toolkit;
 
 /// Files of `kernels/`, by name: what a build compiles, and what that includes.
-pub const SOURCES: [(&str, &str); 9] = [
+pub const SOURCES: [(&str, &str); 13] = [
     ("combine_experts.cu", include_str!("../../../kernels/combine_experts.cu")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("dequantize_mxfp4.cu", include_str!("../../../kernels/dequantize_mxfp4.cu")),
-    ("gemm_int8.cuh", include_str!("../../../kernels/gemm_int8.cuh")),
+    ("fake_quantize.cu", include_str!("../../../kernels/fake_quantize.cu")),
+    ("gemm.cuh", include_str!("../../../kernels/gemm.cuh")),
     ("group_rows.cu", include_str!("../../../kernels/group_rows.cu")),
+    ("mask_2_4.cu", include_str!("../../../kernels/mask_2_4.cu")),
+    ("mxfp4_a16.cu", include_str!("../../../kernels/mxfp4_a16.cu")),
     ("mxfp4_a8.cu", include_str!("../../../kernels/mxfp4_a8.cu")),
     ("quantize_activations.cu", include_str!("../../../kernels/quantize_activations.cu")),
+    ("w4a16.cu", include_str!("../../../kernels/w4a16.cu")),
     ("w4a8.cu", include_str!("../../../kernels/w4a8.cu")),
     ("w8a8.cu", include_str!("../../../kernels/w8a8.cu")),
 ];
