@@ -19,7 +19,10 @@ struct Arguments {
 DEVICE float value(const Arguments& p, int row, int column) {
   uint8_t byte = p.codes[int64_t(row) * (p.k / 2) + column / 2];
   float scale = e8m0_value(p.scales[int64_t(row) * (p.k / GROUP) + column / GROUP]);
-  return float(e2m1_doubled(column % 2 ? byte >> 4 : byte & 15)) * 0.5f * scale;
+  int code = column % 2 ? byte >> 4 : byte & 15;
+  // -0 keeps its sign.
+  float size = float(e2m1_doubled(code & 7)) * 0.5f;
+  return (code & 8 ? -size : size) * scale;
 }
 
 }  // namespace mxfp4

@@ -111,9 +111,10 @@ DEVICE int code_of(const Arguments& p, float w, Fit f, float& value) {
     float low = p.kind == TERNARY ? -1 : -float(1 << (p.bits - 1)), high = p.kind == TERNARY ? 1 : float((1 << (p.bits - 1)) - 1);
     float scaled = rounded(w / f.scale, p.type);
     if (p.kind == INT && !p.symmetric) scaled = rounded(scaled + f.zero_point, p.type);
-    float code = rintf(clamped(scaled, low, high));
-    value = rounded((code - f.zero_point) * f.scale, p.type);
-    return int(code);
+    // An integer knows no -0.
+    int code = int(rintf(clamped(scaled, low, high)));
+    value = rounded((float(code) - f.zero_point) * f.scale, p.type);
+    return code;
   }
   Small table = p.kind == NVFP4 ? e2m1() : Small{p.fraction, p.bias, p.most};
   float nearest = table.round(p.kind == FLOAT ? rounded(w / f.scale, p.type) : w / f.scale);

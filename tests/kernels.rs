@@ -51,18 +51,132 @@ fn every_kernel_gives_what_plain_loops_give_on_this_processor() {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("check");
     let kernels = root().join("kernels");
-    let built = Command::new("c++")
-        .args(["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"])
-        .arg("-I")
-        .arg(&kernels)
-        .arg("-o")
-        .args([&program, &kernels.join("host/check.cpp")])
-        .output()
-        .expect("a C++ compiler");
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    compile(&kernels, "check.cpp", &[], &program);
     let ran: Ran = Command::new(&program).output().unwrap().into();
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert_eq!(ran.out, "2046 launches gave what plain loops give\n");
+}
+
+/// Compiles `source` of kernels/host against the kernels in `kernels`.
+fn compile(kernels: &Path, source: &str, flags: &[&str], out: &Path) {
+    let built = Command::new("c++")
+        .args(["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"])
+        .args(flags)
+        .arg("-I")
+        .arg(kernels)
+        .arg("-o")
+        .args([out, &kernels.join("host").join(source)])
+        .output()
+        .expect("a C++ compiler");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// A command that finds a driver whose GPU is this processor in `driver`, and a build of the kernels for it in `data`.
+fn on_this_processor(data: &Path, driver: &Path, line: &str) -> Command {
+    let mut command = command(line);
+    command.env("XDG_DATA_HOME", data).env_remove("GPTOSS_KERNELS").env("LD_LIBRARY_PATH", driver);
+    command
+}
+
+/// The launcher's own names, structures, grids and memory: only machine code is not run. It is checked above.
+#[test]
+fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernels = root().join("kernels");
+    compile(&kernels, "driver.cpp", &["-fPIC", "-shared"], &dir.path().join("libcuda.so.1"));
+    let verify = |line: &str| run(&mut on_this_processor(dir.path(), dir.path(), line));
+
+    let none = verify("gptoss-verify kernels");
+    assert!(none.code == 2 && none.err.contains("no kernels are installed in"), "{}", none.err);
+    assert!(none.err.contains("gptoss-kernel-install --yes --arch 8.6"), "{}", none.err);
+    // Code of another major version does not run there.
+    with_nvcc(dir.path(), "--yes --quiet --arch 9.0a").manifest();
+    let other = verify("gptoss-verify kernels");
+    assert!(other.code == 2 && other.err.contains("compute capability 8.6"), "{}", other.err);
+    let build = with_nvcc(dir.path(), "--yes --quiet --arch 8.0;8.6").manifest();
+
+    let tested = verify("gptoss-verify kernels --quiet");
+    assert_eq!(tested.code, 0, "{}{}", tested.out, tested.err);
+    let manifest = tested.manifest();
+    assert_eq!(manifest["environment"]["gpus"][0]["name"], "this processor");
+    assert_eq!(manifest["environment"]["kernels"].as_array().unwrap().len(), 2);
+    assert_eq!(manifest["notes"][0], "this processor ran code for 8.6");
+    let tests = manifest["kernel_tests"].as_array().unwrap();
+    assert_eq!(tests.len(), 14);
+    for test in tests {
+        assert!(test["cases"].as_u64().unwrap() > 10 && test.get("failure").is_none(), "{test}");
+        // Sums of tensor cores over bf16 and the exponential are free to differ, here by nothing.
+        assert_eq!(test["same"], test["numbers"], "{test}");
+    }
+
+    let bench = "gptoss-bench gemm --M 3 --K 64 --N 96 --iters 2 --on gpu";
+    let rows = verify(bench).manifest()["volatile"]["gemm"].clone();
+    let names: Vec<&str> = rows.as_array().unwrap().iter().map(|r| r["kernel"].as_str().unwrap()).collect();
+    assert_eq!(names, ["w4a8", "mxfp4_a8", "w8a8", "w4a16", "mxfp4_a16"]);
+    let row = &rows[0];
+    assert!(row["microseconds"].as_f64().unwrap() > 0.0 && row["copies"].as_u64().unwrap() >= 8, "{row}");
+
+    // A kernel that halves what it should give, and one that reads beyond its inputs.
+    let broken = dir.path().join("broken");
+    for (change, to, kernel, words) in [
+        ("INT8_STEP = 0.5f", "INT8_STEP = 0.25f", "mxfp4_a8", "mxfp4_a8: "),
+        ("int64_t from = int64_t(row + r) * a_row + first + g;", "int64_t from = int64_t(row + r + 4096) * a_row;", "w4a16", "behind an array"),
+    ] {
+        let copied = Command::new("cp").arg("-r").args([&kernels, &broken]).status().unwrap();
+        assert!(copied.success());
+        let text = std::fs::read_to_string(broken.join("gemm.cuh")).unwrap();
+        assert!(text.contains(change), "{change}");
+        std::fs::write(broken.join("gemm.cuh"), text.replace(change, to)).unwrap();
+        compile(&broken, "driver.cpp", &["-fPIC", "-shared"], &broken.join("libcuda.so.1"));
+        let line = format!("gptoss-verify kernels --only {kernel}");
+        let ran = run(&mut on_this_processor(dir.path(), &broken, &line));
+        assert!(ran.code == 1 && ran.err.contains(words), "{change}: {} {}", ran.code, ran.err);
+        std::fs::remove_dir_all(&broken).unwrap();
+    }
+
+    // A damaged build is not run.
+    let file = Path::new(build["volatile"]["output_path"].as_str().unwrap()).join("w4a8.sm_86.cubin");
+    std::fs::write(&file, "no code").unwrap();
+    let damaged = verify("gptoss-verify kernels");
+    assert!(damaged.code == 2 && damaged.err.contains("damaged"), "{}", damaged.err);
+}
+
+#[test]
+fn without_a_driver_products_are_measured_here_and_kernels_are_not() {
+    let data = tempfile::tempdir().unwrap();
+    let none = run(command("gptoss-verify kernels").env("XDG_DATA_HOME", data.path()));
+    assert!(none.code == 2 && none.err.contains("no CUDA driver"), "{}", none.err);
+    let plot = data.path().join("speed.svg");
+    let mut line = command("gptoss-bench gemm --M 1,8 --K 96 --N 64 --iters 3 --plot");
+    let manifest = run(line.arg(&plot)).manifest();
+    let rows = manifest["volatile"]["gemm"].as_array().unwrap();
+    let of = |r: &Value| (r["m"].as_u64().unwrap(), r["kernel"].as_str().unwrap().to_owned(), r["group"].as_u64().unwrap());
+    let kernels = [("f32", 0), ("w4a8", 32), ("mxfp4_a8", 32), ("w8a8", 32)];
+    let want: Vec<_> = [1, 8].into_iter().flat_map(|m| kernels.map(|(k, g)| (m, k.to_owned(), g))).collect();
+    assert_eq!(rows.iter().map(of).collect::<Vec<_>>(), want);
+    for row in rows {
+        assert!(row["speedup"].as_f64().unwrap() > 0.0 && row["gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    let drawn = std::fs::read_to_string(plot).unwrap();
+    assert_eq!(drawn.matches("<circle").count(), 8);
+    // The same by the other tool, for an expert layer.
+    let line = "gptoss-verify --bench --M 2 --shapes gpt-oss-20b --only w4a8 --iters 1";
+    let manifest = run(&mut command(line)).manifest();
+    let rows = manifest["volatile"]["gemm"].as_array().unwrap();
+    assert_eq!(rows.len(), 6);
+    assert!(rows[3]["layer"] == "experts.gate_up_proj" && rows[3]["weights"].as_u64().unwrap() > 4, "{}", rows[3]);
+    for (flags, words) in [
+        ("gemm --K 48", "--K 48: the kernels take multiples of 32"),
+        ("gemm --shapes gpt-4", "wanted gpt-oss-20b or gpt-oss-120b"),
+        ("gemm --M 0", "wanted a number from 1 to 1000000"),
+        ("gemm --on gpu", "no CUDA driver"),
+        ("gemm --only nothing", "nothing was measured"),
+        ("gemm --plot x.bmp", "ends in .svg"),
+        ("gemm --shapes gpt-oss-20b --K 32", "cannot be used with"),
+    ] {
+        let ran = run(&mut command(&format!("gptoss-bench {flags}")));
+        assert!(ran.code == 2 && ran.err.contains(words), "{flags}: {}", ran.err);
+    }
 }
 
 /// Where they are built, when, and by how many compilers does not show; the bytes are those that are committed.

@@ -1,5 +1,7 @@
 //! What the command lines share: exit codes, sizes, where manifests come from and go to.
 
+pub mod gemm;
+pub mod plot;
 pub mod quality;
 pub mod recipe;
 pub mod report;
@@ -220,6 +222,7 @@ pub fn volatile(source: &Located, dst: Option<&Path>, reading: Reading, threads:
         threads,
         resumed_groups: resumed,
         bench: Vec::new(),
+        gemm: Vec::new(),
         settings: Default::default(),
     }
 }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use gptoss::formats::activations::Activations;
+use gptoss::bench::GemmRow;
+use gptoss::kernels::gpu::selftest::KernelTest;
 use gptoss::kernels::store::KernelBuild;
 use gptoss::manifest::{BenchRow, ErrorReport, FileSet, Job, Loads, Manifest, TensorReport};
 use gptoss::recipe::{GroupSize, LayerRecipe, Observer, Recipe};
@@ -28,9 +30,9 @@ pub fn table(m: &Manifest) -> String {
     let o = &mut out;
     if let Some(env) = &m.environment {
         environment(o, env);
-        return out;
     }
-    if let Some(k) = &m.kernels {
+    kernel_tests(o, &m.kernel_tests);
+    if let (Job::InstallKernels, Some(k)) = (&m.job, &m.kernels) {
         kernels(o, k, m.volatile.as_ref().and_then(|v| v.output_path.as_deref()));
         return out;
     }
@@ -71,6 +73,7 @@ pub fn table(m: &Manifest) -> String {
         quality(o, q);
     }
     bench(o, m.volatile.as_ref().map(|v| &v.bench[..]).unwrap_or_default());
+    gemm(o, m.volatile.as_ref().map(|v| &v.gemm[..]).unwrap_or_default());
     for r in &m.runtimes {
         let status = match r.status {
             Loads::Loads => "loads",
@@ -90,7 +93,7 @@ pub fn table(m: &Manifest) -> String {
             line(o, "source", path);
         }
         if let Some(path) = &v.output_path {
-            line(o, "output", path);
+            line(o, if m.kernels.is_some() { "kernels" } else { "output" }, path);
         }
         line(
             o,
@@ -166,6 +169,49 @@ fn bench(o: &mut String, rows: &[BenchRow]) {
             &format!("{} threads", r.threads),
             &format!("{:.2} tokens/s ({slow}), {bytes} a token{rate}", r.tokens_per_second),
         );
+    }
+}
+
+/// A line a product.
+fn gemm(o: &mut String, rows: &[GemmRow]) {
+    if rows.is_empty() {
+        return;
+    }
+    let _ = writeln!(
+        o,
+        "{:<4} {:<22} {:>5} {:<13} {:>5} {:>11} {:>19} {:>8} {:>8} {:>8} {:>6}",
+        "on", "layer", "M", "kernel", "group", "us", "(10% to 90%)", "TFLOP/s", "GB/s", "of rate", "ratio"
+    );
+    for r in rows {
+        let group = if r.group == 0 { String::new() } else { r.group.to_string() };
+        let spread = format!("({:.1} to {:.1})", r.fast_microseconds, r.slow_microseconds);
+        let ratio = r.speedup.map_or(String::new(), |s| format!("{s:.2}"));
+        let _ = writeln!(
+            o,
+            "{:<4} {:<22} {:>5} {:<13} {group:>5} {:>11.1} {spread:>19} {:>8.3} {:>8.1} {:>7.0}% {ratio:>6}",
+            r.device,
+            r.layer,
+            r.m,
+            r.kernel,
+            r.microseconds,
+            r.teraflops,
+            r.gigabytes_per_second,
+            100.0 * r.bandwidth_share
+        );
+    }
+}
+
+/// A line a kernel.
+fn kernel_tests(o: &mut String, tests: &[KernelTest]) {
+    for t in tests {
+        let how = if t.bound == 0.0 {
+            format!("{} of {} numbers have the reference's bits", t.same, t.numbers)
+        } else {
+            let share = 100.0 * t.same as f64 / t.numbers.max(1) as f64;
+            format!("error {:.1e} of at most {:.1e}; {share:.1}% of {} numbers have the reference's bits", t.error, t.bound, t.numbers)
+        };
+        let state = t.failure.as_ref().map_or("right".into(), |f| format!("WRONG: {f}"));
+        let _ = writeln!(o, "{:<22} {state} in {} launches: {how}", t.kernel, t.cases);
     }
 }
 
@@ -290,6 +336,12 @@ fn environment(o: &mut String, e: &gptoss::verify::env::Environment) {
         Some(n) => line(o, "nvcc", &format!("{} at {}", n.version, n.path)),
         None => line(o, "nvcc", "none"),
     }
-    let kernels = if e.kernels.is_empty() { "none".into() } else { e.kernels.join(", ") };
-    line(o, "kernels", &kernels);
+    if e.kernels.is_empty() {
+        line(o, "kernels", "none");
+    }
+    for k in &e.kernels {
+        let state = if k.damage.is_empty() { "hashes match".into() } else { format!("DAMAGED: {}", k.damage.join("; ")) };
+        line(o, "kernels", &format!("{} for {}, {state}", k.id, k.targets.join(";")));
+    }
+    line(o, "qqq", e.qqq.as_deref().unwrap_or("not among Python's packages"));
 }

@@ -296,7 +296,7 @@ void check_dequantization() {
             write_float(&want, 0, type, e == 255 ? NAN : float(exact));
             float a = read_float(rows.data(), row * k + c, type), b = read_float(turned.data(), c * n + row, type);
             float w = read_float(&want, 0, type);
-            bool same = isnan(w) ? isnan(a) && isnan(b) : a == w && b == w;
+            bool same = isnan(w) ? isnan(a) && isnan(b) : to_bits(a) == to_bits(w) && to_bits(b) == to_bits(w);
             // BF16 and F32 have every one of them.
             if (type != F16 && e != 255 && fabs(exact) < 3e38) same = same && a == exact;
             if (!same) fprintf(stderr, "row %d column %d: %g and %g, wanted %g\n", row, c, a, b, w), exit(1);

@@ -206,10 +206,12 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, 
     for (int y = 0; y < grid.y; y++)
       for (int x = 0; x < grid.x; x++) {
         blockIdx = backwards ? Dim3{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z} : Dim3{x, y, z};
-        block.threads = std::vector<Thread>(threads);
+        if (int(block.threads.size()) != threads) block.threads = std::vector<Thread>(threads);
         block.shared.assign(shared_bytes, 0xa5);
         for (Thread& t : block.threads) {
           t.state = State::Ready;
+          t.open.clear();
+          t.groups.clear();
           getcontext(&t.context);
           t.context.uc_stack.ss_sp = t.stack.get();
           t.context.uc_stack.ss_size = STACK;

@@ -67,6 +67,14 @@ pub enum Error {
         /// What happened and what to do.
         reason: String,
     },
+    /// The CUDA driver, or cuBLAS, refused something.
+    #[error("the GPU cannot {action}: {reason}")]
+    Gpu {
+        /// What was tried.
+        action: String,
+        /// What the driver said.
+        reason: String,
+    },
     /// A manifest on standard input or in a folder cannot be used.
     #[error("{origin}: {reason}")]
     BadManifest {

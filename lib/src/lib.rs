@@ -4,6 +4,7 @@
 //! cannot work fails there. Nothing is ever held whole: input is mapped, output is written at planned offsets.
 
 pub mod algorithms;
+pub mod bench;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod containers;

@@ -76,6 +76,9 @@ pub struct Manifest {
     /// The kernels that `gptoss-kernel-install` built.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub kernels: Option<crate::kernels::store::KernelBuild>,
+    /// What each of them gave on the GPU, from `gptoss-verify kernels`.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub kernel_tests: Vec<crate::kernels::gpu::selftest::KernelTest>,
     /// What differs from run to run.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub volatile: Option<Volatile>,
@@ -126,11 +129,23 @@ pub enum Job {
         /// Tokens that were timed.
         tokens: usize,
     },
+    /// How fast products are here.
+    Gemm {
+        /// Numbers of tokens.
+        m: Vec<usize>,
+        /// Layers.
+        shapes: Vec<crate::bench::Shape>,
+        /// Runs of each.
+        iters: usize,
+    },
     /// Which runtimes load a checkpoint.
     Runtimes,
     /// The CUDA kernels.
     #[serde(rename = "install-kernels")]
     InstallKernels,
+    /// Those that are installed, on the GPU.
+    #[serde(rename = "test-kernels")]
+    TestKernels,
     /// The machine.
     Env,
 }
@@ -329,6 +344,9 @@ pub struct Volatile {
     /// What `gptoss-bench` measured, one line a number of threads.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub bench: Vec<BenchRow>,
+    /// What `gptoss-bench gemm` measured.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub gemm: Vec<crate::bench::GemmRow>,
     /// How the flags were taken that do not change the output, such as `device_map`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     pub settings: BTreeMap<String, String>,
@@ -376,6 +394,7 @@ impl Manifest {
             quality: None,
             environment: None,
             kernels: None,
+            kernel_tests: Vec::new(),
             volatile: None,
         }
     }

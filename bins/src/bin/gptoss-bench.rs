@@ -1,4 +1,4 @@
-//! Measures how fast a checkpoint runs on this machine.
+//! Measures how fast a checkpoint runs on this machine, and how fast single products are.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -14,9 +14,10 @@ use gptoss::model::Model;
 use gptoss::model::forward::Session;
 use gptoss::ops::bandwidth::read_rate;
 use gptoss::pipeline::meter::Meter;
+use gptoss_tools::gemm::GemmArgs;
 use gptoss_tools::{Common, note_kernels, parse_numerics, parse_threads, run, source, volatile};
 
-/// Measure tokens a second, and the bytes of weights that a token needs.
+/// Measure tokens a second and the bytes of weights that a token needs, or products beside those of floats.
 #[derive(Parser)]
 #[command(
     version,
@@ -25,6 +26,8 @@ use gptoss_tools::{Common, note_kernels, parse_numerics, parse_threads, run, sou
   gptoss-bench decode --model ./out --context 1024 --tokens 64 --sweep 1,2,4
   gptoss-bench prefill --model ./out --tokens 512
   gptoss-quant --model-in ./gpt-oss-20b | gptoss-bench decode
+  gptoss-bench gemm --M 16 --K 4096 --N 4096 --iters 50
+  gptoss-bench gemm --shapes gpt-oss-20b --plot speed.svg
 
 Without --sweep, threads go 1, 2, 4 ... up to --threads."
 )]
@@ -59,6 +62,8 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = parse_tokens)]
         repeat: usize,
     },
+    /// Linear layers: the kernels of this processor and of a GPU beside products of floats
+    Gemm(GemmArgs),
 }
 
 #[derive(clap::Args)]
@@ -93,6 +98,7 @@ fn main() -> ExitCode {
             let job = Job::Bench { what: "prefill".into(), context: 0, tokens: *tokens };
             sweep(what, &args.common, job, |device, model| prefill(device, model, *tokens, *repeat))
         }
+        Command::Gemm(gemm) => gemm.run("gptoss-bench", &args.common),
     })
 }
 

@@ -50,8 +50,9 @@ impl Minifloat {
         }
     }
 
+    /// What is added to an exponent before it is stored.
     #[inline(always)]
-    const fn bias(self) -> u32 {
+    pub const fn bias(self) -> u32 {
         match self {
             Self::E2M1 | Self::E2M3 => 1,
             Self::E3M2 => 3,

@@ -39,6 +39,19 @@ impl Target {
         }
     }
 
+    /// How well it runs on a GPU of compute capability `capability`, such as (8, 6): larger is better, `None` not at all. Machine code runs
+    /// on the same major version from its minor one on, that with an `a` on its own version alone, PTX on every later one.
+    pub fn fitness(&self, (major, minor): (u32, u32)) -> Option<u32> {
+        let (number, own) = (self.order().0, major * 10 + minor);
+        let exact = self.code.ends_with('a');
+        let runs = match (exact, self.ptx) {
+            (true, _) => number == own,
+            (false, true) => number <= own,
+            (false, false) => number / 10 == major && number <= own,
+        };
+        runs.then(|| number * 4 + 2 * u32::from(!self.ptx) + u32::from(exact) + if self.ptx { 0 } else { 10_000 })
+    }
+
     /// By number, machine code before PTX.
     fn order(&self) -> (u32, &str, bool) {
         let number = self.code.trim_end_matches('a').parse().expect("codes are numbers");
@@ -119,6 +132,21 @@ mod tests {
             assert!(parse_list(bad, "--arch").unwrap_err().to_string().contains("\"8.6;9.0a\""), "{bad}");
         }
         assert_eq!(of_gpus(["9.0", "8.6", "9.0"].into_iter()), "8.6;9.0a");
+    }
+
+    #[test]
+    fn machine_code_is_taken_where_it_runs() {
+        let best = |list: &str, capability| {
+            let targets = parse_list(list, "--arch").unwrap();
+            let best = targets.iter().filter(|t| t.fitness(capability).is_some()).max_by_key(|t| t.fitness(capability));
+            best.map(Target::to_string)
+        };
+        assert_eq!(best(DEFAULT, (8, 6)).unwrap(), "8.6");
+        assert_eq!(best("8.0+PTX;9.0;9.0a", (9, 0)).unwrap(), "9.0a");
+        assert_eq!(best("8.0", (8, 9)).unwrap(), "8.0");
+        assert_eq!(best("8.0+PTX;9.0a", (10, 3)).unwrap(), "8.0+PTX");
+        assert_eq!(best("8.6;9.0a", (8, 0)), None);
+        assert_eq!(best("9.0a", (10, 0)), None);
     }
 
     #[test]

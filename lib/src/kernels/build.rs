@@ -33,17 +33,12 @@ pub struct Request {
 impl Request {
     /// What the build will be, but for its files.
     pub fn planned(&self) -> KernelBuild {
-        let source = |(name, text): (&str, &str)| FileRecord {
-            name: name.into(),
-            bytes: text.len() as u64,
-            sha256: sha256(text.as_bytes()),
-        };
         let mut build = KernelBuild {
             id: String::new(),
             nvcc: self.toolkit.version.clone(),
             flags: FLAGS.map(str::to_owned).to_vec(),
             targets: self.targets.iter().map(Target::to_string).collect(),
-            sources: SOURCES.map(source).to_vec(),
+            sources: sources(),
             files: Vec::new(),
         };
         let all = serde_json::to_vec(&build).expect("a build is JSON");
@@ -131,6 +126,16 @@ impl Request {
             lines.join("\n")
         )))
     }
+}
+
+/// What this program would compile.
+pub fn sources() -> Vec<FileRecord> {
+    let source = |(name, text): (&str, &str)| FileRecord {
+        name: name.into(),
+        bytes: text.len() as u64,
+        sha256: sha256(text.as_bytes()),
+    };
+    SOURCES.map(source).to_vec()
 }
 
 /// The build in `path`, where there is one with nothing amiss.

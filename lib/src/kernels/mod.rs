@@ -1,7 +1,8 @@
-//! CUDA kernels: their sources, which this program carries, and the builds of them that are installed.
+//! CUDA kernels: their sources, which this program carries, the builds of them that are installed, and how they are launched.
 
 pub mod arch;
 pub mod build;
+pub mod gpu;
 pub mod store;
 pub mod toolkit;
 

@@ -15,6 +15,7 @@ pub mod elementwise;
 pub mod math;
 pub mod matmul;
 pub mod moments;
+pub mod random;
 pub mod round;
 pub mod route;
 pub mod transpose;

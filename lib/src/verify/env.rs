@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::gpu::has_driver;
 use crate::kernels::store::{self, Installed};
 use crate::kernels::toolkit::Toolkit;
 
@@ -29,7 +30,9 @@ pub struct Environment {
     /// The CUDA compiler.
     pub nvcc: Option<Nvcc>,
     /// Installed kernel builds.
-    pub kernels: Vec<String>,
+    pub kernels: Vec<InstalledBuild>,
+    /// The version of the Python package `qqq`, in the active virtual environment or the first `python3` of PATH.
+    pub qqq: Option<String>,
 }
 
 /// One GPU.
@@ -54,6 +57,18 @@ pub struct Nvcc {
     pub version: String,
 }
 
+/// A build of the kernels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InstalledBuild {
+    /// Its folder's name.
+    pub id: String,
+    /// What it was compiled for, such as "9.0a".
+    pub targets: Vec<String>,
+    /// Files that are missing or have other hashes than its manifest says.
+    pub damage: Vec<String>,
+}
+
 impl Environment {
     /// Looks.
     pub fn detect() -> Self {
@@ -68,6 +83,7 @@ impl Environment {
             gpus,
             nvcc: nvcc(),
             kernels: kernels(),
+            qqq: qqq(),
         }
     }
 }
@@ -103,8 +119,7 @@ fn cpu_features() -> Vec<String> {
 
 fn cuda() -> (Option<String>, Vec<Gpu>) {
     use cudarc::driver::{result, sys};
-    // SAFETY: only opens the library. cudarc panics where it calls into one that is not there, so this comes first.
-    if !unsafe { sys::is_culib_present() } || result::init().is_err() {
+    if !has_driver() {
         return (None, Vec::new());
     }
     let mut version = 0;
@@ -152,7 +167,17 @@ pub fn kernels_installed() -> bool {
     builds.iter().any(has)
 }
 
-fn kernels() -> Vec<String> {
+fn kernels() -> Vec<InstalledBuild> {
     let builds = kernel_dir().and_then(|d| store::list(&d).ok()).unwrap_or_default();
-    builds.into_iter().map(|b| b.build.id).collect()
+    let one = |b: Installed| InstalledBuild { damage: b.damage(), id: b.build.id, targets: b.build.targets };
+    builds.into_iter().map(one).collect()
+}
+
+/// QQQ's own kernels come as a Python package; Python says whether it is there, without importing it.
+fn qqq() -> Option<String> {
+    let venv = std::env::var_os("VIRTUAL_ENV").map(|v| PathBuf::from(v).join("bin/python"));
+    let python = venv.filter(|p| p.is_file()).or_else(|| which::which("python3").ok())?;
+    let question = "import importlib.metadata as m\ntry: print(m.version('qqq'))\nexcept m.PackageNotFoundError: pass";
+    let answer = duct::cmd!(python, "-c", question).stdin_null().stderr_null().unchecked().read().ok()?;
+    Some(answer.trim().to_owned()).filter(|version| !version.is_empty())
 }

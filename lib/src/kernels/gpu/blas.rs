@@ -1,0 +1,104 @@
+//! cuBLAS, where it is installed: what products of floats are compared with.
+
+use std::ffi::c_void;
+
+use cudarc::cublas::{result, sys};
+
+use super::{Buffer, Gpu};
+use crate::error::{Error, Result};
+use crate::formats::float::Float;
+
+/// A handle whose work goes where the kernels' goes.
+pub struct Blas<'g> {
+    handle: sys::cublasHandle_t,
+    // What cuBLAS works in; given, so that launches can be captured.
+    workspace: Buffer<'g>,
+}
+
+/// Bytes of the workspace: what NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+fn failed(action: &str) -> impl FnOnce(result::CublasError) -> Error {
+    let action = format!("{action} with cuBLAS");
+    move |e| Error::Gpu { action, reason: format!("{e:?}") }
+}
+
+impl<'g> Blas<'g> {
+    /// Opens it; `None` where the library is not found.
+    pub fn open(gpu: &'g Gpu) -> Result<Option<Self>> {
+        // SAFETY: only opens the library. cudarc panics where it calls into one that is not there, so this comes first.
+        if !unsafe { sys::is_culib_present() } {
+            return Ok(None);
+        }
+        let workspace = gpu.filled(WORKSPACE, 0)?;
+        let handle = result::create_handle().map_err(failed("begin"))?;
+        // SAFETY: handle, stream and workspace live as long as this.
+        unsafe {
+            result::set_stream(handle, gpu.stream.cast()).map_err(failed("use the stream"))?;
+            let at = workspace.address() as *mut c_void;
+            sys::cublasSetWorkspace_v2(handle, at, workspace.bytes()).result().map_err(failed("use a workspace"))?;
+        }
+        Ok(Some(Self { handle, workspace }))
+    }
+
+    /// `out` [m, n] = `input` [m, k] `weight` [n, k]^T, all of 16-bit `float`, summed in f32. `first` is the number of the first row that counts in
+    /// input and output, `layer` that of the weight.
+    ///
+    /// # Panics
+    /// Where something is too short.
+    pub fn product(
+        &self,
+        (weight, layer): (&Buffer, usize),
+        input: &Buffer,
+        out: &Buffer,
+        first: usize,
+        (m, n, k): (usize, usize, usize),
+        float: Float,
+    ) -> Result<()> {
+        let size = float.size() as u64;
+        assert!(size == 2 && self.workspace.bytes() == WORKSPACE, "16-bit floats");
+        assert!(weight.bytes() >= (layer + 1) * n * k * 2 && input.bytes() >= (first + m) * k * 2, "all there");
+        assert!(out.bytes() >= (first + m) * n * 2, "the output has room");
+        let ty = match float {
+            Float::F16 => sys::cudaDataType::CUDA_R_16F,
+            _ => sys::cudaDataType::CUDA_R_16BF,
+        };
+        let (one, zero) = (1f32, 0f32);
+        let place = |b: &Buffer, numbers: usize| (b.address() + numbers as u64 * size) as *mut c_void;
+        let transposed = sys::cublasOperation_t::CUBLAS_OP_T;
+        let plain = sys::cublasOperation_t::CUBLAS_OP_N;
+        // Its matrices lie by columns: the output is seen as [n, m].
+        // SAFETY: lengths were checked above; the scalars are read before this returns.
+        let done = unsafe {
+            result::gemm_ex(
+                self.handle,
+                transposed,
+                plain,
+                n as i32,
+                m as i32,
+                k as i32,
+                (&raw const one).cast(),
+                place(weight, layer * n * k),
+                ty,
+                k as i32,
+                place(input, first * k),
+                ty,
+                k as i32,
+                (&raw const zero).cast(),
+                place(out, first * n),
+                ty,
+                n as i32,
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+            )
+        };
+        done.map_err(failed("multiply"))
+    }
+}
+
+impl Drop for Blas<'_> {
+    fn drop(&mut self) {
+        // SAFETY: it was created, and what it launched keeps what it needs.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}

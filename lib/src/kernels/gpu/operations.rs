@@ -1,0 +1,588 @@
+//! The kernels as functions over buffers: structures as the sources have them, grids, shared memory, and checks that everything is there.
+
+use std::ffi::c_void;
+
+use super::{Buffer, Gpu, Launch};
+use crate::error::Result;
+use crate::formats::NumberFormat;
+use crate::formats::float::Float;
+use crate::formats::minifloat::Minifloat;
+
+/// Threads of a block of a product, rows of the weight and columns of a stage that it has, stages in flight (kernels/gemm.cuh).
+const THREADS: usize = 128;
+const ROWS: usize = 64;
+const COLUMNS: usize = 128;
+const STAGES: usize = 4;
+/// Threads of a block of everything else but [`fake_quantize`].
+const WIDE: usize = 256;
+/// Rows of a tile that is turned, and columns: a group of MXFP4.
+const TURNED: (usize, usize) = (64, 32);
+/// Tokens that a block may have.
+pub const TILES: [usize; 4] = [8, 16, 32, 64];
+
+/// `FloatType` of kernels/common.cuh.
+fn type_of(float: Float) -> i32 {
+    match float {
+        Float::Bf16 => 0,
+        Float::F16 => 1,
+        Float::F32 => 2,
+    }
+}
+
+/// What the codes of a weight are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Codes {
+    /// gpt-oss's own, scales E8M0 in groups of 32.
+    E2m1,
+    /// 4 bits with 8 added.
+    Int4,
+    /// 8 bits with their sign.
+    Int8,
+}
+
+impl Codes {
+    /// Bits of a code.
+    pub fn bits(self) -> usize {
+        if self == Self::Int8 { 8 } else { 4 }
+    }
+
+    fn stage_bytes(self) -> usize {
+        COLUMNS * self.bits() / 8
+    }
+
+    /// Bytes of a scale of type `float`.
+    pub fn scale_bytes(self, float: Float) -> usize {
+        if self == Self::E2m1 { 1 } else { float.size() }
+    }
+}
+
+/// Codes by inputs: a family of kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Product {
+    /// Its source, without the ending.
+    pub name: &'static str,
+    /// Of the weight.
+    pub codes: Codes,
+    /// Whether inputs are int8 with a scale a token; otherwise they are bf16.
+    pub int8: bool,
+}
+
+/// All of them.
+pub const PRODUCTS: [Product; 5] = [
+    Product { name: "w4a8", codes: Codes::Int4, int8: true },
+    Product { name: "mxfp4_a8", codes: Codes::E2m1, int8: true },
+    Product { name: "w8a8", codes: Codes::Int8, int8: true },
+    Product { name: "w4a16", codes: Codes::Int4, int8: false },
+    Product { name: "mxfp4_a16", codes: Codes::E2m1, int8: false },
+];
+
+/// `gemm::Arguments`.
+#[repr(C)]
+struct ProductArguments {
+    weight: u64,
+    weight_scale: u64,
+    input: u64,
+    input_scale: u64,
+    bias: u64,
+    output: u64,
+    partial: u64,
+    tickets: u64,
+    m: i32,
+    n: i32,
+    k: i32,
+    group: i32,
+    splits: i32,
+    scale_type: i32,
+    output_type: i32,
+}
+
+/// `gemm::Experts`.
+#[repr(C)]
+struct ExpertArguments {
+    tiles: u64,
+    offsets: u64,
+    rows: u64,
+    swiglu: i32,
+    alpha: f32,
+    limit: f32,
+}
+
+/// Weights [experts, N, K] of linear layers, as a checkpoint has them.
+pub struct Weight<'g> {
+    /// Codes, rows one behind the other.
+    pub codes: Buffer<'g>,
+    /// [experts, N, K / group].
+    pub scales: Buffer<'g>,
+    /// Of the scales; of E8M0 it says nothing.
+    pub scale_type: Float,
+    /// [experts, N] of the output's type.
+    pub bias: Option<Buffer<'g>>,
+    /// How many layers; 1 for a single one.
+    pub experts: usize,
+    /// Outputs.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// Columns of a scale.
+    pub group: usize,
+}
+
+/// Inputs [M, K].
+pub struct Inputs<'b, 'g> {
+    /// int8 or bf16.
+    pub values: &'b Buffer<'g>,
+    /// [M] in f32, for int8.
+    pub scales: Option<&'b Buffer<'g>>,
+    /// How many there are.
+    pub rows: usize,
+}
+
+/// How a product is cut into blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// Tokens of a block, one of [`TILES`].
+    pub tokens: usize,
+    /// Parts of K.
+    pub splits: usize,
+}
+
+/// What the splits of products need: sums, and tickets that are 0 between launches. Launches that share it come one after the other.
+pub struct Scratch<'g> {
+    partial: Buffer<'g>,
+    tickets: Buffer<'g>,
+}
+
+impl<'g> Scratch<'g> {
+    /// Room for `rows` rows in `tiles` tiles.
+    pub fn new(gpu: &'g Gpu, cut: Cut, rows: usize, tiles: usize, n: usize) -> Result<Self> {
+        let sums = if cut.splits > 1 { cut.splits * rows * n } else { 1 };
+        Ok(Self { partial: gpu.room(4 * sums)?, tickets: gpu.filled(4 * tiles * n.div_ceil(ROWS), 0)? })
+    }
+}
+
+/// Which rows go to which expert; made on the GPU by `group_rows`.
+pub struct Routes<'g> {
+    /// [tiles, 2]: expert and first row.
+    pub tiles: Buffer<'g>,
+    /// [experts + 1].
+    pub offsets: Buffer<'g>,
+    /// [tokens * top_k]: the token of each row.
+    pub rows: Buffer<'g>,
+    /// [tokens, top_k]: the row of each token at each of its experts.
+    pub places: Buffer<'g>,
+    /// Room for tiles.
+    pub tile_count: usize,
+    /// Rows of a tile.
+    pub tile: usize,
+    /// Tokens, and experts of each.
+    pub tokens: (usize, usize),
+    /// All experts.
+    pub count: usize,
+}
+
+/// How the rows of a layer's experts are taken and what becomes of their outputs.
+#[derive(Debug, Clone, Copy)]
+pub struct Mixture {
+    /// Rows are gathered from the tokens' inputs; otherwise each row has its own.
+    pub gather: bool,
+    /// alpha and limit: outputs alternate between gates and what goes up, and N / 2 come out.
+    pub swiglu: Option<(f32, f32)>,
+}
+
+impl Product {
+    /// Bytes of shared memory of a block: `gemm::shared_bytes`.
+    pub fn shared_bytes(&self, cut: Cut, k: usize, group: usize, scale: Float) -> usize {
+        let stage = ROWS * self.codes.stage_bytes() + cut.tokens * COLUMNS * if self.int8 { 1 } else { 2 };
+        let stride = (k / group).div_ceil(cut.splits) | 1;
+        let scales = (ROWS * stride * self.codes.scale_bytes(scale)).next_multiple_of(16);
+        STAGES * stage + scales + (cut.tokens + 4) * 4
+    }
+
+    /// A cut for `rows` rows (of each expert, on average, where there are several): tiles that hold them, and as many splits as give each
+    /// multiprocessor three blocks, none shorter than two stages. `None` where no split fits the shared memory.
+    pub fn cut(&self, gpu: &Gpu, rows: usize, layers: usize, w: (usize, usize, usize), scale: Float) -> Option<Cut> {
+        let (n, k, group) = w;
+        let tokens = TILES.into_iter().find(|&t| t >= rows).unwrap_or(TILES[3]);
+        let blocks = rows.div_ceil(tokens).max(1) * n.div_ceil(ROWS) * layers;
+        let least = group.max(2 * COLUMNS);
+        let most = (k / least).clamp(1, k / group);
+        let wanted = (3 * gpu.multiprocessors as usize).div_ceil(blocks).clamp(1, most);
+        // Shared memory may want shorter parts.
+        (wanted..=k / group).map(|splits| Cut { tokens, splits }).find(|&cut| {
+            self.shared_bytes(cut, k, group, scale) <= gpu.shared_bytes
+        })
+    }
+
+    /// `output` [rows, N] = inputs W^T + bias, or of a [`Mixture`] each row by its expert's weight.
+    ///
+    /// # Panics
+    /// Where something is shorter than the shapes say.
+    pub fn launch(
+        &self,
+        gpu: &Gpu,
+        w: &Weight,
+        inputs: &Inputs,
+        output: (&Buffer, Float),
+        cut: Cut,
+        scratch: &Scratch,
+        experts: Option<(&Routes, Mixture)>,
+    ) -> Result<()> {
+        let rows = experts.map_or(inputs.rows, |(r, _)| r.tokens.0 * r.tokens.1);
+        let wide = if experts.is_some_and(|(_, m)| m.swiglu.is_some()) { w.n / 2 } else { w.n };
+        let groups = w.k / w.group;
+        assert!(w.k.is_multiple_of(w.group) && w.group.is_multiple_of(32), "groups are whole");
+        assert!((1..=groups).contains(&cut.splits) && TILES.contains(&cut.tokens), "a cut is one of the kernels'");
+        assert!(w.codes.bytes() >= w.experts * w.n * w.k * self.codes.bits() / 8, "codes are all there");
+        assert!(w.scales.bytes() >= w.experts * w.n * groups * self.codes.scale_bytes(w.scale_type), "scales too");
+        assert!(w.bias.as_ref().is_none_or(|b| b.bytes() >= w.experts * w.n * output.1.size()), "biases too");
+        assert!(inputs.values.bytes() >= inputs.rows * w.k * if self.int8 { 1 } else { 2 }, "inputs too");
+        assert!(!self.int8 || inputs.scales.is_some_and(|s| s.bytes() >= 4 * inputs.rows), "their scales too");
+        assert!(output.0.bytes() >= rows * wide * output.1.size(), "the output has room");
+        let tiles = experts.map_or(rows.div_ceil(cut.tokens), |(r, _)| r.tile_count);
+        assert!(scratch.tickets.bytes() >= 4 * tiles * w.n.div_ceil(ROWS), "tiles have tickets");
+        assert!(cut.splits == 1 || scratch.partial.bytes() >= 4 * cut.splits * rows * w.n, "splits have room");
+        let mut arguments = ProductArguments {
+            weight: w.codes.address(),
+            weight_scale: w.scales.address(),
+            input: inputs.values.address(),
+            input_scale: inputs.scales.map_or(0, Buffer::address),
+            bias: w.bias.as_ref().map_or(0, Buffer::address),
+            output: output.0.address(),
+            partial: scratch.partial.address(),
+            tickets: scratch.tickets.address(),
+            m: rows as i32,
+            n: w.n as i32,
+            k: w.k as i32,
+            group: w.group as i32,
+            splits: cut.splits as i32,
+            scale_type: type_of(w.scale_type),
+            output_type: type_of(output.1),
+        };
+        let infix = if experts.is_some() { "_experts" } else { "" };
+        let launch = Launch {
+            source: self.name,
+            kernel: format!("{}{infix}_{}", self.name, cut.tokens),
+            grid: [tiles, w.n.div_ceil(ROWS), cut.splits],
+            threads: THREADS,
+            shared: self.shared_bytes(cut, w.k, w.group, w.scale_type),
+        };
+        let first = (&raw mut arguments).cast::<c_void>();
+        let Some((routes, mixture)) = experts else {
+            assert_eq!(w.experts, 1, "a single layer");
+            // SAFETY: the structure is the kernel's, and lengths were checked above.
+            return unsafe { gpu.launch(&launch, &mut [first]) };
+        };
+        assert!(routes.tile == cut.tokens && routes.count == w.experts, "rows were grouped for these tiles and weights");
+        assert!(if mixture.gather { inputs.rows == routes.tokens.0 } else { inputs.rows == rows }, "each row has an input");
+        let (alpha, limit) = mixture.swiglu.unwrap_or_default();
+        let mut second = ExpertArguments {
+            tiles: routes.tiles.address(),
+            offsets: routes.offsets.address(),
+            rows: if mixture.gather { routes.rows.address() } else { 0 },
+            swiglu: i32::from(mixture.swiglu.is_some()),
+            alpha,
+            limit,
+        };
+        // SAFETY: as above; what `group_rows` wrote stays within its own buffers.
+        unsafe { gpu.launch(&launch, &mut [first, (&raw mut second).cast()]) }
+    }
+}
+
+/// `routes::Arguments`.
+#[repr(C)]
+struct RouteArguments {
+    experts: u64,
+    offsets: u64,
+    rows: u64,
+    places: u64,
+    tiles: u64,
+    tokens: i32,
+    top_k: i32,
+    count: i32,
+    tile: i32,
+    tile_count: i32,
+}
+
+impl<'g> Routes<'g> {
+    /// Room for `tokens` tokens with `top_k` of `count` experts each, in tiles of `tile` rows.
+    ///
+    /// # Panics
+    /// For more experts than a block has threads.
+    pub fn new(gpu: &'g Gpu, tokens: (usize, usize), count: usize, tile: usize) -> Result<Self> {
+        assert!(count <= WIDE, "a thread an expert");
+        let rows = tokens.0 * tokens.1;
+        // Every expert may have a tile that is not full.
+        let tile_count = rows / tile + count.min(rows);
+        Ok(Self {
+            tiles: gpu.room(8 * tile_count)?,
+            offsets: gpu.room(4 * (count + 1))?,
+            rows: gpu.room(4 * rows)?,
+            places: gpu.room(4 * rows)?,
+            tile_count,
+            tile,
+            tokens,
+            count,
+        })
+    }
+
+    /// Groups the rows of `experts` [tokens, top_k] (i32, ascending in each token).
+    pub fn group(&self, gpu: &Gpu, experts: &Buffer) -> Result<()> {
+        assert!(experts.bytes() >= 4 * self.tokens.0 * self.tokens.1, "each token has its experts");
+        let mut arguments = RouteArguments {
+            experts: experts.address(),
+            offsets: self.offsets.address(),
+            rows: self.rows.address(),
+            places: self.places.address(),
+            tiles: self.tiles.address(),
+            tokens: self.tokens.0 as i32,
+            top_k: self.tokens.1 as i32,
+            count: self.count as i32,
+            tile: self.tile as i32,
+            tile_count: self.tile_count as i32,
+        };
+        let launch = wide("group_rows", [1, 1, 1], 3 * WIDE * 4);
+        // SAFETY: the structure is the kernel's, and its buffers were made for these numbers.
+        unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+    }
+}
+
+/// A launch of a kernel whose blocks have 256 threads.
+fn wide(source: &'static str, grid: [usize; 3], shared: usize) -> Launch {
+    Launch { source, kernel: source.into(), grid, threads: WIDE, shared }
+}
+
+/// `activations::Arguments`.
+#[repr(C)]
+struct ActivationArguments {
+    input: u64,
+    codes: u64,
+    scales: u64,
+    m: i32,
+    k: i32,
+    input_type: i32,
+}
+
+/// Inputs [m, k] to int8, one scale a token.
+pub fn quantize_activations(
+    gpu: &Gpu,
+    input: (&Buffer, Float),
+    codes: &Buffer,
+    scales: &Buffer,
+    (m, k): (usize, usize),
+) -> Result<()> {
+    assert!(k.is_multiple_of(8) && input.0.bytes() >= m * k * input.1.size(), "inputs are all there");
+    assert!(codes.bytes() >= m * k && scales.bytes() >= 4 * m, "results have room");
+    let mut arguments = ActivationArguments {
+        input: input.0.address(),
+        codes: codes.address(),
+        scales: scales.address(),
+        m: m as i32,
+        k: k as i32,
+        input_type: type_of(input.1),
+    };
+    let launch = wide("quantize_activations", [m, 1, 1], WIDE / 32 * 4);
+    // SAFETY: the structure is the kernel's, and lengths were checked above.
+    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+}
+
+/// `combine::Arguments`.
+#[repr(C)]
+struct CombineArguments {
+    input: u64,
+    places: u64,
+    weights: u64,
+    output: u64,
+    k: i32,
+    top_k: i32,
+    float: i32,
+}
+
+/// `output` [tokens, k]: the weighted sums of `input` [rows, k]; `weights` [tokens, top_k] in f32.
+pub fn combine_experts(
+    gpu: &Gpu,
+    routes: &Routes,
+    input: &Buffer,
+    weights: &Buffer,
+    output: &Buffer,
+    (k, float): (usize, Float),
+) -> Result<()> {
+    let (tokens, top_k) = routes.tokens;
+    assert!(input.bytes() >= tokens * top_k * k * float.size(), "rows are all there");
+    assert!(weights.bytes() >= 4 * tokens * top_k && output.bytes() >= tokens * k * float.size(), "the rest too");
+    let mut arguments = CombineArguments {
+        input: input.address(),
+        places: routes.places.address(),
+        weights: weights.address(),
+        output: output.address(),
+        k: k as i32,
+        top_k: top_k as i32,
+        float: type_of(float),
+    };
+    let launch = wide("combine_experts", [tokens, k.div_ceil(WIDE), 1], 0);
+    // SAFETY: the structure is the kernel's, and lengths were checked above.
+    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+}
+
+/// `mxfp4::Arguments`.
+#[repr(C)]
+struct Mxfp4Arguments {
+    codes: u64,
+    scales: u64,
+    output: u64,
+    n: i32,
+    k: i32,
+    output_type: i32,
+}
+
+/// MXFP4 [n, k] to floats [n, k], or [k, n] where `turned`.
+pub fn dequantize_mxfp4(
+    gpu: &Gpu,
+    (codes, scales): (&Buffer, &Buffer),
+    output: (&Buffer, Float),
+    (n, k): (usize, usize),
+    turned: bool,
+) -> Result<()> {
+    assert!(k.is_multiple_of(32) && codes.bytes() >= n * k / 2 && scales.bytes() >= n * k / 32, "codes are all there");
+    assert!(output.0.bytes() >= n * k * output.1.size(), "the output has room");
+    let mut arguments = Mxfp4Arguments {
+        codes: codes.address(),
+        scales: scales.address(),
+        output: output.0.address(),
+        n: n as i32,
+        k: k as i32,
+        output_type: type_of(output.1),
+    };
+    let mut launch = wide("dequantize_mxfp4", [(n * k / 8).div_ceil(WIDE), 1, 1], 0);
+    if turned {
+        let (rows, group) = TURNED;
+        launch.kernel = "dequantize_mxfp4_turned".into();
+        (launch.grid, launch.shared) = ([n.div_ceil(rows), k / group, 1], group * (rows + 1) * 4);
+    }
+    // SAFETY: the structure is the kernel's, and lengths were checked above.
+    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+}
+
+/// `fake::Arguments`.
+#[repr(C)]
+struct FakeArguments {
+    input: u64,
+    output: u64,
+    codes: u64,
+    scales: u64,
+    zero_points: u64,
+    rows: i32,
+    k: i32,
+    group: i32,
+    float: i32,
+    kind: i32,
+    bits: i32,
+    symmetric: i32,
+    fraction: i32,
+    bias: i32,
+    most: f32,
+    global: f32,
+    given: i32,
+}
+
+/// What [`fake_quantize`] writes; scales and zero points are read where they are given.
+pub struct Rounded<'b, 'g> {
+    /// Values [rows, k] of the weights' type.
+    pub values: &'b Buffer<'g>,
+    /// [rows, k], int8.
+    pub codes: &'b Buffer<'g>,
+    /// [rows, k / group], f32.
+    pub scales: &'b Buffer<'g>,
+    /// The same.
+    pub zero_points: &'b Buffer<'g>,
+}
+
+/// Whether [`fake_quantize`] knows a format: all but ggml's block types and plain floats.
+pub fn can_fake(format: NumberFormat) -> bool {
+    !matches!(format, NumberFormat::Ggml(_) | NumberFormat::Half(_))
+}
+
+/// Weights [rows, k] in groups rounded to a format and back; `global` is NVFP4's.
+///
+/// # Panics
+/// For formats that it does not know ([`can_fake`]), and where something is too short.
+pub fn fake_quantize(
+    gpu: &Gpu,
+    format: NumberFormat,
+    input: (&Buffer, Float),
+    out: &Rounded,
+    (rows, k, group): (usize, usize, usize),
+    global: f32,
+    given: bool,
+) -> Result<()> {
+    assert!(can_fake(format) && k.is_multiple_of(group), "a format with codes, in whole groups");
+    let (numbers, groups) = (rows * k, rows * (k / group));
+    assert!(input.0.bytes() >= numbers * input.1.size() && out.values.bytes() >= numbers * input.1.size(), "all there");
+    assert!(out.codes.bytes() >= numbers && out.scales.bytes().min(out.zero_points.bytes()) >= 4 * groups, "all there");
+    let (kind, table) = match format {
+        NumberFormat::Int(_) => (0, None),
+        NumberFormat::Float(table) => (1, Some(table)),
+        NumberFormat::Mx(table) => (2, Some(table)),
+        NumberFormat::Nvfp4 => (3, Some(Minifloat::E2M1)),
+        _ => (4, None),
+    };
+    let mut arguments = FakeArguments {
+        input: input.0.address(),
+        output: out.values.address(),
+        codes: out.codes.address(),
+        scales: out.scales.address(),
+        zero_points: out.zero_points.address(),
+        rows: rows as i32,
+        k: k as i32,
+        group: group as i32,
+        float: type_of(input.1),
+        kind,
+        bits: i32::from(format.bits()),
+        symmetric: i32::from(format.symmetric()),
+        fraction: table.map_or(0, |t| t.fraction() as i32),
+        bias: table.map_or(0, |t| t.bias() as i32),
+        most: table.map_or(0.0, Minifloat::max),
+        global,
+        given: i32::from(given),
+    };
+    let threads = 128;
+    let grid = [groups.div_ceil(threads / 32), 1, 1];
+    let launch = Launch { source: "fake_quantize", kernel: "fake_quantize".into(), grid, threads, shared: 0 };
+    // SAFETY: the structure is the kernel's, and lengths were checked above.
+    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+}
+
+/// `mask::Arguments`.
+#[repr(C)]
+struct MaskArguments {
+    input: u64,
+    output: u64,
+    zeros: u64,
+    squares: u64,
+    rows: i32,
+    k: i32,
+    float: i32,
+}
+
+/// Two zeros in every four numbers of `input` [rows, k]; `zeros` [rows, k] says where. `squares` [k]: the inputs' squares, summed.
+pub fn mask_2_4(
+    gpu: &Gpu,
+    input: (&Buffer, Float),
+    squares: Option<&Buffer>,
+    (output, zeros): (&Buffer, &Buffer),
+    (rows, k): (usize, usize),
+) -> Result<()> {
+    assert!(k.is_multiple_of(4) && input.0.bytes().min(output.bytes()) >= rows * k * input.1.size(), "all there");
+    assert!(zeros.bytes() >= rows * k && squares.is_none_or(|s| s.bytes() >= 4 * k), "all there");
+    let mut arguments = MaskArguments {
+        input: input.0.address(),
+        output: output.address(),
+        zeros: zeros.address(),
+        squares: squares.map_or(0, Buffer::address),
+        rows: rows as i32,
+        k: k as i32,
+        float: type_of(input.1),
+    };
+    let launch = wide("mask_2_4", [(rows * k / 4).div_ceil(WIDE), 1, 1], 0);
+    // SAFETY: the structure is the kernel's, and lengths were checked above.
+    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+}

@@ -1,0 +1,119 @@
+//! What the kernels must give, one output at a time, on this processor.
+
+use crate::formats::float::Float;
+use crate::formats::minifloat::Minifloat;
+use crate::formats::mx;
+
+use super::operations::{Codes, Product};
+
+/// A linear layer in this machine's memory, as its checkpoint has it.
+pub struct Layer<'a> {
+    /// What its codes are.
+    pub product: Product,
+    /// [N, K], two a byte where they have four bits.
+    pub codes: &'a [u8],
+    /// [N, K / group]: bytes of E8M0, or of floats.
+    pub scales: &'a [u8],
+    /// Of the scales.
+    pub scale_type: Float,
+    /// [N].
+    pub bias: Option<&'a [f32]>,
+    /// Columns.
+    pub k: usize,
+    /// Columns of a scale.
+    pub group: usize,
+}
+
+/// The inputs of a token.
+#[derive(Clone, Copy)]
+pub enum Token<'a> {
+    /// Codes and their scale.
+    Int8(&'a [i8], f32),
+    /// Numbers that bf16 has.
+    Bf16(&'a [f32]),
+}
+
+/// An output.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    /// In the order that kernels/gemm.cuh states: for int8 inputs every bit is the kernel's.
+    pub stated: f32,
+    /// In f64.
+    pub exact: f64,
+    /// The sum of the sizes of its parts, which bounds what rounding may do.
+    pub size: f64,
+}
+
+/// gpt-oss's gated unit.
+pub fn swiglu(gate: f32, up: f32, (alpha, limit): (f32, f32)) -> f32 {
+    let gate = if gate > limit { limit } else { gate };
+    let up = up.clamp(-limit, limit);
+    (up + 1.0) * (gate / (1.0 + (-alpha * gate).exp()))
+}
+
+impl Layer<'_> {
+    /// The value of a code, and how many times it a kernel with int8 inputs has.
+    fn code(&self, row: usize, column: usize) -> (f64, f32) {
+        let nibble = |byte: u8| if column.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
+        let at = row * self.k + column;
+        match self.product.codes {
+            Codes::E2m1 => (f64::from(Minifloat::E2M1.value(nibble(self.codes[at / 2]))), 2.0),
+            Codes::Int4 => (f64::from(nibble(self.codes[at / 2])) - 8.0, 16.0),
+            Codes::Int8 => (f64::from(self.codes[at] as i8), 1.0),
+        }
+    }
+
+    fn scale(&self, row: usize, group: usize) -> f32 {
+        let at = row * (self.k / self.group) + group;
+        if self.product.codes == Codes::E2m1 {
+            return mx::scale(self.scales[at]);
+        }
+        let (mut scale, size) = ([0f32], self.scale_type.size());
+        self.scale_type.read(&self.scales[at * size..][..size], &mut scale);
+        scale[0]
+    }
+
+    /// Output `row` for a token, K in `splits` parts.
+    pub fn output(&self, row: usize, token: Token, splits: usize) -> Output {
+        let groups = self.k / self.group;
+        let of_split = groups.div_ceil(splits);
+        let (mut stated, mut exact, mut size) = (None, 0f64, 0f64);
+        let mut step = 1.0;
+        for split in 0..splits {
+            let mut chain = 0f32;
+            for g in split * of_split..groups.min((split + 1) * of_split) {
+                let (mut sum, mut sizes, mut multiple) = (0f64, 0f64, 1f32);
+                for c in g * self.group..(g + 1) * self.group {
+                    let (value, times) = self.code(row, c);
+                    let product = match token {
+                        Token::Int8(codes, _) => {
+                            multiple = times;
+                            value * f64::from(codes[c])
+                        }
+                        Token::Bf16(numbers) => value * f64::from(numbers[c]),
+                    };
+                    sum += product;
+                    sizes += product.abs();
+                }
+                let scale = self.scale(row, g);
+                step = 1.0 / multiple;
+                chain = ((sum * f64::from(multiple)) as f32).mul_add(scale, chain);
+                exact += sum * f64::from(scale);
+                size += (sizes * f64::from(scale)).abs();
+            }
+            stated = Some(stated.map_or(chain, |sum: f32| sum + chain));
+        }
+        let mut stated = stated.unwrap_or(0.0);
+        if let Token::Int8(_, scale) = token {
+            stated *= scale * step;
+            exact *= f64::from(scale);
+            size *= f64::from(scale).abs();
+        }
+        if let Some(bias) = self.bias {
+            stated += bias[row];
+            exact += f64::from(bias[row]);
+            size += f64::from(bias[row]).abs();
+        }
+        Output { stated, exact, size }
+    }
+}
