@@ -1,7 +1,7 @@
 // Weights rounded to a number format and back: integers of 2 to 8 bits, E2M1, E2M3, E3M2, E4M3 and E5M2 under a scale of the weights' type or
 // in MX blocks, NVFP4, ternary. Scales are fitted as compressed-tensors does it, every intermediate result rounded to the weights' type; the
 // reference is lib/src/formats, bit for bit.
-#include "common.cuh"
+#include "small_floats.cuh"
 
 namespace fake {
 
@@ -38,39 +38,6 @@ DEVICE float positive(float scale, int type) {
   return x == 0 ? epsilon(type) : x;
 }
 
-DEVICE float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
-
-// A table of small floats: `fraction` bits of it, the exponent's bias, the greatest value.
-struct Small {
-  int fraction, bias;
-  float most;
-
-  DEVICE float normal() const { return from_bits(uint32_t(128 - bias) << 23); }
-  DEVICE float step() const { return from_bits(uint32_t(128 - bias - fraction) << 23); }
-
-  // To the nearest value, ties to the even code; beyond the greatest it is that.
-  DEVICE float round(float x) const {
-    x = clamped(x, -most, most);
-    int lost = 23 - fraction;
-    uint32_t bits = to_bits(x), sign = bits & 0x80000000u;
-    // Added to 1.5 * 2^23 steps and taken away again, a number is a multiple of the step.
-    float shift = 12582912.0f * step();
-    if (fabsf(x) < normal()) return from_bits(to_bits(fabsf(x) + shift - shift) | sign);
-    return from_bits((bits + ((1u << (lost - 1)) - 1) + ((bits >> lost) & 1)) & ~((1u << lost) - 1));
-  }
-
-  // The bits of one of the values, of which there are `bits`.
-  DEVICE int code(float value, int bits) const {
-    uint32_t size = to_bits(fabsf(value)), sign = (to_bits(value) >> 31) << (bits - 1);
-    if (fabsf(value) < normal()) return int(sign | uint32_t(fabsf(value) / step()));
-    return int(sign | ((size >> (23 - fraction)) - (uint32_t(127 - bias) << fraction)));
-  }
-};
-
-constexpr float E2M1_MOST = 6, E4M3_MOST = 448;
-HOST_DEVICE Small e2m1() { return {1, 1, E2M1_MOST}; }
-HOST_DEVICE Small e4m3() { return {3, 7, E4M3_MOST}; }
-
 struct Fit {
   float scale, zero_point;
 };
@@ -86,7 +53,7 @@ DEVICE Fit fit(const Arguments& p, float low, float high, float mean) {
       float scale = rounded(rounded(high - low, p.type) / range, p.type);
       if (scale == 0) return {epsilon(p.type), 0};
       float zero = rounded(qmin - rounded(low / scale, p.type), p.type);
-      return {scale, rintf(clamped(zero, qmin, qmin + range))};
+      return {scale, rintf(small::clamped(zero, qmin, qmin + range))};
     }
     case FLOAT:
       return {positive(size / p.most, p.type), 0};
@@ -97,7 +64,7 @@ DEVICE Fit fit(const Arguments& p, float low, float high, float mean) {
       return {e8m0_value(uint8_t(exponent > greatest ? exponent - greatest : 0)), 0};
     }
     case NVFP4: {
-      float stored = e4m3().round(p.global * rounded(size / E2M1_MOST, p.type));
+      float stored = small::e4m3().round(p.global * rounded(size / small::E2M1_MOST, p.type));
       return {(stored == 0 ? 0.125f : stored) / p.global, 0};
     }
     default:
@@ -112,11 +79,11 @@ DEVICE int code_of(const Arguments& p, float w, Fit f, float& value) {
     float scaled = rounded(w / f.scale, p.type);
     if (p.kind == INT && !p.symmetric) scaled = rounded(scaled + f.zero_point, p.type);
     // An integer knows no -0.
-    int code = int(rintf(clamped(scaled, low, high)));
+    int code = int(rintf(small::clamped(scaled, low, high)));
     value = rounded((float(code) - f.zero_point) * f.scale, p.type);
     return code;
   }
-  Small table = p.kind == NVFP4 ? e2m1() : Small{p.fraction, p.bias, p.most};
+  small::Small table = p.kind == NVFP4 ? small::e2m1() : small::Small{p.fraction, p.bias, p.most};
   float nearest = table.round(p.kind == FLOAT ? rounded(w / f.scale, p.type) : w / f.scale);
   value = nearest * f.scale;
   // A power of two rounds nothing.

@@ -1,5 +1,5 @@
-// Inputs to int8, one scale a token, as compressed-tensors does it: absmax / 127.5, halves to even, -128 to 127.
-#include "common.cuh"
+// Inputs to int8 or E4M3, one scale a token, as compressed-tensors does it: absmax / 127.5, halves to even, -128 to 127; or absmax / 448.
+#include "small_floats.cuh"
 
 namespace activations {
 
@@ -7,10 +7,11 @@ constexpr int THREADS = 256;
 
 struct Arguments {
   const void* input;  // [M, K] of input_type; K a multiple of 8
-  int8_t* codes;      // [M, K]
+  uint8_t* codes;     // [M, K]: int8, or the bits of E4M3
   float* scales;      // [M]; no number where an input is none
   int m, k;
   int input_type;
+  int fp8;            // 1 for E4M3
 };
 
 // The largest of what the threads of a block have, for all of them; `shared` has one float a warp.
@@ -43,14 +44,15 @@ KERNEL(activations::THREADS) quantize_activations(activations::Arguments p) {
     }
   }
   most = activations::block_max(most, reinterpret_cast<float*>(shared));
-  float scale = most / 127.5f;
+  float scale = most / (p.fp8 ? small::E4M3_MOST : 127.5f);
   if (scale == 0) scale = from_bits(0x34000000u);  // 2^-23
   for (int i = threadIdx.x * 8; i < p.k; i += activations::THREADS * 8) {
     read_eight(numbers, p.input, first + i, type);
     uint64_t codes = 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      int code = int(rintf(fminf(fmaxf(numbers[j] / scale, -128.0f), 127.0f)));
+      float quotient = numbers[j] / scale;
+      int code = p.fp8 ? small::e4m3().code(small::e4m3().round(quotient), 8) : int(rintf(fminf(fmaxf(quotient, -128.0f), 127.0f)));
       codes |= uint64_t(uint8_t(code)) << (8 * j);
     }
     *reinterpret_cast<uint64_t*>(p.codes + first + i) = codes;

@@ -33,6 +33,22 @@ fn with_nvcc(data: &Path, line: &str) -> Ran {
     run(install(data, line).arg("--nvcc").arg(toolkit().join("bin/nvcc")))
 }
 
+/// A compiler that answers and writes a file, in no time: for what is not about code. Where its words are `broken`, it fails.
+fn stand_in(folder: &Path, broken: &str) -> PathBuf {
+    let nvcc = folder.join("nvcc");
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in\n*--version*) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;\n{broken}\
+         *) while [ \"$1\" != -o ]; do shift; done; printf %0200d 0 > \"$2\" ;;\nesac\n"
+    );
+    std::fs::write(&nvcc, script).unwrap();
+    std::fs::set_permissions(&nvcc, std::fs::Permissions::from_mode(0o755)).unwrap();
+    nvcc
+}
+
+fn with_stand_in(data: &Path, line: &str) -> Ran {
+    run(install(data, line).arg("--nvcc").arg(stand_in(data, "")))
+}
+
 /// Name and SHA-256 of each file.
 fn hashes(manifest: &Value) -> BTreeMap<String, String> {
     let files = manifest["kernels"]["files"].as_array().unwrap();
@@ -90,10 +106,10 @@ fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
     assert!(none.code == 2 && none.err.contains("no kernels are installed in"), "{}", none.err);
     assert!(none.err.contains("gptoss-kernel-install --yes --arch 8.6"), "{}", none.err);
     // Code of another major version does not run there.
-    with_nvcc(dir.path(), "--yes --quiet --arch 9.0a").manifest();
+    with_stand_in(dir.path(), "--yes --quiet --arch 10.0").manifest();
     let other = verify("gptoss-verify kernels");
     assert!(other.code == 2 && other.err.contains("compute capability 8.6"), "{}", other.err);
-    let build = with_nvcc(dir.path(), "--yes --quiet --arch 8.0;8.6").manifest();
+    let build = with_stand_in(dir.path(), "--yes --quiet --arch 8.0;8.6").manifest();
 
     let tested = verify("gptoss-verify kernels --quiet");
     assert_eq!(tested.code, 0, "{}{}", tested.out, tested.err);
@@ -120,7 +136,12 @@ fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
     let broken = dir.path().join("broken");
     for (change, to, kernel, words) in [
         ("INT8_STEP = 0.5f", "INT8_STEP = 0.25f", "mxfp4_a8", "mxfp4_a8: "),
-        ("int64_t from = int64_t(row + r) * a_row + first + g;", "int64_t from = int64_t(row + r + 4096) * a_row;", "w4a16", "behind an array"),
+        (
+            "int64_t from = int64_t(row + r) * a_row + first + g;",
+            "int64_t from = int64_t(row + r + 4096) * a_row;",
+            "w4a16",
+            "behind an array",
+        ),
     ] {
         let copied = Command::new("cp").arg("-r").args([&kernels, &broken]).status().unwrap();
         assert!(copied.success());
@@ -150,7 +171,8 @@ fn without_a_driver_products_are_measured_here_and_kernels_are_not() {
     let mut line = command("gptoss-bench gemm --M 1,8 --K 96 --N 64 --iters 3 --plot");
     let manifest = run(line.arg(&plot)).manifest();
     let rows = manifest["volatile"]["gemm"].as_array().unwrap();
-    let of = |r: &Value| (r["m"].as_u64().unwrap(), r["kernel"].as_str().unwrap().to_owned(), r["group"].as_u64().unwrap());
+    let of =
+        |r: &Value| (r["m"].as_u64().unwrap(), r["kernel"].as_str().unwrap().to_owned(), r["group"].as_u64().unwrap());
     let kernels = [("f32", 0), ("w4a8", 32), ("mxfp4_a8", 32), ("w8a8", 32)];
     let want: Vec<_> = [1, 8].into_iter().flat_map(|m| kernels.map(|(k, g)| (m, k.to_owned(), g))).collect();
     assert_eq!(rows.iter().map(of).collect::<Vec<_>>(), want);
@@ -191,12 +213,14 @@ fn builds_have_the_committed_hashes_and_machine_code_for_tensor_cores() {
     let golden: Value =
         serde_json::from_slice(&std::fs::read(root().join("kernels/golden-hashes.json")).unwrap()).unwrap();
     assert_eq!(golden["nvcc"], built["kernels"]["nvcc"]);
-    for (name, hash) in &have {
+    // The library has code of the host's compiler in it.
+    for (name, hash) in have.iter().filter(|(name, _)| !name.ends_with(".so")) {
         assert_eq!(golden["files"][name], **hash, "{name}: README says how golden-hashes.json is made again");
     }
-    assert_eq!(have.len(), if all { 77 } else { 44 });
+    assert_eq!(have.len(), if all { 77 } else { 44 } + 2);
+    assert_eq!(built["kernels"]["cutlass"]["version"], "4.2.0");
 
-    let again = with_nvcc(other.path(), "--yes --quiet --threads 1 --arch 9.0a").manifest();
+    let again = with_nvcc(other.path(), "--yes --quiet --threads 3 --arch 9.0a").manifest();
     for (name, hash) in hashes(&again) {
         assert_eq!(have[&name], hash, "{name} in another folder");
     }
@@ -205,6 +229,13 @@ fn builds_have_the_committed_hashes_and_machine_code_for_tensor_cores() {
     for name in have.keys().filter(|n| n.ends_with(".cubin")) {
         machine_code(&folder.join(name));
     }
+
+    // The library needs nothing but the C library, shows nothing but its functions, and answers.
+    let question = "import ctypes, sys; l = ctypes.CDLL(sys.argv[1]); l.gptoss_hopper_status.restype = ctypes.c_char_p; \
+                    print(l.gptoss_hopper_status(0), l.gptoss_hopper_status(2), hasattr(l, '__cxa_throw'))";
+    let library = folder.join("libgptoss_hopper.so");
+    let ran: Ran = Command::new("python3").args(["-c", question]).arg(&library).output().unwrap().into();
+    assert_eq!((ran.code, &ran.out[..]), (0, "b'Success' b'Error Invalid Data Type' False\n"), "{}", ran.err);
 }
 
 /// Products run on tensor cores, nothing spills, and no kernel has more registers than lets three blocks of 128 threads run side by
@@ -221,6 +252,10 @@ fn machine_code(cubin: &Path) {
     };
     let code = dump("-sass");
     let kind = name.split('.').next().unwrap();
+    // Warp-group products of both kinds, fed by the bulk copy engine.
+    for instruction in ["IGMMA.64x128x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3", "UTMALDG"] {
+        assert_eq!(code.contains(instruction), kind == "hopper_gemm", "{name}");
+    }
     let (int8, bf16) = (["w4a8", "mxfp4_a8", "w8a8"].contains(&kind), ["w4a16", "mxfp4_a16"].contains(&kind));
     let product = int8 || bf16;
     assert_eq!(code.contains("IMMA.16832.S8.S8"), int8, "{name}");
@@ -238,7 +273,7 @@ fn machine_code(cubin: &Path) {
     // A product for four numbers of tokens, and the same over experts; dequantization both ways.
     let wanted = match kind {
         _ if product => 8,
-        "dequantize_mxfp4" => 2,
+        "dequantize_mxfp4" | "hopper_gemm" => 2,
         _ => 1,
     };
     assert_eq!(kernels, wanted, "{name}");
@@ -247,10 +282,10 @@ fn machine_code(cubin: &Path) {
 #[test]
 fn what_is_installed_is_listed_checked_and_taken_away() {
     let data = tempfile::tempdir().unwrap();
-    let first = with_nvcc(data.path(), "--yes --quiet --arch 8.6").manifest();
+    let first = with_stand_in(data.path(), "--yes --quiet --arch 8.6").manifest();
     let id = first["kernels"]["id"].as_str().unwrap().to_owned();
     assert_eq!(left(data.path()), std::slice::from_ref(&id));
-    let again = with_nvcc(data.path(), "--yes --arch sm_86");
+    let again = with_stand_in(data.path(), "--yes --arch sm_86");
     assert!(again.err.contains("is installed already"), "{}", again.err);
     assert_eq!(again.manifest()["kernels"], first["kernels"]);
 
@@ -270,8 +305,19 @@ fn what_is_installed_is_listed_checked_and_taken_away() {
         "{list:?}"
     );
     // A damaged build is built again.
-    assert_eq!(with_nvcc(data.path(), "--yes --quiet --arch 8.6").manifest()["kernels"], first["kernels"]);
+    assert_eq!(with_stand_in(data.path(), "--yes --quiet --arch 8.6").manifest()["kernels"], first["kernels"]);
     assert_eq!(run(&mut install(data.path(), "--list")).code, 0);
+
+    // A manifest that cannot be read is no reason to be silent, and goes by its folder's name.
+    let other = data.path().join("gptoss/kernels/beef");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("manifest.json"), "{").unwrap();
+    let list = run(&mut install(data.path(), "--list --format table"));
+    assert!(
+        list.code == 1 && list.out.contains("beef  damaged: ") && list.out.contains("is not a manifest"),
+        "{list:?}"
+    );
+    assert_eq!(run(&mut install(data.path(), "--uninstall beef")).code, 0);
 
     let wrong = run(&mut install(data.path(), "--uninstall zz"));
     assert!(
@@ -305,13 +351,11 @@ fn what_cannot_be_built_says_why_and_leaves_nothing() {
     refused("--yes --arch 7.0", Some(&nvcc), &["--arch", "\"7.0\"", "9.0a"]);
     refused("--arch 8.6", Some(&nvcc), &["--yes"]);
     refused("--list --uninstall x", None, &["cannot be used with"]);
+    refused("--yes --arch 9.0a --cutlass /no/such", Some(&nvcc), &["--cutlass: there is no include/cutlass/version.h"]);
 
     // A compiler that stops in the middle: its words are shown, and what it made before is gone.
-    let broken = data.path().join("nvcc");
-    let script = "#!/bin/sh\ncase \"$*\" in\n*--version*) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;\n\
-                  *w8a8*) echo 'w8a8.cu(7): error: expected a \";\"' >&2; exit 2 ;;\n*-o*) while [ \"$1\" != -o ]; do shift; done; : > \"$2\" ;;\nesac\n";
-    std::fs::write(&broken, script).unwrap();
-    std::fs::set_permissions(&broken, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let words = "*w8a8*) echo 'w8a8.cu(7): error: expected a \";\"' >&2; exit 2 ;;\n";
+    let broken = stand_in(data.path(), words);
     refused("--yes --arch 8.6", Some(&broken), &["w8a8 does not compile for 8.6", "expected a \";\""]);
 
     // What a killed build left goes with the next one; what a living one has does not.
@@ -321,8 +365,21 @@ fn what_cannot_be_built_says_why_and_leaves_nothing() {
     std::fs::create_dir_all(&living).unwrap();
     let held = std::fs::File::open(&living).unwrap();
     rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
-    with_nvcc(data.path(), "--yes --quiet --arch 8.6").manifest();
+    with_stand_in(data.path(), "--yes --quiet --arch 8.6").manifest();
     assert!(!dead.exists() && living.exists());
+}
+
+/// A compiler that is none of pip's has no CUTLASS beside it: the library is left out, and that is said.
+#[test]
+fn without_cutlass_the_library_is_left_out() {
+    let data = tempfile::tempdir().unwrap();
+    let build = |flags: &str| with_stand_in(data.path(), &format!("--yes {flags}"));
+    let ran = build("--arch 9.0a");
+    assert!(ran.err.contains("CUTLASS is not found") && ran.err.contains("nvidia-cutlass==4.2.0.0"), "{}", ran.err);
+    let built = ran.manifest();
+    assert_eq!((hashes(&built).len(), built["kernels"].get("cutlass")), (11, None));
+    // Elsewhere than on Hopper nobody misses it.
+    assert!(!build("--arch 8.6").err.contains("CUTLASS"));
 }
 
 #[test]
@@ -353,6 +410,10 @@ fn the_environment_is_for_a_shell() {
     let mut command = install(data.path(), "--print-env");
     let ran = run(command.env("CUDA_HOME", &home).env("TORCH_CUDA_ARCH_LIST", "8.6;9.0a"));
     assert!(ran.code == 0 && ran.out.contains("'8.6;9.0a'"), "{ran:?}");
+    // PyTorch's containers name every GPU that they serve.
+    let mut command = install(data.path(), "--print-env");
+    let ran = run(command.env("CUDA_HOME", &home).env("TORCH_CUDA_ARCH_LIST", "7.5 8.0 Hopper"));
+    assert!(ran.code == 0 && ran.out.contains("'8.0;9.0;9.0+PTX'") && ran.err.contains("7.5 is left out"), "{ran:?}");
     // pip's, in an active virtual environment; `gptoss-verify env` finds the same.
     let packages = data.path().join("venv/lib/python3.11/site-packages");
     std::fs::create_dir_all(&packages).unwrap();

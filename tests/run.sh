@@ -27,7 +27,7 @@ if [ "$(cat "$venv/stamp" 2>/dev/null || true)" != "$stamp" ]; then
   echo "$stamp" > "$venv/stamp"
 fi
 
-# The pinned CUDA compiler (105 MB), for the kernels' builds; no GPU is needed.
+# The pinned CUDA compiler and CUTLASS (112 MB), for the kernels' builds; no GPU is needed.
 stamp="$(sha256sum kernels/requirements.txt | cut -d' ' -f1)"
 if [ "$(cat "$venv/cuda/stamp" 2>/dev/null || true)" != "$stamp" ]; then
   echo "installing the CUDA compiler into $venv/cuda" >&2

@@ -83,7 +83,12 @@ fn panel(o: &mut String, title: &str, (left, top): (f64, f64), rows: &[&GemmRow]
     let ceiling = (most / step).ceil() * step;
     let x = |m: usize| left + if high > low { (log(m) - low) / (high - low) } else { 0.5 } * AREA.0;
     let y = |ratio: f64| top + AREA.1 * (1.0 - ratio / ceiling);
-    let _ = writeln!(o, r#"<text x="{left}" y="{}" font-size="13" font-weight="bold">{}</text>"#, top - 14.0, escaped(title));
+    let _ = writeln!(
+        o,
+        r#"<text x="{left}" y="{}" font-size="13" font-weight="bold">{}</text>"#,
+        top - 14.0,
+        escaped(title)
+    );
     for i in 0..=(ceiling / step).round() as usize {
         let ratio = i as f64 * step;
         let stroke = if ratio == 1.0 { "#888" } else { "#ddd" };

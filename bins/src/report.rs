@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use gptoss::formats::activations::Activations;
 use gptoss::bench::GemmRow;
+use gptoss::formats::activations::Activations;
 use gptoss::kernels::gpu::selftest::KernelTest;
 use gptoss::kernels::store::KernelBuild;
 use gptoss::manifest::{BenchRow, ErrorReport, FileSet, Job, Loads, Manifest, TensorReport};
@@ -208,7 +208,10 @@ fn kernel_tests(o: &mut String, tests: &[KernelTest]) {
             format!("{} of {} numbers have the reference's bits", t.same, t.numbers)
         } else {
             let share = 100.0 * t.same as f64 / t.numbers.max(1) as f64;
-            format!("error {:.1e} of at most {:.1e}; {share:.1}% of {} numbers have the reference's bits", t.error, t.bound, t.numbers)
+            format!(
+                "error {:.1e} of at most {:.1e}; {share:.1}% of {} numbers have the reference's bits",
+                t.error, t.bound, t.numbers
+            )
         };
         let state = t.failure.as_ref().map_or("right".into(), |f| format!("WRONG: {f}"));
         let _ = writeln!(o, "{:<22} {state} in {} launches: {how}", t.kernel, t.cases);
@@ -340,7 +343,8 @@ fn environment(o: &mut String, e: &gptoss::verify::env::Environment) {
         line(o, "kernels", "none");
     }
     for k in &e.kernels {
-        let state = if k.damage.is_empty() { "hashes match".into() } else { format!("DAMAGED: {}", k.damage.join("; ")) };
+        let state =
+            if k.damage.is_empty() { "hashes match".into() } else { format!("DAMAGED: {}", k.damage.join("; ")) };
         line(o, "kernels", &format!("{} for {}, {state}", k.id, k.targets.join(";")));
     }
     line(o, "qqq", e.qqq.as_deref().unwrap_or("not among Python's packages"));

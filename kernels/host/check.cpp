@@ -251,7 +251,7 @@ void check_activations() {
           if (i == m * k - 5 && kind >= 2) x = kind == 2 ? NAN : INFINITY;
           write_float(input.data(), i, type, x);
         }
-        activations::Arguments p = {input.data(), codes.data(), scales.data(), m, k, type};
+        activations::Arguments p = {input.data(), reinterpret_cast<uint8_t*>(codes.data()), scales.data(), m, k, type, 0};
         simt::launch({m, 1, 1}, activations::THREADS, activations::THREADS * 4, turn % 2, [&] { quantize_activations(p); });
         for (int t = 0; t < m; t++) {
           float most = 0;
@@ -396,7 +396,7 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
         memcpy(to.data(), from.data(), to.size());
         return;
       }
-      activations::Arguments a = {from.data(), reinterpret_cast<int8_t*>(to.data()), s.data(), m, k, type};
+      activations::Arguments a = {from.data(), to.data(), s.data(), m, k, type, 0};
       simt::launch({m, 1, 1}, activations::THREADS, activations::THREADS * 4, backwards, [&] { quantize_activations(a); });
     };
     auto product = [&](const Weight& w, const std::vector<uint8_t>& in, const std::vector<float>& s, std::vector<uint32_t>& to, int n,

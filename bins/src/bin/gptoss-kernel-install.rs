@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use gptoss::kernels::arch::{self, Target};
 use gptoss::kernels::build::Request;
+use gptoss::kernels::cutlass::{self, Headers};
 use gptoss::kernels::store::{self, Installed};
 use gptoss::kernels::toolkit::{PINNED, Toolkit};
 use gptoss::pipeline::meter::Meter;
@@ -24,6 +25,10 @@ struct Args {
     /// The CUDA compiler [default: CUDA_HOME's, or the one in PATH, or pip's in an active virtual environment]
     #[arg(long, value_name = "PATH")]
     nvcc: Option<PathBuf>,
+    /// CUTLASS, for the library for 9.0a; without it that library is left out
+    /// [default: CUTLASS_HOME, or pip's in an active virtual environment or beside the compiler]
+    #[arg(long, value_name = "DIR")]
+    cutlass: Option<PathBuf>,
     /// Do not ask
     #[arg(long, short)]
     yes: bool,
@@ -62,9 +67,10 @@ fn main() -> ExitCode {
         if let Some(id) = &args.uninstall {
             return uninstall(&args, &root, id);
         }
-        let (targets, origin) = targets(args.arch.as_deref())?;
+        let (targets, origin) = targets(&args)?;
         let toolkit = Toolkit::find(args.nvcc.as_deref())?;
-        let request = Request { toolkit, targets };
+        let cutlass = Headers::find(args.cutlass.as_deref(), &toolkit)?;
+        let request = Request { toolkit, cutlass, targets };
         if args.print_env {
             return print_env(&request, &root);
         }
@@ -73,11 +79,20 @@ fn main() -> ExitCode {
 }
 
 /// What to build for, and who said so.
-fn targets(flag: Option<&str>) -> Result<(Vec<Target>, String)> {
+fn targets(args: &Args) -> Result<(Vec<Target>, String)> {
     const VARIABLE: &str = "TORCH_CUDA_ARCH_LIST";
-    let (text, origin) = match (flag, std::env::var(VARIABLE)) {
+    let (text, origin) = match (&args.arch, std::env::var(VARIABLE)) {
         (Some(text), _) => (text.to_owned(), "--arch".to_owned()),
-        (None, Ok(text)) if !text.trim().is_empty() => (text, VARIABLE.to_owned()),
+        (None, Ok(text)) if !text.trim().is_empty() => {
+            let (rest, older) = arch::without_older(&text);
+            if !older.is_empty() && !rest.is_empty() {
+                let note =
+                    format!("note: {VARIABLE}: the kernels need 8.0 or later, so {} is left out", older.join(", "));
+                args.common.resources().progress.note(&note);
+            }
+            // Where nothing is left, the error names what was there.
+            (if rest.is_empty() { text } else { rest }, VARIABLE.to_owned())
+        }
         _ => {
             let gpus = Environment::detect().gpus;
             match gpus.is_empty() {
@@ -95,9 +110,12 @@ fn names(targets: &[Target]) -> String {
 
 fn install(args: &Args, request: &Request, root: &std::path::Path, origin: &str) -> Result<ExitCode> {
     let (resources, meter) = (args.common.resources(), Meter::start());
-    let Request { toolkit, targets } = request;
+    let Request { toolkit, cutlass, targets } = request;
+    let hopper = targets.iter().any(Target::is_hopper);
+    let headers =
+        cutlass.as_ref().filter(|_| hopper).map(|c| format!(" and CUTLASS {}", c.what.version)).unwrap_or_default();
     let what = format!(
-        "build kernels for {} ({origin}) with nvcc {} ({}) into {}",
+        "build kernels for {} ({origin}) with nvcc {} ({}){headers} into {}",
         names(targets),
         toolkit.version,
         toolkit.nvcc.display(),
@@ -108,6 +126,18 @@ fn install(args: &Args, request: &Request, root: &std::path::Path, origin: &str)
             "note: nvcc {} is not the pinned {PINNED}: the kernels will work, but have other bytes than those with known hashes",
             toolkit.version
         ));
+    }
+    match cutlass {
+        None if hopper => resources.progress.note(&format!(
+            "note: CUTLASS is not found, so the library for 9.0a is left out: pip install --no-deps nvidia-cutlass=={}.0, or say --cutlass DIR",
+            cutlass::PINNED
+        )),
+        Some(c) if hopper && c.what.version != cutlass::PINNED => resources.progress.note(&format!(
+            "note: CUTLASS {} is not the pinned {}: the library for 9.0a will have other bytes than those with known hashes",
+            c.what.version,
+            cutlass::PINNED
+        )),
+        _ => {}
     }
     if args.yes {
         resources.progress.note(&what);
@@ -132,6 +162,7 @@ fn install(args: &Args, request: &Request, root: &std::path::Path, origin: &str)
 fn list(args: &Args, root: &std::path::Path) -> Result<ExitCode> {
     let builds = store::list(root)?;
     let damage: Vec<Vec<String>> = builds.iter().map(Installed::damage).collect();
+    let unreadable = store::unreadable(root)?;
     if args.common.is_table() {
         let mut text = String::new();
         for (b, damage) in builds.iter().zip(&damage) {
@@ -140,22 +171,25 @@ fn list(args: &Args, root: &std::path::Path) -> Result<ExitCode> {
             text += &format!("{}  nvcc {}  {}  {state}  {path}\n", build.id, build.nvcc, build.targets.join(";"));
             damage.iter().for_each(|d| text += &format!("  {d}\n"));
         }
-        if builds.is_empty() {
+        unreadable.iter().for_each(|(path, error)| text += &format!("{}  damaged: {error}\n", path.display()));
+        if builds.is_empty() && unreadable.is_empty() {
             text = format!("no kernels in {}\n", root.display());
         }
         write_out(&text)?;
     } else {
         let one = |(b, damage): (&Installed, &Vec<String>)| serde_json::json!({ "path": b.path, "damage": damage, "manifest": b.manifest });
-        let all: Vec<serde_json::Value> = builds.iter().zip(&damage).map(one).collect();
+        let mut all: Vec<serde_json::Value> = builds.iter().zip(&damage).map(one).collect();
+        all.extend(unreadable.iter().map(|(path, e)| serde_json::json!({ "path": path, "damage": [e.to_string()] })));
         write_out(&(serde_json::to_string_pretty(&all)? + "\n"))?;
     }
-    Ok(if damage.iter().all(Vec::is_empty) { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) })
+    let sound = unreadable.is_empty() && damage.iter().all(Vec::is_empty);
+    Ok(if sound { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) })
 }
 
 fn uninstall(args: &Args, root: &std::path::Path, id: &str) -> Result<ExitCode> {
     let progress = args.common.resources().progress;
     for gone in store::uninstall(root, id)? {
-        progress.note(&format!("took away {}", gone.path.display()));
+        progress.note(&format!("took away {}", gone.display()));
     }
     Ok(ExitCode::SUCCESS)
 }

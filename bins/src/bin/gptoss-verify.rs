@@ -235,7 +235,8 @@ fn kernels(model_shapes: bool, only: &[String], common: &Common) -> Result<ExitC
     manifest.kernels = Some(gpu.build.build.clone());
     manifest.notes.push(format!("{} ran code for {}", gpu.name, gpu.target()));
     let wrong = manifest.kernel_tests.iter().any(|t| t.failure.is_some());
-    let mut run = volatile(&Located { dir: gpu.build.path.clone(), hub: None }, None, meter.read(), resources.threads, 0);
+    let mut run =
+        volatile(&Located { dir: gpu.build.path.clone(), hub: None }, None, meter.read(), resources.threads, 0);
     run.output_path = run.source_path.take();
     manifest.volatile = Some(run);
     common.emit(&manifest)?;

@@ -5,6 +5,7 @@ use super::{GemmRow, Measured, Request, Shape, routing};
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::kernels::gpu::blas::Blas;
+use crate::kernels::gpu::hopper::{self, Hopper};
 use crate::kernels::gpu::operations::{
     Codes, Cut, Inputs, Mixture, PRODUCTS, Product, Routes, Scratch, Weight, quantize_activations,
 };
@@ -16,6 +17,8 @@ use crate::pipeline::progress::Progress;
 const COPIES: usize = 8;
 /// Copies at most, however small they are.
 const MANY: usize = 64;
+/// Launches of a graph at least.
+const LAUNCHES: usize = 32;
 /// Runs that warm up.
 const WARM: usize = 5;
 /// Bytes of a copy whose rate is measured.
@@ -27,35 +30,66 @@ const FLOAT: Float = Float::Bf16;
 ///
 /// # Errors
 /// [`crate::error::Error::Gpu`] where the driver or cuBLAS refuse something, memory above all.
-pub fn run(gpu: &Gpu, request: &Request, splits: Option<usize>, progress: &Progress) -> Result<(Vec<GemmRow>, Vec<String>)> {
+pub fn run(
+    gpu: &Gpu,
+    request: &Request,
+    splits: Option<usize>,
+    progress: &Progress,
+) -> Result<(Vec<GemmRow>, Vec<String>)> {
     let blas = Blas::open(gpu)?;
     let mut notes = Vec::new();
     if blas.is_none() {
         notes.push("cuBLAS (libcublas.so.13 or .12) is not found, so nothing on the GPU was compared with it".into());
     }
+    let hopper = Hopper::open(gpu)?;
     let rate = copy_rate(gpu, COPIED.min(gpu.memory_bytes / 8))?;
     let mut rows = Vec::new();
     for shape in &request.shapes {
-        for &m in &request.m {
-            progress.note(&format!("gpu: {} M {m}", shape.name));
-            let mut baseline = None;
-            for (name, float) in [("cublas-f16", Float::F16), ("cublas-bf16", Float::Bf16)] {
-                let Some(blas) = blas.as_ref().filter(|_| request.wants(name)) else { continue };
-                let row = floats(gpu, blas, (name, float), shape, m, request.iters)?.row(None, rate);
-                let first = *baseline.get_or_insert(row.microseconds);
-                rows.push(GemmRow { speedup: Some(first / row.microseconds), ..row });
+        progress.note(&format!("gpu: {}", shape.name));
+        // Weights are made once for all M, and one kernel's at a time.
+        let mut measured: Vec<Measured> = Vec::new();
+        for (name, float) in [("cublas-f16", Float::F16), ("cublas-bf16", Float::Bf16)] {
+            let Some(blas) = blas.as_ref().filter(|_| request.wants(name)) else { continue };
+            let weights = Floats::new(gpu, shape)?;
+            for &m in &request.m {
+                measured.push(weights.measure(gpu, blas, (name, float), m, request.iters)?);
             }
-            for product in PRODUCTS {
-                let group = if product.codes == Codes::E2m1 { Some(32) } else { request.group_of(shape.k) };
-                let wanted = request.wants(product.name) && gpu.has(product.name);
-                let Some(group) = group.filter(|_| wanted) else { continue };
-                match codes(gpu, product, shape, (m, group), splits, request.iters)? {
-                    Some(measured) => rows.push(measured.row(baseline, rate)),
+        }
+        for product in PRODUCTS {
+            let group = if product.codes == Codes::E2m1 { Some(32) } else { request.group_of(shape.k) };
+            let wanted = request.wants(product.name) && gpu.has(product.name);
+            let Some(group) = group.filter(|_| wanted) else { continue };
+            let weights = Coded::new(gpu, product, shape, group)?;
+            for &m in &request.m {
+                match weights.measure(gpu, m, splits, request.iters)? {
+                    Some(one) => measured.push(one),
                     None => notes.push(format!(
                         "{} needs more shared memory than this GPU has for {} in groups of {group}",
                         product.name, shape.name
                     )),
                 }
+            }
+        }
+        let takes = shape.experts.is_none() && Hopper::takes((shape.n, shape.k));
+        if let Some(library) = hopper.as_ref().filter(|_| takes) {
+            for fp8 in [false, true].into_iter().filter(|&fp8| request.wants(hopper::name(fp8))) {
+                let weights = on_hopper(gpu, shape)?;
+                for &m in &request.m {
+                    measured.push(measure_hopper(gpu, library, fp8, (shape, &weights), m, request.iters)?);
+                }
+            }
+        }
+        // By M, and for each in the order above.
+        measured.sort_by_key(|one| request.m.iter().position(|&m| m == one.m));
+        let mut baseline = (0, None);
+        for one in measured {
+            let (m, first) = (one.m, one.kernel.starts_with("cublas"));
+            let row = one.row(baseline.1.filter(|_| baseline.0 == m), rate);
+            if first && row.speedup.is_none() {
+                baseline = (m, Some(row.microseconds));
+                rows.push(GemmRow { speedup: Some(1.0), ..row });
+            } else {
+                rows.push(row);
             }
         }
     }
@@ -81,9 +115,23 @@ fn times(gpu: &Gpu, copies: usize, iters: usize, body: impl Fn(usize) -> Result<
     // What is loaded or allocated at its first use is not captured.
     body(0)?;
     gpu.synchronize()?;
-    let graph = gpu.capture(|| (0..copies).try_for_each(&body))?;
+    // A graph takes some time to begin, too.
+    let launches = copies * LAUNCHES.div_ceil(copies);
+    let graph = gpu.capture(|| (0..launches).try_for_each(|i| body(i % copies)))?;
     gpu.times(&graph, WARM)?;
-    Ok(gpu.times(&graph, iters)?.into_iter().map(|s| s / copies as f64).collect())
+    Ok(gpu.times(&graph, iters)?.into_iter().map(|s| s / launches as f64).collect())
+}
+
+/// As many buffers with the same content; the first comes from here, the others from it.
+fn alike<'g>(gpu: &'g Gpu, bytes: &[u8], copies: usize) -> Result<Vec<Buffer<'g>>> {
+    let mut all = vec![gpu.upload(bytes)?];
+    for _ in 1..copies {
+        let next = gpu.room(bytes.len())?;
+        gpu.copy(&all[0], &next)?;
+        all.push(next);
+    }
+    gpu.synchronize()?;
+    Ok(all)
 }
 
 /// 16-bit floats of middling size.
@@ -102,87 +150,143 @@ fn rows_of(shape: &Shape, m: usize) -> Vec<usize> {
     rows
 }
 
-/// cuBLAS, one product for each expert that has rows, which lie together already.
-fn floats<'a>(
-    gpu: &Gpu,
-    blas: &Blas,
-    (name, float): (&str, Float),
-    shape: &'a Shape,
-    m: usize,
-    iters: usize,
-) -> Result<Measured<'a>> {
-    let Shape { n, k, .. } = *shape;
-    let of = rows_of(shape, m);
-    let (rows, weights) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
-    let copies = copies(gpu, 2 * n * k * of.len());
-    let numbers = halves(n * k);
-    let all: Vec<Vec<Buffer>> = (0..copies)
-        .map(|_| of.iter().map(|_| gpu.upload(&numbers)).collect())
-        .collect::<Result<_>>()?;
-    let (x, out) = (gpu.upload(&halves(rows * k))?, gpu.room(2 * rows * n)?);
-    let seconds = times(gpu, copies, iters, |copy| {
-        let mut first = 0;
-        for (expert, &rows) in of.iter().enumerate().filter(|(_, r)| **r > 0) {
-            blas.product((&all[copy][expert], 0), &x, &out, first, (rows, n, k), float)?;
-            first += rows;
-        }
-        Ok(())
-    })?;
-    let bytes = 2 * (weights * n * k + rows * (n + k));
-    Ok(Measured { device: "gpu", shape, kernel: name.into(), m, group: 0, rows, weights, bytes, copies, seconds })
+/// Weights for cuBLAS, which multiplies once for each expert that has rows; those lie together already.
+struct Floats<'s, 'g> {
+    shape: &'s Shape,
+    /// Copies of the layer of all experts.
+    weights: Vec<Buffer<'g>>,
 }
 
-/// A kernel, and the rounding of its inputs before it. `None` where the GPU has too little shared memory.
-fn codes<'a>(
-    gpu: &Gpu,
-    product: Product,
-    shape: &'a Shape,
-    (m, group): (usize, usize),
-    splits: Option<usize>,
-    iters: usize,
-) -> Result<Option<Measured<'a>>> {
-    let Shape { n, k, .. } = *shape;
-    let of = rows_of(shape, m);
-    let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
-    let Some(mut cut) = product.cut(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT) else { return Ok(None) };
-    if let Some(splits) = splits {
-        cut.splits = splits.clamp(1, k / group);
-        if product.shared_bytes(cut, k, group, FLOAT) > gpu.shared_bytes {
-            return Ok(None);
-        }
+impl<'s, 'g> Floats<'s, 'g> {
+    fn new(gpu: &'g Gpu, shape: &'s Shape) -> Result<Self> {
+        let experts = shape.experts.map_or(1, |e| e.0);
+        let bytes = halves(shape.n * shape.k).repeat(experts);
+        Ok(Self { shape, weights: alike(gpu, &bytes, copies(gpu, bytes.len()))? })
     }
-    let code_bytes = n * k * product.codes.bits() / 8;
-    let scale_bytes = n * (k / group) * product.codes.scale_bytes(FLOAT);
-    let copies = copies(gpu, (code_bytes + scale_bytes) * of.len());
-    let codes = Draw::new(3).bytes(code_bytes);
-    // 2^-7 in E8M0 and about 0.01 in BF16.
-    let scales = vec![if product.codes == Codes::E2m1 { 120u8 } else { 0x3c }; scale_bytes];
-    let weight = |_| {
-        let (codes, scales) = (codes.repeat(of.len()), scales.repeat(of.len()));
-        let (codes, scales) = (gpu.upload(&codes)?, gpu.upload(&scales)?);
-        Ok(Weight { codes, scales, scale_type: FLOAT, bias: None, experts: of.len(), n, k, group })
-    };
-    let weights: Vec<Weight> = (0..copies).map(weight).collect::<Result<_>>()?;
+
+    fn measure(
+        &self,
+        gpu: &Gpu,
+        blas: &Blas,
+        (name, float): (&str, Float),
+        m: usize,
+        iters: usize,
+    ) -> Result<Measured<'s>> {
+        let Shape { n, k, .. } = *self.shape;
+        let of = rows_of(self.shape, m);
+        let (rows, weights) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
+        let (x, out) = (gpu.upload(&halves(rows * k))?, gpu.room(2 * rows * n)?);
+        let copies = self.weights.len();
+        let seconds = times(gpu, copies, iters, |copy| {
+            let mut first = 0;
+            for (expert, &rows) in of.iter().enumerate().filter(|(_, r)| **r > 0) {
+                blas.product((&self.weights[copy], expert), &x, &out, first, (rows, n, k), float)?;
+                first += rows;
+            }
+            Ok(())
+        })?;
+        let bytes = 2 * (weights * n * k + rows * (n + k));
+        let (kernel, shape, device) = (name.into(), self.shape, "gpu");
+        Ok(Measured { device, shape, kernel, m, group: 0, rows, weights, bytes, copies, seconds })
+    }
+}
+
+/// Weights for a kernel.
+struct Coded<'s, 'g> {
+    product: Product,
+    shape: &'s Shape,
+    group: usize,
+    weights: Vec<Weight<'g>>,
+}
+
+impl<'s, 'g> Coded<'s, 'g> {
+    fn new(gpu: &'g Gpu, product: Product, shape: &'s Shape, group: usize) -> Result<Self> {
+        let Shape { n, k, .. } = *shape;
+        let experts = shape.experts.map_or(1, |e| e.0);
+        let codes = Draw::new(3).bytes(n * k * product.codes.bits() / 8).repeat(experts);
+        // 2^-7 in E8M0 and about 0.01 in BF16.
+        let scale = if product.codes == Codes::E2m1 { 120u8 } else { 0x3c };
+        let scales = vec![scale; experts * n * (k / group) * product.codes.scale_bytes(FLOAT)];
+        let copies = copies(gpu, codes.len() + scales.len());
+        let both = alike(gpu, &codes, copies)?.into_iter().zip(alike(gpu, &scales, copies)?);
+        let weight = |(codes, scales)| Weight { codes, scales, scale_type: FLOAT, bias: None, experts, n, k, group };
+        Ok(Self { product, shape, group, weights: both.map(weight).collect() })
+    }
+
+    /// The kernel, and the rounding of its inputs before it. `None` where the GPU has too little shared memory.
+    fn measure(&self, gpu: &Gpu, m: usize, splits: Option<usize>, iters: usize) -> Result<Option<Measured<'s>>> {
+        let (product, group) = (self.product, self.group);
+        let Shape { n, k, .. } = *self.shape;
+        let of = rows_of(self.shape, m);
+        let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
+        let cut = product.cut(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT);
+        let Some(mut cut) = cut else { return Ok(None) };
+        if let Some(splits) = splits {
+            cut.splits = splits.clamp(1, k / group);
+            if product.shared_bytes(cut, k, group, FLOAT) > gpu.shared_bytes {
+                return Ok(None);
+            }
+        }
+        let x = gpu.upload(&halves(m * k))?;
+        let (values, token_scales) = (gpu.room(m * k)?, gpu.room(4 * m)?);
+        let out = gpu.room(2 * rows * n)?;
+        let routes = self.shape.experts.map(|e| routes(gpu, m, e, cut)).transpose()?;
+        let tiles = routes.as_ref().map_or(m.div_ceil(cut.tokens), |r| r.tile_count);
+        let scratch = Scratch::new(gpu, cut, rows, tiles, n)?;
+        let mixture = Mixture { gather: true, swiglu: None };
+        let copies = self.weights.len();
+        let seconds = times(gpu, copies, iters, |copy| {
+            let inputs = if product.int8 {
+                quantize_activations(gpu, (&x, FLOAT), &values, &token_scales, (m, k), false)?;
+                Inputs { values: &values, scales: Some(&token_scales), rows: m }
+            } else {
+                Inputs { values: &x, scales: None, rows: m }
+            };
+            let experts = routes.as_ref().map(|r| (r, mixture));
+            product.launch(gpu, &self.weights[copy], &inputs, (&out, FLOAT), &scratch, experts)
+        })?;
+        let scale_bytes = n * (k / group) * product.codes.scale_bytes(FLOAT);
+        let bytes = active * (n * k * product.codes.bits() / 8 + scale_bytes) + 2 * (m * k + rows * n);
+        let (kernel, shape, device, weights) = (product.name.into(), self.shape, "gpu", active);
+        Ok(Some(Measured { device, shape, kernel, m, group, rows, weights, bytes, copies, seconds }))
+    }
+}
+
+/// Weights for the library for Hopper, and their scales.
+struct HopperWeights<'g> {
+    codes: Vec<Buffer<'g>>,
+    scales: Buffer<'g>,
+}
+
+fn on_hopper<'g>(gpu: &'g Gpu, shape: &Shape) -> Result<HopperWeights<'g>> {
+    let Shape { n, k, .. } = *shape;
+    // E4M3 without its NaN; int8 as well.
+    let codes: Vec<u8> = Draw::new(3).bytes(n * k).iter().map(|b| b & 0xf7).collect();
+    Ok(HopperWeights { codes: alike(gpu, &codes, copies(gpu, n * k))?, scales: gpu.upload(&vec![0.01f32; n])? })
+}
+
+/// The library for Hopper, and the rounding of its inputs before it.
+fn measure_hopper<'s>(
+    gpu: &Gpu,
+    library: &Hopper,
+    fp8: bool,
+    (shape, weights): (&'s Shape, &HopperWeights),
+    m: usize,
+    iters: usize,
+) -> Result<Measured<'s>> {
+    let Shape { n, k, .. } = *shape;
+    let copies = weights.codes.len();
     let x = gpu.upload(&halves(m * k))?;
-    let (values, token_scales) = (gpu.room(m * k)?, gpu.room(4 * m)?);
-    let out = gpu.room(2 * rows * n)?;
-    let routes = shape.experts.map(|e| routes(gpu, m, e, cut)).transpose()?;
-    let tiles = routes.as_ref().map_or(m.div_ceil(cut.tokens), |r| r.tile_count);
-    let scratch = Scratch::new(gpu, cut, rows, tiles, n)?;
-    let mixture = Mixture { gather: true, swiglu: None };
+    let (values, token_scales, out) = (gpu.room(m * k)?, gpu.room(4 * m)?, gpu.room(2 * m * n)?);
+    let workspace = library.workspace(fp8, (m, n, k))?;
     let seconds = times(gpu, copies, iters, |copy| {
-        let inputs = if product.int8 {
-            quantize_activations(gpu, (&x, FLOAT), &values, &token_scales, (m, k))?;
-            Inputs { values: &values, scales: Some(&token_scales), rows: m }
-        } else {
-            Inputs { values: &x, scales: None, rows: m }
-        };
-        let experts = routes.as_ref().map(|r| (r, mixture));
-        product.launch(gpu, &weights[copy], &inputs, (&out, FLOAT), cut, &scratch, experts)
+        quantize_activations(gpu, (&x, FLOAT), &values, &token_scales, (m, k), fp8)?;
+        let weight = (&weights.codes[copy], &weights.scales);
+        library.product(fp8, weight, (&values, &token_scales), None, &out, (m, n, k), &workspace)
     })?;
-    let bytes = active * (code_bytes + scale_bytes) + 2 * (m * k + rows * n);
-    let (kernel, device) = (product.name.into(), "gpu");
-    Ok(Some(Measured { device, shape, kernel, m, group, rows, weights: active, bytes, copies, seconds }))
+    let bytes = n * k + 4 * n + 2 * (m * k + m * n);
+    let kernel = hopper::name(fp8).into();
+    Ok(Measured { device: "gpu", shape, kernel, m, group: k, rows: m, weights: 1, bytes, copies, seconds })
 }
 
 /// The rows of the experts, grouped once: a layer's products have that in common.

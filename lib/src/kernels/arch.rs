@@ -11,6 +11,10 @@ pub const DEFAULT: &str = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0";
 const KNOWN: [&str; 14] =
     ["8.0", "8.6", "8.7", "8.9", "9.0", "9.0a", "10.0", "10.0a", "10.3", "10.3a", "12.0", "12.0a", "12.1", "12.1a"];
 
+/// PyTorch's names for generations.
+const NAMES: [(&str, &str); 4] =
+    [("Ampere", "8.0;8.6+PTX"), ("Ada", "8.9+PTX"), ("Hopper", "9.0+PTX"), ("Blackwell", "10.0;10.3;12.0;12.1+PTX")];
+
 /// One result of a compilation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
@@ -28,6 +32,11 @@ impl Target {
             return vec![format!("-gencode=arch=compute_{code},code=compute_{code}"), "-ptx".into()];
         }
         vec![format!("-gencode=arch=compute_{code},code=sm_{code}"), "-cubin".into()]
+    }
+
+    /// Whether it is machine code for Hopper with the instructions that it alone has.
+    pub fn is_hopper(&self) -> bool {
+        self.code == "90a" && !self.ptx
     }
 
     /// The name of its file of `kernel`, such as `w4a8.sm_90a.cubin`.
@@ -52,6 +61,11 @@ impl Target {
         runs.then(|| number * 4 + 2 * u32::from(!self.ptx) + u32::from(exact) + if self.ptx { 0 } else { 10_000 })
     }
 
+    /// The least compute capability that it is for, such as 90.
+    pub fn number(&self) -> u32 {
+        self.order().0
+    }
+
     /// By number, machine code before PTX.
     fn order(&self) -> (u32, &str, bool) {
         let number = self.code.trim_end_matches('a').parse().expect("codes are numbers");
@@ -73,7 +87,8 @@ impl fmt::Display for Target {
 /// [`Error::Refused`] for an empty list and for architectures that the kernels are not made for.
 pub fn parse_list(text: &str, origin: &str) -> Result<Vec<Target>> {
     let mut targets = Vec::new();
-    for word in text.split([';', ',', ' ']).map(str::trim).filter(|w| !w.is_empty()) {
+    let words = text.split([';', ',', ' ']).map(str::trim).filter(|w| !w.is_empty());
+    for word in words.flat_map(|word| named(word).split(';')) {
         let (name, ptx) = word.strip_suffix("+PTX").map_or((word, false), |name| (name, true));
         let name = name.strip_prefix("sm_").map_or_else(|| name.to_owned(), dotted);
         if !KNOWN.contains(&&name[..]) {
@@ -94,6 +109,22 @@ pub fn parse_list(text: &str, origin: &str) -> Result<Vec<Target>> {
     targets.sort_by(|a, b| a.order().cmp(&b.order()));
     targets.dedup();
     Ok(targets)
+}
+
+/// What a generation's name stands for; other words as they are.
+fn named(word: &str) -> &str {
+    NAMES.iter().find(|(name, _)| *name == word).map_or(word, |(_, list)| list)
+}
+
+/// A list without what is older than the kernels need, and what that is: PyTorch's containers name every GPU that they serve.
+pub fn without_older(text: &str) -> (String, Vec<&str>) {
+    let old = |word: &&str| {
+        let number = word.strip_suffix("+PTX").unwrap_or(word).parse::<f32>();
+        number.is_ok_and(|n| n < 8.0)
+    };
+    let (older, rest): (Vec<&str>, Vec<&str>) =
+        text.split([';', ',', ' ']).filter(|w| !w.is_empty()).partition(|word| old(word));
+    (rest.join(";"), older)
 }
 
 /// `90a` -> `9.0a`.
@@ -128,6 +159,9 @@ mod tests {
         assert_eq!(names("8.0+PTX, 8.0 12.0"), ["8.0", "8.0+PTX", "12.0"]);
         assert_eq!(names("sm_90a sm_100"), ["9.0a", "10.0"]);
         assert_eq!(names(DEFAULT).len(), 7);
+        assert_eq!(names("Ampere;Hopper"), ["8.0", "8.6", "8.6+PTX", "9.0", "9.0+PTX"]);
+        assert_eq!(without_older("7.5 8.0 9.0+PTX"), ("8.0;9.0+PTX".into(), vec!["7.5"]));
+        assert_eq!(without_older("5.2+PTX"), (String::new(), vec!["5.2+PTX"]));
         for bad in ["", ";", "7.5", "8.6;banana", "sm_", "9.0b", "86"] {
             assert!(parse_list(bad, "--arch").unwrap_err().to_string().contains("\"8.6;9.0a\""), "{bad}");
         }

@@ -5,9 +5,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::arch::Target;
+use super::cutlass::Headers;
 use super::store::{Installed, KernelBuild, MANIFEST};
 use super::toolkit::Toolkit;
-use super::{SOURCES, kernels};
+use super::{HOPPER, HOPPER_LIBRARY, SOURCES, kernels};
 use crate::checkpoint::digest::{record, sha256};
 use crate::checkpoint::sink::to_text;
 use crate::error::{Error, Result};
@@ -18,6 +19,20 @@ use crate::pipeline::progress::{Progress, Unit};
 /// Flags of every compilation. Products and sums are fused where a source says so, nowhere else: their order is stated.
 pub const FLAGS: [&str; 3] = ["-std=c++17", "-O3", "-fmad=false"];
 
+/// What the library for Hopper has beside them.
+const LIBRARY_FLAGS: [&str; 3] = ["--expt-relaxed-constexpr", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"];
+
+/// How it is linked: nothing but its own functions is seen, and nothing but the C library is needed.
+const LINK_FLAGS: [&str; 7] = [
+    "-shared",
+    "-s",
+    "-static-libstdc++",
+    "-static-libgcc",
+    "-Wl,--gc-sections",
+    "-Wl,--exclude-libs,ALL",
+    "-Wl,-z,noexecstack",
+];
+
 /// Lines of a compiler's message that are shown.
 const MESSAGE_LINES: usize = 30;
 
@@ -26,6 +41,8 @@ const MESSAGE_LINES: usize = 30;
 pub struct Request {
     /// With which compiler.
     pub toolkit: Toolkit,
+    /// With which CUTLASS; the library for Hopper is built where there is one and 9.0a is a target.
+    pub cutlass: Option<Headers>,
     /// For what.
     pub targets: Vec<Target>,
 }
@@ -37,6 +54,7 @@ impl Request {
             id: String::new(),
             nvcc: self.toolkit.version.clone(),
             flags: FLAGS.map(str::to_owned).to_vec(),
+            cutlass: self.hopper().map(|(headers, _)| headers.what.clone()),
             targets: self.targets.iter().map(Target::to_string).collect(),
             sources: sources(),
             files: Vec::new(),
@@ -82,13 +100,18 @@ impl Request {
         for (name, text) in SOURCES {
             write(&sources.join(name), text.as_bytes())?;
         }
-        let jobs: Vec<(&str, &Target)> = kernels().flat_map(|k| self.targets.iter().map(move |t| (k, t))).collect();
+        // The library takes longest.
+        let mut jobs: Vec<(&str, &Target)> = self.hopper().map(|(_, t)| (HOPPER, t)).into_iter().collect();
+        jobs.extend(kernels().flat_map(|k| self.targets.iter().map(move |t| (k, t))));
         progress.start_counting("kernels", jobs.len() as u64, Unit::Work);
         let one = |(kernel, target): &(&str, &Target)| {
-            self.run(&sources, kernel, target)?;
+            let made = match self.hopper().filter(|_| *kernel == HOPPER) {
+                Some((headers, target)) => self.library(&sources, headers, target)?,
+                None => vec![self.kernel(&sources, kernel, target)?],
+            };
             progress.note(&format!("kernels: {kernel} for {target}"));
             progress.advance(1);
-            record(folder, &target.file(kernel))
+            made.iter().map(|name| record(folder, name)).collect::<Result<Vec<FileRecord>>>()
         };
         let made = map(&jobs, threads, one);
         if made.is_ok() {
@@ -96,36 +119,81 @@ impl Request {
         } else {
             progress.clear()
         }
-        let mut made = made?;
+        let mut made: Vec<FileRecord> = made?.into_iter().flatten().collect();
         made.sort_by(|a, b| a.name.cmp(&b.name));
         std::fs::remove_dir_all(&sources).map_err(Error::io("remove", &sources))?;
         Ok(made)
     }
 
-    fn run(&self, sources: &Path, kernel: &str, target: &Target) -> Result<()> {
+    /// CUTLASS and the target that it is for, where the library for Hopper is built.
+    fn hopper(&self) -> Option<(&Headers, &Target)> {
+        self.cutlass.as_ref().zip(self.targets.iter().find(|t| t.is_hopper()))
+    }
+
+    /// Compiles a kernel into the folder above `sources`, and gives its file's name.
+    fn kernel(&self, sources: &Path, kernel: &str, target: &Target) -> Result<String> {
+        let file = target.file(kernel);
         let mut words: Vec<String> = FLAGS.map(str::to_owned).to_vec();
         words.extend(target.flags());
-        words.extend(["-o".into(), format!("../{}", target.file(kernel)), format!("{kernel}.cu")]);
-        let command =
-            duct::cmd(&self.toolkit.nvcc, words).dir(sources).stdin_null().stderr_to_stdout().stdout_capture();
-        // Flags from outside would change the bits.
-        let outside = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH"];
-        let command = outside.iter().fold(command, |c, name| c.env_remove(name));
-        // What a killed compiler leaves goes with the folder.
-        let command = command.env("TMPDIR", sources);
-        let ran = command.unchecked().run().map_err(Error::io("run", &self.toolkit.nvcc))?;
-        if ran.status.success() {
-            return Ok(());
-        }
-        let text = String::from_utf8_lossy(&ran.stdout);
-        let lines: Vec<&str> = text.lines().take(MESSAGE_LINES).collect();
-        Err(Error::Refused(format!(
-            "{kernel} does not compile for {target} with {} ({}):\n{}",
-            self.toolkit.nvcc.display(),
-            ran.status,
-            lines.join("\n")
-        )))
+        words.extend(["-o".into(), format!("../{file}"), format!("{kernel}.cu")]);
+        run(&self.toolkit.nvcc, words, sources, &format!("{kernel} does not compile for {target}"))?;
+        Ok(file)
     }
+
+    /// Builds the library for Hopper, and gives the names of it and of its machine code.
+    fn library(&self, sources: &Path, headers: &Headers, target: &Target) -> Result<Vec<String>> {
+        let source = format!("{HOPPER}.cu");
+        let failed = format!("{HOPPER} does not compile for {target} with CUTLASS {}", headers.what.version);
+        let mut words: Vec<String> = FLAGS.map(str::to_owned).to_vec();
+        words.extend(target.flags().into_iter().filter(|f| f != "-cubin"));
+        words.extend(LIBRARY_FLAGS.map(str::to_owned));
+        // Names of CUTLASS's symbols have a hash of the source's path in them: it is the same one everywhere.
+        for part in ["-Xcudafe", "-Xcicc"] {
+            words.extend([part.into(), "--orig_src_path_name".into(), part.into(), format!("/gptoss/{source}")]);
+        }
+        words.extend(["-isystem".into(), headers.include.display().to_string()]);
+        words.extend(["--keep", "--keep-dir", ".", "-c", "-o"].map(str::to_owned));
+        words.extend([format!("{HOPPER}.o"), source]);
+        run(&self.toolkit.nvcc, words, sources, &failed)?;
+        // nvcc would write its own folders into the library; the runtime lies beside it.
+        let home = self.toolkit.nvcc.ancestors().nth(2).unwrap_or(Path::new("/"));
+        let folders = ["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"].map(|f| home.join(f));
+        let runtime = folders.iter().map(|f| f.join("libcudart_static.a")).find(|f| f.is_file());
+        let runtime = runtime.ok_or_else(|| {
+            Error::Refused(format!("libcudart_static.a is missing in {} (lib64 or lib)", home.display()))
+        })?;
+        let mut words: Vec<String> = LINK_FLAGS.map(str::to_owned).to_vec();
+        words.extend([
+            "-o".into(),
+            format!("../{HOPPER_LIBRARY}"),
+            format!("{HOPPER}.o"),
+            runtime.display().to_string(),
+        ]);
+        words.extend(["-ldl", "-lrt", "-lpthread"].map(str::to_owned));
+        run(Path::new("g++"), words, sources, &format!("{HOPPER_LIBRARY} does not link"))?;
+        let code = target.file(HOPPER);
+        let (kept, wanted) = (sources.join(format!("{HOPPER}.cubin")), sources.join("..").join(&code));
+        std::fs::rename(&kept, &wanted).map_err(Error::io("rename", kept))?;
+        Ok(vec![code, HOPPER_LIBRARY.into()])
+    }
+}
+
+/// Runs a compiler in `folder`; where it fails, its message is the error's.
+fn run(program: &Path, words: Vec<String>, folder: &Path, failed: &str) -> Result<()> {
+    // As a name, not as a path: g++ is looked for in PATH.
+    let command = duct::cmd(program.as_os_str(), words).dir(folder).stdin_null().stderr_to_stdout().stdout_capture();
+    // Flags from outside would change the bits.
+    let outside = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH"];
+    let command = outside.iter().fold(command, |c, name| c.env_remove(name));
+    // What a killed compiler leaves goes with the folder.
+    let command = command.env("TMPDIR", folder);
+    let ran = command.unchecked().run().map_err(Error::io("run", program))?;
+    if ran.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&ran.stdout);
+    let lines: Vec<&str> = text.lines().take(MESSAGE_LINES).collect();
+    Err(Error::Refused(format!("{failed} with {} ({}):\n{}", program.display(), ran.status, lines.join("\n"))))
 }
 
 /// What this program would compile.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::cutlass::Cutlass;
 use crate::checkpoint::digest::record;
 use crate::error::{Error, Result};
 use crate::manifest::{FileRecord, Manifest};
@@ -22,6 +23,9 @@ pub struct KernelBuild {
     pub nvcc: String,
     /// Flags of every compilation.
     pub flags: Vec<String>,
+    /// What the library for Hopper is built from; absent where it is not built.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub cutlass: Option<Cutlass>,
     /// Architectures, such as "9.0a" or "8.0+PTX".
     pub targets: Vec<String>,
     /// What was compiled.
@@ -74,8 +78,19 @@ impl Installed {
     }
 }
 
-/// All builds in `root`, by name. What is none, or has a manifest that says nothing, is passed over.
+/// All builds in `root`, by name. What is none, or has a manifest that cannot be read ([`unreadable`]), is passed over.
 pub fn list(root: &Path) -> Result<Vec<Installed>> {
+    Ok(folders(root)?.iter().filter_map(|path| Installed::open(path).ok().flatten()).collect())
+}
+
+/// Folders in `root` whose manifests cannot be read, and why.
+pub fn unreadable(root: &Path) -> Result<Vec<(PathBuf, Error)>> {
+    let bad = |path: PathBuf| Installed::open(&path).err().map(|error| (path, error));
+    Ok(folders(root)?.into_iter().filter_map(bad).collect())
+}
+
+/// What lies in `root` and is not hidden, by name.
+fn folders(root: &Path) -> Result<Vec<PathBuf>> {
     let entries = match std::fs::read_dir(root) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -90,17 +105,20 @@ pub fn list(root: &Path) -> Result<Vec<Installed>> {
         }
     }
     paths.sort();
-    Ok(paths.iter().filter_map(|path| Installed::open(path).ok().flatten()).collect())
+    Ok(paths)
 }
 
-/// Takes away the builds that `id` names, in full or by its beginning; `all` names every one. Gives what went.
+/// Takes away the builds that `id` names, in full or by its beginning; `all` names every one. A build whose manifest cannot be read has its
+/// folder's name. Gives the folders that went.
 ///
 /// # Errors
 /// [`Error::Refused`] where it names none, or several without saying all.
-pub fn uninstall(root: &Path, id: &str) -> Result<Vec<Installed>> {
-    let mut named = list(root)?;
+pub fn uninstall(root: &Path, id: &str) -> Result<Vec<PathBuf>> {
+    let mut named: Vec<PathBuf> = list(root)?.into_iter().map(|i| i.path).collect();
+    named.extend(unreadable(root)?.into_iter().map(|bad| bad.0));
     if id != "all" {
-        named.retain(|i| !id.is_empty() && i.build.id.starts_with(id));
+        let name = |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(id));
+        named.retain(|path| !id.is_empty() && name(path));
         if named.len() != 1 {
             let what = if named.is_empty() { "no build in" } else { "more than one build in" };
             return Err(Error::Refused(format!(
@@ -109,11 +127,11 @@ pub fn uninstall(root: &Path, id: &str) -> Result<Vec<Installed>> {
             )));
         }
     }
-    for build in &named {
+    for path in &named {
         // First the manifest: a folder without it is no build.
-        let manifest = build.path.join(MANIFEST);
+        let manifest = path.join(MANIFEST);
         std::fs::remove_file(&manifest).map_err(Error::io("remove", manifest))?;
-        std::fs::remove_dir_all(&build.path).map_err(Error::io("remove", &build.path))?;
+        std::fs::remove_dir_all(path).map_err(Error::io("remove", path))?;
     }
     Ok(named)
 }

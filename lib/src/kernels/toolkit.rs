@@ -67,10 +67,17 @@ fn places() -> Vec<(String, Option<PathBuf>)> {
     }];
     places.push(("PATH".into(), which::which("nvcc").ok()));
     if let Some(venv) = set("VIRTUAL_ENV") {
-        let pythons = std::fs::read_dir(venv.join("lib")).into_iter().flatten().flatten();
-        let wheel = |python: PathBuf| python.join("site-packages/nvidia/cu13/bin/nvcc");
-        let found = pythons.map(|e| wheel(e.path())).filter(|p| p.is_file()).min();
+        let found = packages().into_iter().map(|site| site.join("nvidia/cu13/bin/nvcc")).find(|p| p.is_file());
         places.push((format!("the virtual environment {}", venv.display()), found));
     }
     places
+}
+
+/// The folders that an active virtual environment has its packages in.
+pub fn packages() -> Vec<PathBuf> {
+    let Some(venv) = std::env::var_os("VIRTUAL_ENV").filter(|v| !v.is_empty()) else { return Vec::new() };
+    let pythons = std::fs::read_dir(PathBuf::from(venv).join("lib")).into_iter().flatten().flatten();
+    let mut sites: Vec<PathBuf> = pythons.map(|e| e.path().join("site-packages")).filter(|p| p.is_dir()).collect();
+    sites.sort();
+    sites
 }

@@ -1,6 +1,7 @@
 //! A GPU and an installed build of the kernels on it: memory, launches, graphs, times. As little of the CUDA driver as they need.
 
 pub mod blas;
+pub mod hopper;
 pub mod operations;
 pub mod reference;
 pub mod selftest;
@@ -111,7 +112,8 @@ impl Gpu {
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("make a context"))?;
         // SAFETY: the context was just made.
         unsafe { result::ctx::set_current(context) }.map_err(failed("use its context"))?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("make a stream"))?;
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("make a stream"))?;
         Ok(Self {
             name: result::device::get_name(device).map_err(failed("tell its name"))?,
             capability,
@@ -190,7 +192,7 @@ impl Gpu {
     /// until the launch, or the graph that it goes into, is done.
     pub unsafe fn launch(&self, launch: &Launch, arguments: &mut [*mut c_void]) -> Result<()> {
         let function = self.function(launch.source, &launch.kernel, launch.shared)?;
-        // Kernels wait for their inputs themselves, so the next one may start early; only from 9.0 on it makes a difference.
+        // Code for 9.0 and later waits for its inputs itself, so it may start early.
         // SAFETY: a union of plain numbers.
         let mut value: sys::CUlaunchAttributeValue = unsafe { std::mem::zeroed() };
         value.programmaticStreamSerializationAllowed = 1;
@@ -207,7 +209,7 @@ impl Gpu {
             sharedMemBytes: launch.shared as u32,
             hStream: self.stream,
             attrs: &mut attribute,
-            numAttrs: u32::from(self.capability.0 >= 9),
+            numAttrs: u32::from(self.target.number() >= 90),
         };
         // SAFETY: the caller vouches for the arguments; the rest lives here.
         let done = unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), null_mut()) };

@@ -146,8 +146,9 @@ pub struct Cut {
     pub splits: usize,
 }
 
-/// What the splits of products need: sums, and tickets that are 0 between launches. Launches that share it come one after the other.
+/// A cut, and what its splits need: sums, and tickets that are 0 between launches. Launches that share it come one after the other.
 pub struct Scratch<'g> {
+    cut: Cut,
     partial: Buffer<'g>,
     tickets: Buffer<'g>,
 }
@@ -156,7 +157,7 @@ impl<'g> Scratch<'g> {
     /// Room for `rows` rows in `tiles` tiles.
     pub fn new(gpu: &'g Gpu, cut: Cut, rows: usize, tiles: usize, n: usize) -> Result<Self> {
         let sums = if cut.splits > 1 { cut.splits * rows * n } else { 1 };
-        Ok(Self { partial: gpu.room(4 * sums)?, tickets: gpu.filled(4 * tiles * n.div_ceil(ROWS), 0)? })
+        Ok(Self { cut, partial: gpu.room(4 * sums)?, tickets: gpu.filled(4 * tiles * n.div_ceil(ROWS), 0)? })
     }
 }
 
@@ -208,9 +209,9 @@ impl Product {
         let most = (k / least).clamp(1, k / group);
         let wanted = (3 * gpu.multiprocessors as usize).div_ceil(blocks).clamp(1, most);
         // Shared memory may want shorter parts.
-        (wanted..=k / group).map(|splits| Cut { tokens, splits }).find(|&cut| {
-            self.shared_bytes(cut, k, group, scale) <= gpu.shared_bytes
-        })
+        (wanted..=k / group)
+            .map(|splits| Cut { tokens, splits })
+            .find(|&cut| self.shared_bytes(cut, k, group, scale) <= gpu.shared_bytes)
     }
 
     /// `output` [rows, N] = inputs W^T + bias, or of a [`Mixture`] each row by its expert's weight.
@@ -223,10 +224,10 @@ impl Product {
         w: &Weight,
         inputs: &Inputs,
         output: (&Buffer, Float),
-        cut: Cut,
         scratch: &Scratch,
         experts: Option<(&Routes, Mixture)>,
     ) -> Result<()> {
+        let cut = scratch.cut;
         let rows = experts.map_or(inputs.rows, |(r, _)| r.tokens.0 * r.tokens.1);
         let wide = if experts.is_some_and(|(_, m)| m.swiglu.is_some()) { w.n / 2 } else { w.n };
         let groups = w.k / w.group;
@@ -272,8 +273,14 @@ impl Product {
             // SAFETY: the structure is the kernel's, and lengths were checked above.
             return unsafe { gpu.launch(&launch, &mut [first]) };
         };
-        assert!(routes.tile == cut.tokens && routes.count == w.experts, "rows were grouped for these tiles and weights");
-        assert!(if mixture.gather { inputs.rows == routes.tokens.0 } else { inputs.rows == rows }, "each row has an input");
+        assert!(
+            routes.tile == cut.tokens && routes.count == w.experts,
+            "rows were grouped for these tiles and weights"
+        );
+        assert!(
+            if mixture.gather { inputs.rows == routes.tokens.0 } else { inputs.rows == rows },
+            "each row has an input"
+        );
         let (alpha, limit) = mixture.swiglu.unwrap_or_default();
         let mut second = ExpertArguments {
             tiles: routes.tiles.address(),
@@ -360,15 +367,17 @@ struct ActivationArguments {
     m: i32,
     k: i32,
     input_type: i32,
+    fp8: i32,
 }
 
-/// Inputs [m, k] to int8, one scale a token.
+/// Inputs [m, k] to int8, or to E4M3 where `fp8`, one scale a token.
 pub fn quantize_activations(
     gpu: &Gpu,
     input: (&Buffer, Float),
     codes: &Buffer,
     scales: &Buffer,
     (m, k): (usize, usize),
+    fp8: bool,
 ) -> Result<()> {
     assert!(k.is_multiple_of(8) && input.0.bytes() >= m * k * input.1.size(), "inputs are all there");
     assert!(codes.bytes() >= m * k && scales.bytes() >= 4 * m, "results have room");
@@ -379,6 +388,7 @@ pub fn quantize_activations(
         m: m as i32,
         k: k as i32,
         input_type: type_of(input.1),
+        fp8: i32::from(fp8),
     };
     let launch = wide("quantize_activations", [m, 1, 1], WIDE / 32 * 4);
     // SAFETY: the structure is the kernel's, and lengths were checked above.

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::hopper::{self, Hopper};
 use super::operations::{
     Codes, Cut, Inputs, Mixture, PRODUCTS, Product, Rounded, Routes, Scratch, TILES, Weight, combine_experts,
     dequantize_mxfp4, fake_quantize, mask_2_4, quantize_activations,
@@ -14,9 +15,9 @@ use crate::algorithms::wanda;
 use crate::error::Result;
 use crate::formats::float::Float;
 use crate::formats::int::IntFormat;
-use crate::formats::minifloat::Minifloat;
+use crate::formats::minifloat::Minifloat::{self, E4M3};
 use crate::formats::ternary::{self, Trits};
-use crate::formats::{NumberFormat, Params, mxfp4, nvfp4};
+use crate::formats::{FP8, NumberFormat, Params, mxfp4, nvfp4};
 use crate::ops::random::Draw;
 use crate::pipeline::progress::Progress;
 use crate::recipe::Mask;
@@ -138,10 +139,15 @@ pub fn run(gpu: &Gpu, extent: Extent, only: &[String], progress: &Progress) -> R
         add(product.name, &|| single(gpu, product, extent))?;
         add(&format!("{}_experts", product.name), &|| experts(gpu, product, extent))?;
     }
+    if let Some(library) = Hopper::open(gpu)? {
+        for fp8 in [false, true] {
+            add(hopper::name(fp8), &|| hopper(gpu, &library, fp8, extent))?;
+        }
+    }
     Ok(tests)
 }
 
-/// The rules of int8 are the reference.
+/// The rules of the formats are the reference.
 fn quantize(gpu: &Gpu) -> Result<KernelTest> {
     let (mut test, mut draw) = (KernelTest::new("quantize_activations", 0.0), Draw::new(1));
     for float in [Float::Bf16, Float::F16, Float::F32] {
@@ -150,15 +156,17 @@ fn quantize(gpu: &Gpu) -> Result<KernelTest> {
             // A token of zeros.
             x[(m - 1) * k..].fill(0.0);
             let (input, codes, scales) = (gpu.upload(&stored(&x, float))?, gpu.room(m * k)?, gpu.room(4 * m)?);
-            quantize_activations(gpu, (&input, float), &codes, &scales, (m, k))?;
-            let (have, scales): (Vec<i8>, Vec<f32>) = (gpu.download(&codes)?, gpu.download(&scales)?);
-            for (t, row) in x.chunks(k).enumerate() {
-                let (low, high) = row.iter().fold((0f32, 0f32), |(l, h), &x| (l.min(x), h.max(x)));
-                let p = INT8.fit(low, high, Float::F32);
-                let wanted: Vec<i8> = row.iter().map(|&x| INT8.quantize(x, p, Float::F32)).collect();
-                let case = format!("token {t} of [{m}, {k}] in {float:?}");
-                test.see_all(&[scales[t]], &[p.scale], &case);
-                test.see_all(&floats(&have[t * k..][..k]), &floats(&wanted), &case);
+            for format in [NumberFormat::Int(INT8), FP8] {
+                quantize_activations(gpu, (&input, float), &codes, &scales, (m, k), format == FP8)?;
+                let (have, scales): (Vec<i8>, Vec<f32>) = (gpu.download(&codes)?, gpu.download(&scales)?);
+                for (t, row) in x.chunks(k).enumerate() {
+                    let (low, high) = row.iter().fold((0f32, 0f32), |(l, h), &x| (l.min(x), h.max(x)));
+                    let p = format.fit(low, high, Float::F32, 1.0);
+                    let wanted: Vec<i8> = row.iter().map(|&x| format.quantize(x, p, Float::F32)).collect();
+                    let case = format!("token {t} of [{m}, {k}] in {float:?} to {}", format.name());
+                    test.see_all(&[scales[t]], &[p.scale], &case);
+                    test.see_all(&floats(&have[t * k..][..k]), &floats(&wanted), &case);
+                }
             }
         }
     }
@@ -241,7 +249,11 @@ fn fake(gpu: &Gpu) -> Result<KernelTest> {
                 fake_quantize(gpu, format, (&input, float), &out, (rows, k, group), global, given)?;
                 let case = format!("{} in groups of {group}, {float:?}, given: {given}", format.name());
                 let have: Vec<i8> = gpu.download(&c)?;
-                test.see_all(&gpu.download::<f32>(&scales)?, &params.iter().map(|p| p.scale).collect::<Vec<_>>(), &case);
+                test.see_all(
+                    &gpu.download::<f32>(&scales)?,
+                    &params.iter().map(|p| p.scale).collect::<Vec<_>>(),
+                    &case,
+                );
                 let zero_points: Vec<f32> = params.iter().map(|p| p.zero_point).collect();
                 test.see_all(&gpu.download::<f32>(&zeros)?, &zero_points, &case);
                 test.see_all(&floats(&have), &floats(&codes), &format!("codes of {case}"));
@@ -364,7 +376,7 @@ impl<'g> Activated<'g> {
             return Ok(Self { values: input, scales: None, here });
         }
         let (values, scales) = (gpu.room(rows * k)?, gpu.room(4 * rows)?);
-        quantize_activations(gpu, (&input, Float::Bf16), &values, &scales, (rows, k))?;
+        quantize_activations(gpu, (&input, Float::Bf16), &values, &scales, (rows, k), false)?;
         let here = Tokens::Int8(gpu.download(&values)?, gpu.download(&scales)?);
         Ok(Self { values, scales: Some(scales), here })
     }
@@ -428,12 +440,56 @@ fn single(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
                     let scratch = Scratch::new(gpu, cut, m, m.div_ceil(tokens), n)?;
                     // Twice: tickets come back.
                     for _ in 0..2 {
-                        product.launch(gpu, &w.there, &x.inputs(m), (&out, float), cut, &scratch, None)?;
+                        product.launch(gpu, &w.there, &x.inputs(m), (&out, float), &scratch, None)?;
                     }
                     let case = format!("M {m} N {n} K {k}, groups of {group}, tiles of {tokens}, {splits} splits");
                     compare(&mut test, product.int8, float, &read(gpu, &out, float)?, &want, &case);
                 }
             }
+        }
+    }
+    Ok(test)
+}
+
+/// The library for Hopper.
+fn hopper(gpu: &Gpu, library: &Hopper, fp8: bool, extent: Extent) -> Result<KernelTest> {
+    let float = Float::Bf16;
+    // In E4M3 tensor cores keep fewer bits of the sums of 128 columns.
+    let bound = bound(float) + if fp8 { 2e-3 } else { 0.0 };
+    let (mut test, mut draw) = (KernelTest::new(hopper::name(fp8), bound), Draw::new(7));
+    let mut shapes = vec![(1, 8, 16), (3, 136, 160), (130, 264, 528)];
+    if extent == Extent::Models {
+        shapes.extend([(257, 2880, 4096), (64, 5760, 2880)]);
+    }
+    let values: Vec<f64> = (0..=255u8).map(|b| if fp8 { E4M3.value(b).into() } else { f64::from(b as i8) }).collect();
+    for (m, n, k) in shapes {
+        let input = gpu.upload(&stored(&numbers(&mut draw, m * k, float), float))?;
+        let (x, x_scales) = (gpu.room(m * k)?, gpu.room(4 * m)?);
+        quantize_activations(gpu, (&input, float), &x, &x_scales, (m, k), fp8)?;
+        // E4M3 without its NaN.
+        let w: Vec<u8> = draw.bytes(n * k).iter().map(|&b| if fp8 { b & 0xf7 } else { b }).collect();
+        let scales: Vec<f32> = (0..n).map(|_| draw.unit().abs() * 0.01).collect();
+        let biases: Vec<f32> = (0..n).map(|_| float.round(draw.unit())).collect();
+        let weight = (&gpu.upload(&w)?, &gpu.upload(&scales)?);
+        let (have_x, have_scales): (Vec<u8>, Vec<f32>) = (gpu.download(&x)?, gpu.download(&x_scales)?);
+        for bias in [None, Some(gpu.upload(&stored(&biases, float))?)] {
+            let out = gpu.room(m * n * float.size())?;
+            let workspace = library.workspace(fp8, (m, n, k))?;
+            library.product(fp8, weight, (&x, &x_scales), bias.as_ref(), &out, (m, n, k), &workspace)?;
+            let want = |i: usize| {
+                let (row, token) = (i % n, i / n);
+                let value = |b: u8| values[usize::from(b)];
+                let products =
+                    w[row * k..][..k].iter().zip(&have_x[token * k..][..k]).map(|(&w, &x)| value(w) * value(x));
+                let (sum, size) = products.fold((0f64, 0f64), |(sum, size), p| (sum + p, size + p.abs()));
+                let scale = f64::from(scales[row]) * f64::from(have_scales[token]);
+                let bias = if bias.is_some() { f64::from(biases[row]) } else { 0.0 };
+                let exact = sum * scale + bias;
+                Output { stated: exact as f32, exact, size: size * scale + bias.abs() }
+            };
+            let want: Vec<Output> = (0..m * n).map(want).collect();
+            let case = format!("M {m} N {n} K {k}, with biases: {}", bias.is_some());
+            compare(&mut test, false, float, &read(gpu, &out, float)?, &want, &case);
         }
     }
     Ok(test)
@@ -480,7 +536,8 @@ fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
             if most > gpu.shared_bytes {
                 continue;
             }
-            let case = format!("{tokens} tokens of {hidden}, {count} experts of {inner}, tiles of {tile}, {splits} splits");
+            let case =
+                format!("{tokens} tokens of {hidden}, {count} experts of {inner}, tiles of {tile}, {splits} splits");
             let routes = Routes::new(gpu, (tokens, top_k), count, tile)?;
             routes.group(gpu, &chosen_there)?;
             let places: Vec<i32> = gpu.download(&routes.places)?;
@@ -498,7 +555,7 @@ fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
             let scratch = Scratch::new(gpu, cut, rows, routes.tile_count, hidden.max(2 * inner))?;
             let mixture = Mixture { gather: true, swiglu: Some(unit) };
             let experts = Some((&routes, mixture));
-            product.launch(gpu, &gate_up.there, &x.inputs(tokens), (&h, float), cut, &scratch, experts)?;
+            product.launch(gpu, &gate_up.there, &x.inputs(tokens), (&h, float), &scratch, experts)?;
             let have = read(gpu, &h, float)?;
             let (layers, inputs) = (&gate_up.here, &x.here);
             let want = |i: usize| {
@@ -517,7 +574,7 @@ fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
             let y = gpu.room(rows * hidden * float.size())?;
             let mixture = Mixture { gather: false, swiglu: None };
             let experts = Some((&routes, mixture));
-            product.launch(gpu, &down.there, &hidden_in.inputs(rows), (&y, float), cut, &scratch, experts)?;
+            product.launch(gpu, &down.there, &hidden_in.inputs(rows), (&y, float), &scratch, experts)?;
             let have = read(gpu, &y, float)?;
             let (layers, inputs) = (&down.here, &hidden_in.here);
             let want = |i: usize| {
