@@ -5,6 +5,7 @@ mod support;
 use std::path::Path;
 
 use serde_json::Value;
+use sha2::Digest;
 use support::{command, root, run, run_with, tiny};
 
 const TEXT: &str = "--dataset open_platypus --num-calibration-samples 256 --max-seq-length 2048";
@@ -80,9 +81,11 @@ fn the_recipes_are_readme_s() {
     }
 }
 
+/// Every change of a byte of their outputs is a line of the committed table, and one of the changelog.
 #[test]
-fn readme_s_recipes_run_on_the_tiny_model() {
+fn readme_s_recipes_run_on_the_tiny_model_and_again() {
     let dir = tempfile::tempdir().unwrap();
+    let mut table = String::new();
     for (name, flags) in recipes() {
         // Little of another text; nothing else differs from what README says.
         let text = format!("--calib-jsonl {} --nsamples 2 --max-seq-length 32", tiny().join("calib.jsonl").display());
@@ -93,7 +96,52 @@ fn readme_s_recipes_run_on_the_tiny_model() {
         assert_eq!(made["calibration"]["tokens"], 64, "{name}");
         let checked = run(command("gptoss-verify check").arg(&out)).manifest();
         assert_eq!(checked["verdict"]["passed"], true, "{name}: {checked}");
+        let files = made["output"]["files"].as_array().unwrap().iter();
+        let list: String =
+            files.map(|f| format!("{}  {}\n", f["sha256"].as_str().unwrap(), f["name"].as_str().unwrap())).collect();
+        table += &format!("{}  {name}\n", hex(&sha2::Sha256::digest(list)));
     }
+    insta::assert_snapshot!("output-hashes", table);
+
+    // The job of a manifest once more: from the folder, with other numbers of threads, and nothing stays behind.
+    let (out, work) = (dir.path().join("mixed-awqexp-gptq-w8a8mw"), dir.path().join("work"));
+    std::fs::create_dir(&work).unwrap();
+    let reproduce = |flags: &str| {
+        let mut c = command(&format!("gptoss-verify reproduce --quiet --threads 1 {flags}"));
+        run(c.arg("--work-dir").arg(&work).arg(&out))
+    };
+    let (source, text) =
+        (format!("--source {}", tiny().display()), format!("--text {}", tiny().join("calib.jsonl").display()));
+    let again = reproduce(&format!("{source} {text}"));
+    assert_eq!((again.code, &again.manifest()["verdict"]["passed"]), (0, &true.into()), "{}", again.err);
+    assert_eq!(std::fs::read_dir(&work).unwrap().count(), 0);
+    let other = tiny().join("test.jsonl");
+    for (flags, words) in [
+        (text.clone(), "give --source DIR"),
+        (source.clone(), "calibrated on calib.jsonl, a file: give --text FILE"),
+        (format!("{source} --text {}", other.display()), "not the one that the job was calibrated on"),
+        (format!("--source {} {text}", out.display()), "not what the job read"),
+    ] {
+        let ran = reproduce(&flags);
+        assert!(ran.code == 2 && ran.err.contains(words), "{flags}: {}", ran.err);
+    }
+    // A manifest that lies.
+    support::edit(&out.join("gptoss-manifest.json"), |m| m["output"]["files"][0]["sha256"] = "00".into());
+    let lied = reproduce(&format!("{source} {text}"));
+    assert_eq!(lied.code, 1, "{}", lied.err);
+    let findings = serde_json::from_str::<Value>(&lied.out).unwrap()["verdict"]["findings"].clone();
+    assert_eq!((findings.as_array().unwrap().len(), &findings[0]["kind"]), (1, &"hash".into()), "{findings}");
+    // Through a pipe, which says where the source is; and a plan is no job.
+    let bf16 = run(command("gptoss-dequant --quiet --src").arg(tiny()).arg("--dst").arg(dir.path().join("bf16")));
+    let ran = run_with(command("gptoss-verify reproduce --quiet --work-dir").arg(&work), &bf16.out);
+    assert_eq!((ran.code, &ran.manifest()["verdict"]["passed"]), (0, &true.into()), "{}", ran.err);
+    let planned = run(command("gptoss-quant --dry-run --quiet --algo rtn --model-in").arg(tiny()));
+    let ran = run_with(&mut command("gptoss-verify reproduce"), &planned.out);
+    assert!(ran.code == 2 && ran.err.contains("is a plan"), "{}", ran.err);
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[test]

@@ -273,6 +273,16 @@ fn env_answers_on_any_machine() {
     let env = &manifest["environment"];
     assert!(env["memory_bytes"].as_u64().unwrap() > 1 << 28 && env["cpus"].as_u64().unwrap() >= 1);
     assert!(env["gpus"].is_array() && env["kernels"].as_array().unwrap().is_empty());
+    // A virtual environment whose Python has the package, and one whose has not.
+    let venv = tempfile::tempdir().unwrap();
+    std::fs::create_dir(venv.path().join("bin")).unwrap();
+    for (answer, want) in [("echo 0.2.1", Value::from("0.2.1")), ("true", Value::Null)] {
+        let python = venv.path().join("bin/python");
+        std::fs::write(&python, format!("#!/bin/sh\ncase \"$*\" in *qqq*) {answer} ;; esac\n")).unwrap();
+        std::fs::set_permissions(&python, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let manifest = run(command("gptoss-verify env --quiet").env("VIRTUAL_ENV", venv.path())).manifest();
+        assert_eq!(manifest["environment"]["qqq"], want);
+    }
 }
 
 #[test]

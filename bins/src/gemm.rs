@@ -5,13 +5,15 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use gptoss::bench::{Request, Shape, cpu, gpu, shapes_of};
+use gptoss::bench::{Request, Shape, cpu, gpu, names, shapes_of};
 use gptoss::checkpoint::hub::Located;
-use gptoss::kernels::gpu::{Gpu, has_driver};
+use gptoss::kernels::gpu::Gpu;
+use gptoss::kernels::gpu::operations::LARGEST_GROUP;
 use gptoss::manifest::{Job, Manifest};
 use gptoss::pipeline::meter::Meter;
 use gptoss::verify::env::{Environment, kernel_dir};
 
+use crate::report::human;
 use crate::{Common, plot, volatile};
 
 /// Where products are measured.
@@ -27,38 +29,55 @@ pub enum On {
 
 /// Flags of a measurement of products.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Products")]
 pub struct GemmArgs {
     /// Tokens, such as 16 or 1,16,256 [default: 16; of --shapes 1, 2, 4 ... 1024]
-    #[arg(long = "M", value_name = "LIST", value_delimiter = ',', value_parser = parse_size)]
+    #[arg(long = "M", value_name = "LIST", value_delimiter = ',', value_parser = parse_size, help_heading = "Products")]
     m: Vec<usize>,
     /// Columns of the weight (in_features), a multiple of 32 [default: 4096]
-    #[arg(long = "K", value_name = "N", value_parser = parse_size, conflicts_with = "shapes")]
+    #[arg(long = "K", value_name = "N", value_parser = parse_size, conflicts_with = "shapes", help_heading = "Products")]
     k: Option<usize>,
     /// Rows of the weight (out_features) [default: 4096]
-    #[arg(long = "N", value_name = "N", value_parser = parse_size, conflicts_with = "shapes")]
+    #[arg(long = "N", value_name = "N", value_parser = parse_size, conflicts_with = "shapes", help_heading = "Products")]
     n: Option<usize>,
     /// Every linear layer of a model: gpt-oss-20b or gpt-oss-120b
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", help_heading = "Products")]
     shapes: Option<String>,
+    /// Only layers of the model whose names contain one of these, such as experts
+    #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "shapes", help_heading = "Products")]
+    layers: Vec<String>,
     /// Columns of a scale of int4 and int8 weights [default: the largest of 128, 64, 32 that divides K]
-    #[arg(long, value_name = "N", value_parser = parse_size)]
+    #[arg(long, value_name = "N", value_parser = parse_size, help_heading = "Products")]
     group: Option<usize>,
-    /// Runs of each; on a processor it ends after two seconds
-    #[arg(long, value_name = "N", default_value_t = 50, value_parser = parse_size)]
-    iters: usize,
+    /// Runs of each, fewer where they take long [default: 50]
+    #[arg(long, value_name = "N", value_parser = parse_size, help_heading = "Products")]
+    iters: Option<usize>,
     /// Only kernels whose names contain one of these, such as w4a8,cublas
-    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Products")]
     only: Vec<String>,
     /// Parts of K on the GPU, which go to blocks of their own [default: what fills it]
-    #[arg(long, value_name = "N", value_parser = parse_size)]
+    #[arg(long, value_name = "N", value_parser = parse_size, help_heading = "Products")]
     splits: Option<usize>,
-    /// Where
-    #[arg(long, value_enum, default_value = "auto")]
-    on: On,
+    /// Where [default: auto]
+    #[arg(long, value_enum, help_heading = "Products")]
+    on: Option<On>,
     /// Draw the ratios over M into this SVG file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Products")]
     plot: Option<PathBuf>,
+}
+
+/// Runs where nothing else is said.
+const ITERS: usize = 50;
+
+/// Whether the weights in f32 fit into memory, once.
+fn check_memory(shapes: &[Shape], available: u64) -> Result<()> {
+    for Shape { name, n, k, .. } in shapes {
+        let bytes = 8 * (*n as u64) * (*k as u64);
+        if bytes > available {
+            let (bytes, available) = (human(bytes), human(available));
+            bail!("{name} takes {bytes} of memory on this processor, and {available} are available");
+        }
+    }
+    Ok(())
 }
 
 fn parse_size(text: &str) -> Result<usize, String> {
@@ -69,47 +88,59 @@ fn parse_size(text: &str) -> Result<usize, String> {
 }
 
 impl GemmArgs {
+    /// Whether any of the flags was given.
+    pub fn is_given(&self) -> bool {
+        let lists = [self.m.is_empty(), self.layers.is_empty(), self.only.is_empty()];
+        let numbers = [self.k, self.n, self.group, self.splits, self.iters].iter().any(Option::is_some);
+        lists.contains(&false) || numbers || self.shapes.is_some() || self.plot.is_some() || self.on.is_some()
+    }
+
     /// Measures, and writes a manifest with a row a product.
     pub fn run(&self, tool: &str, common: &Common) -> Result<ExitCode> {
         let (resources, meter) = (common.resources(), Meter::start());
-        let request = self.request()?;
+        let request = self.request(resources.max_memory)?;
+        let on = self.on.unwrap_or(On::Auto);
         if let Some(path) = &self.plot {
             plot::check(path)?;
         }
-        let mut manifest = Manifest::new(
-            tool,
-            Job::Gemm { m: request.m.clone(), shapes: request.shapes.clone(), iters: request.iters },
-        );
-        manifest.environment = Some(Environment::detect());
+        let environment = Environment::detect();
+        if on != On::Gpu {
+            check_memory(&request.shapes, environment.memory_available_bytes)?;
+        }
+        let Request { m, shapes, iters, group, splits, kernels, .. } = request.clone();
+        let mut manifest = Manifest::new(tool, Job::Gemm { m, shapes, iters, group, splits, only: kernels });
+        manifest.environment = Some(environment);
         let (mut rows, mut notes) = (Vec::new(), Vec::new());
-        if self.on != On::Cpu {
+        if on != On::Cpu {
             match self.gpu() {
                 Ok(gpu) => {
                     notes.push(format!("{}, code for {}", gpu.name, gpu.target()));
-                    let (measured, more) = gpu::run(&gpu, &request, self.splits, &resources.progress)?;
+                    let (measured, more) = gpu::run(&gpu, &request, &resources.progress)?;
                     rows.extend(measured);
                     notes.extend(more);
                 }
-                Err(error) if self.on == On::Gpu => return Err(error),
-                // A machine without one is the usual case; one whose kernels are missing says so.
-                Err(_) if !has_driver() => {}
-                Err(error) => notes.push(format!("the GPU is left out: {error:#}")),
+                Err(error) if on == On::Gpu => return Err(error),
+                Err(error) => notes.push(format!("no GPU was measured: {error:#}")),
             }
         }
-        if self.on != On::Gpu {
-            rows.extend(cpu::run(&request, resources.threads, &resources.progress)?);
+        if on != On::Gpu {
+            let (measured, more) = cpu::run(&request, resources.threads, &resources.progress)?;
+            rows.extend(measured);
+            notes.extend(more);
         }
         if rows.is_empty() {
-            bail!("nothing was measured: --only leaves no kernel, or --group divides no K; {}", notes.join("; "));
+            bail!("nothing was measured ({})", notes.join("; "));
         }
-        if let Some(path) = &self.plot {
-            plot::write(path, &rows).with_context(|| format!("cannot draw {}", path.display()))?;
-        }
+        let drawn = self
+            .plot
+            .as_ref()
+            .map(|path| plot::write(path, &rows).with_context(|| format!("cannot draw {}", path.display())));
         let mut run = volatile(&Located { dir: ".".into(), hub: None }, None, meter.read(), resources.threads, 0);
         run.source_path = None;
         (run.gemm, manifest.notes) = (rows, notes);
         manifest.volatile = Some(run);
         common.emit(&manifest)?;
+        drawn.transpose()?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -118,8 +149,8 @@ impl GemmArgs {
         Ok(Gpu::open(&root)?)
     }
 
-    fn request(&self) -> Result<Request> {
-        let shapes = match &self.shapes {
+    fn request(&self, memory: u64) -> Result<Request> {
+        let mut shapes = match &self.shapes {
             Some(model) => match shapes_of(model) {
                 Some(shapes) => shapes,
                 None => bail!("--shapes {model}: wanted gpt-oss-20b or gpt-oss-120b"),
@@ -129,17 +160,28 @@ impl GemmArgs {
                 vec![Shape { name: format!("{n}x{k}"), n, k, experts: None }]
             }
         };
+        if !self.layers.is_empty() {
+            let all: Vec<String> = shapes.iter().map(|s| s.name.clone()).collect();
+            if let Some(none) = self.layers.iter().find(|l| !all.iter().any(|name| name.contains(&l[..]))) {
+                bail!("--layers {none}: the layers are {}", all.join(", "));
+            }
+            shapes.retain(|s| self.layers.iter().any(|l| s.name.contains(&l[..])));
+        }
+        if let Some(none) = self.only.iter().find(|o| !names().iter().any(|name| name.contains(&o[..]))) {
+            bail!("--only {none}: the kernels are {}", names().join(", "));
+        }
         if let Some(shape) = shapes.iter().find(|s| !s.k.is_multiple_of(32)) {
             bail!("--K {}: the kernels take multiples of 32", shape.k);
         }
-        if let Some(group) = self.group.filter(|g| !g.is_multiple_of(32)) {
-            bail!("--group {group}: the kernels take multiples of 32");
+        if let Some(group) = self.group.filter(|g| !g.is_multiple_of(32) || *g > LARGEST_GROUP) {
+            bail!("--group {group}: the kernels take multiples of 32 up to {LARGEST_GROUP}");
         }
         let m = match (&self.m[..], &self.shapes) {
             ([], None) => vec![16],
             ([], Some(_)) => (0..=10).map(|i| 1 << i).collect(),
             (m, _) => m.to_vec(),
         };
-        Ok(Request { m, shapes, group: self.group, iters: self.iters, kernels: self.only.clone() })
+        let (group, iters, kernels) = (self.group, self.iters.unwrap_or(ITERS), self.only.clone());
+        Ok(Request { m, shapes, group, iters, kernels, splits: self.splits, memory })
     }
 }

@@ -5,6 +5,7 @@ pub mod plot;
 pub mod quality;
 pub mod recipe;
 pub mod report;
+pub mod reproduce;
 pub mod text;
 
 use std::io::{IsTerminal, Write};
@@ -207,6 +208,18 @@ pub fn file_set(dir: &Path, threads: usize) -> Result<FileSet> {
     names.sort();
     let files = map(&names, threads, |name| record(dir, name))?;
     Ok(FileSet::new(layout_name(&checkpoint), files))
+}
+
+/// The first file of `files` that is not in `dir` as it was.
+pub fn changed_file(dir: &Path, files: &FileSet, threads: usize) -> Result<Option<String>> {
+    let changed = map(&files.files, threads, |was| {
+        let same = match std::fs::metadata(dir.join(&was.name)) {
+            Ok(m) if m.len() == was.bytes => record(dir, &was.name)?.sha256 == was.sha256,
+            _ => false,
+        };
+        Ok((!same).then(|| was.name.clone()))
+    })?;
+    Ok(changed.into_iter().flatten().next())
 }
 
 /// The part of a manifest that differs from run to run.

@@ -1,4 +1,6 @@
-// Runs the kernels on this processor (simt.hpp) and compares every output with plain loops, bit for bit.
+// Runs the kernels on this processor (simt.hpp) and compares every output with plain loops: bit for bit, but for products of bf16 inputs, whose
+// sums on tensor cores have no order that is said. What the formats of lib/src say (fake_quantize, mask_2_4, FP8 inputs) is compared there,
+// through driver.cpp.
 //
 //     c++ -std=c++17 -O2 -I.. -o check check.cpp && ./check
 #include <random>

@@ -34,36 +34,40 @@ struct Function {
   int threads;
   size_t sizes[2];  // of its arguments; the second is 0 where there is one
   std::function<void(void*, void*)> run;
-  int shared = 48 << 10;  // bytes that a launch may ask for
+  std::function<int(const gemm::Arguments&)> wanted;  // bytes of shared memory of a product
+  int shared = 48 << 10;                              // bytes that a launch may ask for
 };
 
 template <class A>
 Function function(int threads, void (*kernel)(A)) {
-  return {threads, {sizeof(A), 0}, [kernel](void* a, void*) { kernel(*static_cast<A*>(a)); }};
+  return {threads, {sizeof(A), 0}, [kernel](void* a, void*) { kernel(*static_cast<A*>(a)); }, {}};
 }
 
 template <class A, class B>
 Function function(int threads, void (*kernel)(A, B)) {
-  return {threads, {sizeof(A), sizeof(B)}, [kernel](void* a, void* b) { kernel(*static_cast<A*>(a), *static_cast<B*>(b)); }};
+  return {threads, {sizeof(A), sizeof(B)}, [kernel](void* a, void* b) { kernel(*static_cast<A*>(a), *static_cast<B*>(b)); }, {}};
 }
 
 std::map<std::string, Function>& functions() {
   static std::map<std::string, Function> all;
   if (!all.empty()) return all;
 #define OF(name, threads) all[#name] = function(threads, name)
-#define OF_PRODUCT(name, tokens)           \
-  OF(name##_##tokens, gemm::THREADS);      \
-  OF(name##_experts_##tokens, gemm::THREADS)
-#define OF_PRODUCTS(name) \
-  OF_PRODUCT(name, 8);    \
-  OF_PRODUCT(name, 16);   \
-  OF_PRODUCT(name, 32);   \
-  OF_PRODUCT(name, 64)
-  OF_PRODUCTS(w4a8);
-  OF_PRODUCTS(w8a8);
-  OF_PRODUCTS(w4a16);
-  OF_PRODUCTS(mxfp4_a8);
-  OF_PRODUCTS(mxfp4_a16);
+#define OF_PRODUCT(name, Codes, Inputs, tokens)                                                                       \
+  OF(name##_##tokens, gemm::THREADS);                                                                                 \
+  OF(name##_experts_##tokens, gemm::THREADS);                                                                         \
+  all[#name "_" #tokens].wanted = all[#name "_experts_" #tokens].wanted = [](const gemm::Arguments& p) {              \
+    return gemm::shared_bytes<gemm::Codes, gemm::Inputs, tokens>(p.k, p.group, p.splits, p.scale_type);               \
+  }
+#define OF_PRODUCTS(name, Codes, Inputs) \
+  OF_PRODUCT(name, Codes, Inputs, 8);    \
+  OF_PRODUCT(name, Codes, Inputs, 16);   \
+  OF_PRODUCT(name, Codes, Inputs, 32);   \
+  OF_PRODUCT(name, Codes, Inputs, 64)
+  OF_PRODUCTS(w4a8, Int4, Int8Inputs);
+  OF_PRODUCTS(w8a8, Int8, Int8Inputs);
+  OF_PRODUCTS(w4a16, Int4, Bf16Inputs);
+  OF_PRODUCTS(mxfp4_a8, E2m1, Int8Inputs);
+  OF_PRODUCTS(mxfp4_a16, E2m1, Bf16Inputs);
   OF(quantize_activations, activations::THREADS);
   OF(group_rows, routes::THREADS);
   OF(combine_experts, combine::THREADS);
@@ -258,6 +262,8 @@ API cuLaunchKernelEx(const Config* config, void* f, void** arguments, void**) {
   Function& function = *static_cast<Function*>(f);
   bool fits = config->block[0] == unsigned(function.threads) && config->block[1] == 1 && config->block[2] == 1;
   if (!fits || int(config->shared) > function.shared || !config->grid[0] || !config->grid[1] || !config->grid[2]) return INVALID_VALUE;
+  // Neither less nor more than the kernel's own header says.
+  if (function.wanted && int(config->shared) != function.wanted(*static_cast<gemm::Arguments*>(arguments[0]))) return INVALID_VALUE;
   Dim3 grid = {int(config->grid[0]), int(config->grid[1]), int(config->grid[2])};
   // Arguments are taken at the launch, whenever it runs.
   using Bytes = std::vector<uint64_t>;

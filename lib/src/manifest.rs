@@ -135,8 +135,17 @@ pub enum Job {
         m: Vec<usize>,
         /// Layers.
         shapes: Vec<crate::bench::Shape>,
-        /// Runs of each.
+        /// Runs of each, at most.
         iters: usize,
+        /// Columns of a scale of int4 and int8, where that was asked for.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        group: Option<usize>,
+        /// Parts of K on a GPU, where that was asked for.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        splits: Option<usize>,
+        /// Parts of kernels' names, where not all were measured.
+        #[serde(skip_serializing_if = "Vec::is_empty", default)]
+        only: Vec<String>,
     },
     /// Which runtimes load a checkpoint.
     Runtimes,
@@ -146,6 +155,11 @@ pub enum Job {
     /// Those that are installed, on the GPU.
     #[serde(rename = "test-kernels")]
     TestKernels,
+    /// Another job once more.
+    Reproduce {
+        /// It.
+        job: Box<Job>,
+    },
     /// The machine.
     Env,
 }

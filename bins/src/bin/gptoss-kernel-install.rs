@@ -54,7 +54,8 @@ Examples:
   eval \"$(gptoss-kernel-install --print-env)\"
 
 Kernels lie in $GPTOSS_KERNELS, or $XDG_DATA_HOME/gptoss/kernels, or ~/.local/share/gptoss/kernels, in a folder for each
-combination of sources, compiler, flags and architectures; the same combination gives the same bytes anywhere.
+combination of sources, compiler, flags, architectures and CUTLASS; the same combination gives the same bytes anywhere
+(the library for 9.0a also has code of g++ in it).
 Exit codes: 0 done, 1 something that is installed is damaged (--list), 2 an error.";
 
 fn main() -> ExitCode {
@@ -133,7 +134,7 @@ fn install(args: &Args, request: &Request, root: &std::path::Path, origin: &str)
             cutlass::PINNED
         )),
         Some(c) if hopper && c.what.version != cutlass::PINNED => resources.progress.note(&format!(
-            "note: CUTLASS {} is not the pinned {}: the library for 9.0a will have other bytes than those with known hashes",
+            "note: CUTLASS {} is not the pinned {}: the machine code of the library for 9.0a may have other bytes than those with known hashes",
             c.what.version,
             cutlass::PINNED
         )),

@@ -6,21 +6,20 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use gptoss::checkpoint::digest::record;
 use gptoss::checkpoint::hub::Located;
 use gptoss::checkpoint::source::Checkpoint;
 use gptoss::kernels::gpu::Gpu;
 use gptoss::kernels::gpu::selftest::{self, Extent};
-use gptoss::manifest::{FileSet, Finding, Job, Manifest, Verdict};
+use gptoss::manifest::{Finding, Job, Manifest, Verdict};
 use gptoss::model::ModelConfig;
-use gptoss::pipeline::executor::map;
 use gptoss::pipeline::{Resources, meter::Meter};
 use gptoss::verify::against::{Detail, against};
 use gptoss::verify::check::check;
 use gptoss::verify::env::{Environment, kernel_dir};
 use gptoss_tools::gemm::GemmArgs;
 use gptoss_tools::quality::QualityArgs;
-use gptoss_tools::{Common, DIFFERENT, file_set, run, volatile, write_out};
+use gptoss_tools::reproduce::ReproduceArgs;
+use gptoss_tools::{Common, DIFFERENT, changed_file, file_set, run, volatile, write_out};
 
 /// Check a checkpoint, compare it with its source, measure what it says, describe the machine.
 #[derive(Parser)]
@@ -31,6 +30,7 @@ use gptoss_tools::{Common, DIFFERENT, file_set, run, volatile, write_out};
   gptoss-verify check ./out
   gptoss-verify against ./gpt-oss-20b ./out
   gptoss-verify quality ./out --against ./gpt-oss-20b --text test.jsonl
+  gptoss-verify reproduce ./out --source ./gpt-oss-20b --text calib.jsonl
   gptoss-verify env
   gptoss-verify kernels
   gptoss-verify --bench --M 16 --K 4096 --N 4096 --iters 50
@@ -74,6 +74,8 @@ enum Command {
         /// The checkpoint's folder
         dir: PathBuf,
     },
+    /// Do a manifest's job again, in a folder that goes away, and compare hashes
+    Reproduce(ReproduceArgs),
     /// Describe processor, memory, driver, GPUs, nvcc, installed kernels, and whether Python has the package qqq
     Env,
     /// Compare installed kernels with their hashes, and what each computes on the GPU with this processor
@@ -92,10 +94,15 @@ enum Command {
 fn main() -> ExitCode {
     let args = Args::parse();
     run("gptoss-verify", || match &args.command {
+        Some(_) if args.bench || args.gemm.is_given() => {
+            bail!("--bench and the flags of products stand alone, without a subcommand")
+        }
+        None if !args.bench && args.gemm.is_given() => bail!("flags of products want --bench beside them"),
         Some(Command::Check { dir }) => check_folder(dir, &args.common),
         Some(Command::Against { src, dir, each }) => compare(src, dir, *each, &args.common),
         Some(Command::Quality(quality)) => quality.run(&args.common),
         Some(Command::Runtimes { dir }) => runtimes(dir, &args.common),
+        Some(Command::Reproduce(reproduce)) => reproduce.run(&args.common),
         Some(Command::Env) => environment(&args.common),
         Some(Command::Kernels { model_shapes, only }) => kernels(*model_shapes, only, &args.common),
         Some(Command::Schema) => schema(),
@@ -200,18 +207,6 @@ fn finish(
     Ok(code)
 }
 
-/// The first file of `files` that is not in `dir` as it was.
-fn changed_file(dir: &Path, files: &FileSet, threads: usize) -> Result<Option<String>> {
-    let changed = map(&files.files, threads, |was| {
-        let same = match std::fs::metadata(dir.join(&was.name)) {
-            Ok(m) if m.len() == was.bytes => record(dir, &was.name)?.sha256 == was.sha256,
-            _ => false,
-        };
-        Ok((!same).then(|| was.name.clone()))
-    })?;
-    Ok(changed.into_iter().flatten().next())
-}
-
 fn environment(common: &Common) -> Result<ExitCode> {
     let mut manifest = Manifest::new("gptoss-verify", Job::Env);
     manifest.environment = Some(Environment::detect());
@@ -228,7 +223,7 @@ fn kernels(model_shapes: bool, only: &[String], common: &Common) -> Result<ExitC
     let Some(root) = kernel_dir() else { bail!("neither GPTOSS_KERNELS nor HOME says where kernels are installed") };
     let gpu = Gpu::open(&root)?;
     let extent = if model_shapes { Extent::Models } else { Extent::Small };
-    manifest.kernel_tests = selftest::run(&gpu, extent, only, &resources.progress)?;
+    manifest.kernel_tests = selftest::run(&gpu, extent, only, &resources.progress);
     if manifest.kernel_tests.is_empty() {
         bail!("--only {} names no kernel", only.join(","));
     }

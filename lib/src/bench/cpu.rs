@@ -62,38 +62,55 @@ impl Inputs {
     }
 }
 
-/// Everything that `request` asks for.
+/// Everything that `request` asks for, and what a reader of it must know.
 ///
 /// # Errors
 /// Where the threads or the float product cannot be had.
-pub fn run(request: &Request, threads: usize, progress: &Progress) -> Result<Vec<GemmRow>> {
+pub fn run(request: &Request, threads: usize, progress: &Progress) -> Result<(Vec<GemmRow>, Vec<String>)> {
     let device = Cpu::new(threads)?;
     device.enter_awake(|| {
         let rate = {
             let bytes = filled(READ);
             read_rate(&[&bytes]) * 1e9
         };
+        let mut notes = vec![format!("reads of this processor's memory by {threads} threads: {:.1} GB/s", rate / 1e9)];
         let mut rows = Vec::new();
         for shape in &request.shapes {
-            for &m in &request.m {
-                progress.note(&format!("cpu: {} M {m}", shape.name));
-                let inputs = Inputs::new(shape, m);
-                let mut baseline = None;
-                if request.wants("f32") {
-                    let row = floats(shape, &inputs, request.iters)?.row(None, rate);
-                    baseline = Some(row.microseconds);
-                    rows.push(GemmRow { speedup: Some(1.0), ..row });
-                }
-                for (name, kind, scale) in KERNELS {
-                    let group = if kind == Kind::E2m1 { Some(32) } else { request.group_of(shape.k) };
-                    let Some(group) = group.filter(|_| request.wants(name)) else { continue };
-                    rows.push(codes(shape, &inputs, (name, kind, scale, group), request.iters).row(baseline, rate));
+            progress.note(&format!("cpu: {}", shape.name));
+            let inputs: Vec<Inputs> = request.m.iter().map(|&m| Inputs::new(shape, m)).collect();
+            let most = inputs.iter().map(|i| i.rows.len()).max().unwrap_or(1);
+            let mut of_shape: Vec<Measured> = Vec::new();
+            if request.wants(BASELINE) {
+                let weights = Floats::new(shape, most, request.memory)?;
+                for inputs in &inputs {
+                    of_shape.push(weights.measure(inputs, request.iters)?);
                 }
             }
+            for (name, kind, scale) in KERNELS.into_iter().filter(|k| request.wants(k.0)) {
+                let group = if kind == Kind::E2m1 { Some(32) } else { request.group_of(shape.k) };
+                let Some(group) = group else {
+                    notes.push(request.no_group(name, shape));
+                    continue;
+                };
+                let weights = Coded::new(shape, (name, kind, scale, group), most, request.memory);
+                of_shape.extend(inputs.iter().map(|inputs| weights.measure(inputs, request.iters)));
+            }
+            // By M; what the others are compared with comes first.
+            of_shape.sort_by_key(|one| request.m.iter().position(|&m| m == one.m));
+            let mut baseline = None;
+            for one in of_shape {
+                if one.kernel == BASELINE {
+                    baseline = Some(one.median() * 1e6);
+                }
+                rows.push(one.row(baseline, rate));
+            }
         }
-        Ok(rows)
+        Ok((rows, notes))
     })
 }
+
+/// What the kernels are compared with.
+const BASELINE: &str = "f32";
 
 /// Random bytes, repeated where there are many.
 fn filled(bytes: usize) -> Vec<u8> {
@@ -103,8 +120,10 @@ fn filled(bytes: usize) -> Vec<u8> {
     all
 }
 
-fn copies(bytes: usize) -> usize {
-    BEYOND_CACHE.div_ceil(bytes).clamp(1, MANY)
+/// How many copies of `bytes` take turns.
+fn copies(bytes: usize, memory: u64) -> usize {
+    let room = (memory / bytes as u64) as usize;
+    BEYOND_CACHE.div_ceil(bytes).min(room).clamp(1, MANY)
 }
 
 /// Seconds of `run` with each copy in turn, after one warming run of each.
@@ -128,67 +147,107 @@ fn times(copies: usize, iters: usize, mut run: impl FnMut(usize) -> Result<()>) 
     Ok(seconds)
 }
 
-fn floats<'a>(shape: &'a Shape, inputs: &Inputs, iters: usize) -> Result<Measured<'a>> {
-    let failed = |e: candle_core::Error| Error::Refused(format!("the product in f32 failed: {e}"));
-    let (n, k, weights) = (shape.n, shape.k, inputs.rows.len());
-    let copies = copies(4 * n * k * weights);
-    let mut draw = Draw::new(2);
-    let cpu = &candle_core::Device::Cpu;
-    let numbers: Vec<f32> = (0..n * k).map(|_| draw.unit()).collect();
-    let one = || Tensor::from_slice(&numbers, (n, k), cpu);
-    let all: Vec<Tensor> = (0..copies * weights).map(|_| one()).collect::<candle_core::Result<_>>().map_err(failed)?;
-    drop(numbers);
-    let gather = |rows: &Vec<usize>| {
-        let x: Vec<f32> = rows.iter().flat_map(|&r| &inputs.values[r * k..(r + 1) * k]).copied().collect();
-        Tensor::from_vec(x, (rows.len(), k), cpu)
-    };
-    let x: Vec<Tensor> = inputs.rows.iter().map(gather).collect::<candle_core::Result<_>>().map_err(failed)?;
-    let seconds = times(copies, iters, |copy| {
-        for (x, w) in x.iter().zip(&all[copy * weights..]) {
-            black_box(w.t().and_then(|w| x.matmul(&w)).map_err(failed)?);
-        }
-        Ok(())
-    })?;
-    let rows = inputs.pairs();
-    let bytes = 4 * (weights * n * k + rows * (n + k));
-    let kernel = "f32".into();
-    Ok(Measured { device: "cpu", shape, kernel, m: inputs.m, group: 0, rows, weights, bytes, copies, seconds })
+/// Copies of the weights of a shape as f32, `weights` each.
+struct Floats<'s> {
+    shape: &'s Shape,
+    weights: usize,
+    all: Vec<Tensor>,
 }
 
-fn codes<'a>(
-    shape: &'a Shape,
-    inputs: &Inputs,
-    (name, kind, scale, group): (&str, Kind, ScaleKind, usize),
-    iters: usize,
-) -> Measured<'a> {
-    let (n, k, weights) = (shape.n, shape.k, inputs.rows.len());
-    let row_bytes = k / kind.unit() * kind.bytes();
-    let (code_bytes, scale_bytes) = (n * row_bytes, n * (k / group) * scale.size());
-    let copies = copies((code_bytes + scale_bytes) * weights);
-    let all = filled(copies * weights * code_bytes);
-    // 2^-7 in E8M0 and about 0.01 in BF16.
-    let scales = vec![if kind == Kind::E2m1 { 120u8 } else { 0x3c }; scale_bytes];
-    let view = |at: usize| {
-        let row = k / group * scale.size();
-        let scales = Scales { kind: scale, bytes: &scales, row, step: scale.size(), group };
-        let codes = &all[at * code_bytes..][..code_bytes];
-        View::new(kind, (n, k), codes, (row_bytes, kind.bytes()), Some(scales)).expect("the shape is whole groups")
-    };
-    let rows = inputs.pairs();
-    let mut out = vec![0f32; rows * n];
-    let run = |copy: usize| {
-        let (mut jobs, mut rest) = (Vec::new(), &mut out[..]);
-        for (i, rows) in inputs.rows.iter().enumerate() {
-            let (part, behind) = std::mem::take(&mut rest).split_at_mut(rows.len() * n);
-            rest = behind;
-            let layer = Layer { view: view(copy * weights + i), bias: None, inputs: (Activations::Float, 1.0) };
-            jobs.push(Job { layer, rows, out: part });
-        }
-        products(&inputs.values, k, jobs);
-        Ok(())
-    };
-    let seconds = times(copies, iters, run).expect("products cannot fail");
-    let bytes = weights * (code_bytes + scale_bytes) + 4 * rows * (n + k);
-    let kernel = name.into();
-    Measured { device: "cpu", shape, kernel, m: inputs.m, group, rows, weights, bytes, copies, seconds }
+fn failed(e: candle_core::Error) -> Error {
+    Error::Refused(format!("the product in f32 failed: {e}"))
+}
+
+impl<'s> Floats<'s> {
+    fn new(shape: &'s Shape, weights: usize, memory: u64) -> Result<Self> {
+        let (n, k) = (shape.n, shape.k);
+        let mut draw = Draw::new(2);
+        let numbers: Vec<f32> = (0..n * k).map(|_| draw.unit()).collect();
+        let one = |_| Tensor::from_slice(&numbers, (n, k), &candle_core::Device::Cpu).map_err(failed);
+        let all = (0..copies(4 * n * k * weights, memory) * weights).map(one).collect::<Result<_>>()?;
+        Ok(Self { shape, weights, all })
+    }
+
+    fn measure(&self, inputs: &Inputs, iters: usize) -> Result<Measured<'s>> {
+        let (n, k, weights) = (self.shape.n, self.shape.k, inputs.rows.len());
+        let gather = |rows: &Vec<usize>| {
+            let x: Vec<f32> = rows.iter().flat_map(|&r| &inputs.values[r * k..(r + 1) * k]).copied().collect();
+            Tensor::from_vec(x, (rows.len(), k), &candle_core::Device::Cpu).map_err(failed)
+        };
+        let x: Vec<Tensor> = inputs.rows.iter().map(gather).collect::<Result<_>>()?;
+        let copies = self.all.len() / self.weights;
+        let seconds = times(copies, iters, |copy| {
+            for (x, w) in x.iter().zip(&self.all[copy * self.weights..]) {
+                black_box(w.t().and_then(|w| x.matmul(&w)).map_err(failed)?);
+            }
+            Ok(())
+        })?;
+        let rows = inputs.pairs();
+        let bytes = 4 * (weights * n * k + rows * (n + k));
+        let (device, shape, kernel) = ("cpu", self.shape, BASELINE.into());
+        Ok(Measured { device, shape, kernel, m: inputs.m, group: 0, rows, weights, bytes, copies, seconds })
+    }
+}
+
+/// Copies of the weights of a shape as codes, `weights` each.
+struct Coded<'s> {
+    shape: &'s Shape,
+    weights: usize,
+    name: &'static str,
+    kind: Kind,
+    scale: ScaleKind,
+    group: usize,
+    /// Bytes of the codes of one weight.
+    code_bytes: usize,
+    codes: Vec<u8>,
+    /// Of one weight; all have the same.
+    scales: Vec<u8>,
+}
+
+impl<'s> Coded<'s> {
+    fn new(
+        shape: &'s Shape,
+        (name, kind, scale, group): (&'static str, Kind, ScaleKind, usize),
+        weights: usize,
+        memory: u64,
+    ) -> Self {
+        let code_bytes = shape.n * (shape.k / kind.unit()) * kind.bytes();
+        let codes = filled(copies(code_bytes * weights, memory) * weights * code_bytes);
+        // 2^-7 in E8M0 and about 0.01 in BF16.
+        let fill = if kind == Kind::E2m1 { 120u8 } else { 0x3c };
+        let scales = vec![fill; shape.n * (shape.k / group) * scale.size()];
+        Self { shape, weights, name, kind, scale, group, code_bytes, codes, scales }
+    }
+
+    fn view(&self, at: usize) -> View<'_> {
+        let (n, k, step) = (self.shape.n, self.shape.k, self.scale.size());
+        let row = k / self.group * step;
+        let scales = Scales { kind: self.scale, bytes: &self.scales, row, step, group: self.group };
+        let codes = &self.codes[at * self.code_bytes..][..self.code_bytes];
+        let lie = (self.code_bytes / n, self.kind.bytes());
+        View::new(self.kind, (n, k), codes, lie, Some(scales)).expect("the shape is whole groups")
+    }
+
+    fn measure(&self, inputs: &Inputs, iters: usize) -> Measured<'s> {
+        let (n, k, weights) = (self.shape.n, self.shape.k, inputs.rows.len());
+        let rows = inputs.pairs();
+        let mut out = vec![0f32; rows * n];
+        let run = |copy: usize| {
+            let (mut jobs, mut rest) = (Vec::new(), &mut out[..]);
+            for (i, rows) in inputs.rows.iter().enumerate() {
+                let (part, behind) = std::mem::take(&mut rest).split_at_mut(rows.len() * n);
+                rest = behind;
+                let view = self.view(copy * self.weights + i);
+                let layer = Layer { view, bias: None, inputs: (Activations::Float, 1.0) };
+                jobs.push(Job { layer, rows, out: part });
+            }
+            products(&inputs.values, k, jobs);
+            Ok(())
+        };
+        let copies = self.codes.len() / self.code_bytes / self.weights;
+        let seconds = times(copies, iters, run).expect("products cannot fail");
+        let bytes = weights * (self.code_bytes + self.scales.len()) + 4 * rows * (n + k);
+        let (device, shape, kernel) = ("cpu", self.shape, self.name.into());
+        Measured { device, shape, kernel, m: inputs.m, group: self.group, rows, weights, bytes, copies, seconds }
+    }
 }

@@ -2,7 +2,7 @@
 //! nor the L2 cache is in the figures.
 
 use super::{GemmRow, Measured, Request, Shape, routing};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::kernels::gpu::blas::Blas;
 use crate::kernels::gpu::hopper::{self, Hopper};
@@ -15,85 +15,98 @@ use crate::pipeline::progress::Progress;
 
 /// Copies of the weights at least.
 const COPIES: usize = 8;
-/// Copies at most, however small they are.
-const MANY: usize = 64;
+/// Copies at most, however small they are: together they should be beyond any L2 cache.
+const MANY: usize = 512;
 /// Launches of a graph at least.
 const LAUNCHES: usize = 32;
 /// Runs that warm up.
-const WARM: usize = 5;
+const WARM: usize = 3;
+/// Seconds after which a figure has enough runs, and how many it has at least.
+const PATIENCE: f64 = 1.0;
+const FEW: usize = 5;
 /// Bytes of a copy whose rate is measured.
 const COPIED: usize = 1 << 28;
 /// What inputs, outputs and biases are.
 const FLOAT: Float = Float::Bf16;
 
-/// Everything that `request` asks for. `splits` is the number of parts of K; what suits the GPU where `None`.
+/// Everything that `request` asks for, and what a reader of it must know. What fails is left out, and said.
 ///
 /// # Errors
-/// [`crate::error::Error::Gpu`] where the driver or cuBLAS refuse something, memory above all.
-pub fn run(
-    gpu: &Gpu,
-    request: &Request,
-    splits: Option<usize>,
-    progress: &Progress,
-) -> Result<(Vec<GemmRow>, Vec<String>)> {
-    let blas = Blas::open(gpu)?;
-    let mut notes = Vec::new();
-    if blas.is_none() {
-        notes.push("cuBLAS (libcublas.so.13 or .12) is not found, so nothing on the GPU was compared with it".into());
-    }
-    let hopper = Hopper::open(gpu)?;
+/// [`crate::error::Error::Gpu`] where not even a copy can be measured.
+pub fn run(gpu: &Gpu, request: &Request, progress: &Progress) -> Result<(Vec<GemmRow>, Vec<String>)> {
     let rate = copy_rate(gpu, COPIED.min(gpu.memory_bytes / 8))?;
+    let mut notes = vec![format!("copies within the GPU: {:.0} GB/s, each byte read and written", rate / 1e9)];
+    let blas = Blas::open(gpu).unwrap_or_else(|e| {
+        notes.push(e.to_string());
+        None
+    });
+    if blas.is_none() {
+        notes.push("cuBLAS (libcublas.so.13 or .12) is not at hand, so nothing on the GPU was compared with it".into());
+    }
     let mut rows = Vec::new();
     for shape in &request.shapes {
         progress.note(&format!("gpu: {}", shape.name));
-        // Weights are made once for all M, and one kernel's at a time.
         let mut measured: Vec<Measured> = Vec::new();
-        for (name, float) in [("cublas-f16", Float::F16), ("cublas-bf16", Float::Bf16)] {
+        // Weights are made once for all M, and one kernel's at a time.
+        for (name, float) in [(BASELINE, Float::F16), ("cublas-bf16", Float::Bf16)] {
             let Some(blas) = blas.as_ref().filter(|_| request.wants(name)) else { continue };
-            let weights = Floats::new(gpu, shape)?;
-            for &m in &request.m {
-                measured.push(weights.measure(gpu, blas, (name, float), m, request.iters)?);
-            }
+            let all = || -> Result<Vec<Measured>> {
+                let weights = Floats::new(gpu, shape)?;
+                request.m.iter().map(|&m| weights.measure(gpu, blas, (name, float), m, request.iters)).collect()
+            };
+            take(all(), &mut measured, (name, shape), &mut notes);
         }
-        for product in PRODUCTS {
+        for product in PRODUCTS.into_iter().filter(|p| request.wants(p.name) && gpu.has(p.name)) {
             let group = if product.codes == Codes::E2m1 { Some(32) } else { request.group_of(shape.k) };
-            let wanted = request.wants(product.name) && gpu.has(product.name);
-            let Some(group) = group.filter(|_| wanted) else { continue };
-            let weights = Coded::new(gpu, product, shape, group)?;
-            for &m in &request.m {
-                match weights.measure(gpu, m, splits, request.iters)? {
-                    Some(one) => measured.push(one),
-                    None => notes.push(format!(
-                        "{} needs more shared memory than this GPU has for {} in groups of {group}",
-                        product.name, shape.name
-                    )),
-                }
-            }
+            let Some(group) = group else {
+                notes.push(request.no_group(product.name, shape));
+                continue;
+            };
+            let all = || -> Result<Vec<Measured>> {
+                let weights = Coded::new(gpu, product, shape, group)?;
+                let one = |&m: &usize| weights.measure(gpu, m, request.splits, request.iters);
+                request.m.iter().map(one).collect()
+            };
+            take(all(), &mut measured, (product.name, shape), &mut notes);
         }
-        let takes = shape.experts.is_none() && Hopper::takes((shape.n, shape.k));
-        if let Some(library) = hopper.as_ref().filter(|_| takes) {
+        if gpu.has_hopper() && shape.experts.is_none() && Hopper::takes((shape.n, shape.k)) {
             for fp8 in [false, true].into_iter().filter(|&fp8| request.wants(hopper::name(fp8))) {
-                let weights = on_hopper(gpu, shape)?;
-                for &m in &request.m {
-                    measured.push(measure_hopper(gpu, library, fp8, (shape, &weights), m, request.iters)?);
-                }
+                let all = || -> Result<Vec<Measured>> {
+                    let (library, weights) = (Hopper::open(gpu)?, on_hopper(gpu, shape)?);
+                    let one = |&m: &usize| measure_hopper(gpu, &library, fp8, (shape, &weights), m, request.iters);
+                    request.m.iter().map(one).collect()
+                };
+                take(all(), &mut measured, (hopper::name(fp8), shape), &mut notes);
             }
         }
-        // By M, and for each in the order above.
+        // By M, and for each in the order above, which begins with what the others are compared with.
         measured.sort_by_key(|one| request.m.iter().position(|&m| m == one.m));
-        let mut baseline = (0, None);
+        let mut baseline = None;
         for one in measured {
-            let (m, first) = (one.m, one.kernel.starts_with("cublas"));
-            let row = one.row(baseline.1.filter(|_| baseline.0 == m), rate);
-            if first && row.speedup.is_none() {
-                baseline = (m, Some(row.microseconds));
-                rows.push(GemmRow { speedup: Some(1.0), ..row });
-            } else {
-                rows.push(row);
+            if one.kernel == BASELINE {
+                baseline = Some((one.m, one.median()));
             }
+            let compared = baseline.filter(|b| b.0 == one.m).map(|b| b.1 * 1e6);
+            rows.push(one.row(compared, rate));
         }
     }
     Ok((rows, notes))
+}
+
+/// What the kernels are compared with.
+const BASELINE: &str = "cublas-f16";
+
+/// Keeps what was measured, or says why nothing was.
+fn take<'s>(
+    result: Result<Vec<Measured<'s>>>,
+    measured: &mut Vec<Measured<'s>>,
+    (name, shape): (&str, &Shape),
+    notes: &mut Vec<String>,
+) {
+    match result {
+        Ok(more) => measured.extend(more),
+        Err(e) => notes.push(format!("{name} on {} is left out: {e}", shape.name)),
+    }
 }
 
 /// Bytes a second of copies within the GPU, each read and written: the best of some.
@@ -118,7 +131,8 @@ fn times(gpu: &Gpu, copies: usize, iters: usize, body: impl Fn(usize) -> Result<
     // A graph takes some time to begin, too.
     let launches = copies * LAUNCHES.div_ceil(copies);
     let graph = gpu.capture(|| (0..launches).try_for_each(|i| body(i % copies)))?;
-    gpu.times(&graph, WARM)?;
+    let warm = gpu.times(&graph, WARM)?;
+    let iters = iters.min(((PATIENCE / warm[WARM - 1]) as usize).max(FEW));
     Ok(gpu.times(&graph, iters)?.into_iter().map(|s| s / launches as f64).collect())
 }
 
@@ -213,20 +227,18 @@ impl<'s, 'g> Coded<'s, 'g> {
         Ok(Self { product, shape, group, weights: both.map(weight).collect() })
     }
 
-    /// The kernel, and the rounding of its inputs before it. `None` where the GPU has too little shared memory.
-    fn measure(&self, gpu: &Gpu, m: usize, splits: Option<usize>, iters: usize) -> Result<Option<Measured<'s>>> {
+    /// The kernel, and the rounding of its inputs before it.
+    fn measure(&self, gpu: &Gpu, m: usize, splits: Option<usize>, iters: usize) -> Result<Measured<'s>> {
         let (product, group) = (self.product, self.group);
         let Shape { n, k, .. } = *self.shape;
         let of = rows_of(self.shape, m);
         let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
         let cut = product.cut(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT);
-        let Some(mut cut) = cut else { return Ok(None) };
-        if let Some(splits) = splits {
-            cut.splits = splits.clamp(1, k / group);
-            if product.shared_bytes(cut, k, group, FLOAT) > gpu.shared_bytes {
-                return Ok(None);
-            }
-        }
+        let cut = cut.map(|cut| splits.map_or(cut, |splits| Cut { splits: splits.clamp(1, k / group), ..cut }));
+        let fits = |cut: &Cut| product.shared_bytes(*cut, k, group, FLOAT) <= gpu.shared_bytes;
+        let Some(cut) = cut.filter(fits) else {
+            return Err(Error::Refused(format!("groups of {group} need more shared memory than this GPU has")));
+        };
         let x = gpu.upload(&halves(m * k))?;
         let (values, token_scales) = (gpu.room(m * k)?, gpu.room(4 * m)?);
         let out = gpu.room(2 * rows * n)?;
@@ -248,7 +260,7 @@ impl<'s, 'g> Coded<'s, 'g> {
         let scale_bytes = n * (k / group) * product.codes.scale_bytes(FLOAT);
         let bytes = active * (n * k * product.codes.bits() / 8 + scale_bytes) + 2 * (m * k + rows * n);
         let (kernel, shape, device, weights) = (product.name.into(), self.shape, "gpu", active);
-        Ok(Some(Measured { device, shape, kernel, m, group, rows, weights, bytes, copies, seconds }))
+        Ok(Measured { device, shape, kernel, m, group, rows, weights, bytes, copies, seconds })
     }
 }
 
@@ -293,7 +305,8 @@ fn measure_hopper<'s>(
 fn routes<'g>(gpu: &'g Gpu, m: usize, experts: (usize, usize), cut: Cut) -> Result<Routes<'g>> {
     let chosen: Vec<i32> = routing(m, experts).into_iter().map(|e| e as i32).collect();
     let routes = Routes::new(gpu, (m, experts.1), experts.0, cut.tokens)?;
-    routes.group(gpu, &gpu.upload(&chosen)?)?;
+    let chosen = gpu.upload(&chosen)?;
+    routes.group(gpu, &chosen)?;
     gpu.synchronize()?;
     Ok(routes)
 }

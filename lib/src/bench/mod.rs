@@ -6,6 +6,8 @@ pub mod gpu;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::gpu::hopper;
+use crate::kernels::gpu::operations::PRODUCTS;
 use crate::ops::random::Draw;
 
 /// A linear layer, or the same one of all experts of a layer.
@@ -49,7 +51,7 @@ pub struct GemmRow {
     pub runs: usize,
     /// Median. Rounding of the inputs is included.
     pub microseconds: f64,
-    /// A tenth of the runs were faster.
+    /// A tenth of the runs were faster. On a GPU a run is a graph of 32 launches or more, and this their mean.
     pub fast_microseconds: f64,
     /// A tenth of the runs were slower.
     pub slow_microseconds: f64,
@@ -57,7 +59,8 @@ pub struct GemmRow {
     pub teraflops: f64,
     /// 10^9 bytes of weights, inputs and outputs a second.
     pub gigabytes_per_second: f64,
-    /// How many times the speed of the products of floats on this device: cuBLAS's FP16, or f32 on a processor.
+    /// How many times the speed of the products of floats on this device: cuBLAS's FP16, or f32 on a processor. Over experts cuBLAS multiplies once
+    /// for each, its rows gathered already; kernels on a GPU of 9.0 or later may begin while the one before ends.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub speedup: Option<f64>,
     /// That rate beside the one that was measured here: of copies within a GPU (each byte is read and written), of plain reads on a processor.
@@ -77,6 +80,18 @@ pub struct Request {
     pub iters: usize,
     /// Only kernels whose names contain one of these; all where empty.
     pub kernels: Vec<String>,
+    /// Parts of K on a GPU; what suits it where `None`.
+    pub splits: Option<usize>,
+    /// Most memory for copies of weights on this processor; one copy there is always.
+    pub memory: u64,
+}
+
+/// Names of all kernels, and of what they are compared with.
+pub fn names() -> Vec<&'static str> {
+    let mut names = vec!["f32", "cublas-f16", "cublas-bf16"];
+    names.extend(PRODUCTS.iter().map(|p| p.name));
+    names.extend([false, true].map(hopper::name));
+    names
 }
 
 impl Request {
@@ -86,6 +101,12 @@ impl Request {
             Some(group) => k.is_multiple_of(group).then_some(group),
             None => [128, 64, 32].into_iter().find(|g| k.is_multiple_of(*g)),
         }
+    }
+
+    /// Why a kernel is not measured on a shape.
+    fn no_group(&self, kernel: &str, shape: &Shape) -> String {
+        let group = self.group.map_or("none of 128, 64 and 32".into(), |g| format!("{g} is no part of it"));
+        format!("{kernel} on {} is left out: K is {}, {group}", shape.name, shape.k)
     }
 
     fn wants(&self, kernel: &str) -> bool {
@@ -148,11 +169,18 @@ struct Measured<'a> {
 }
 
 impl Measured<'_> {
+    /// Seconds.
+    fn median(&self) -> f64 {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted[(sorted.len() - 1) / 2]
+    }
+
     /// The row, with `baseline` microseconds and `rate` bytes a second to compare with.
     fn row(mut self, baseline: Option<f64>, rate: f64) -> GemmRow {
         self.seconds.sort_by(f64::total_cmp);
         let at = |tenths: usize| self.seconds[(self.seconds.len() - 1) * tenths / 10];
-        let median = at(5);
+        let median = self.median();
         let Shape { name, n, k, .. } = self.shape;
         GemmRow {
             device: self.device.into(),
@@ -210,7 +238,8 @@ mod tests {
 
     #[test]
     fn groups_divide_columns() {
-        let mut request = Request { m: vec![1], shapes: Vec::new(), group: None, iters: 1, kernels: Vec::new() };
+        let (m, shapes, kernels) = (vec![1], Vec::new(), Vec::new());
+        let mut request = Request { m, shapes, group: None, iters: 1, kernels, splits: None, memory: 0 };
         assert_eq!([4096, 2880, 96, 48].map(|k| request.group_of(k)), [Some(128), Some(64), Some(32), None]);
         request.group = Some(128);
         assert_eq!([4096, 2880].map(|k| request.group_of(k)), [Some(128), None]);

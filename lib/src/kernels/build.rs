@@ -55,6 +55,10 @@ impl Request {
             nvcc: self.toolkit.version.clone(),
             flags: FLAGS.map(str::to_owned).to_vec(),
             cutlass: self.hopper().map(|(headers, _)| headers.what.clone()),
+            library_flags: match self.hopper() {
+                Some(_) => LIBRARY_FLAGS.iter().chain(&LINK_FLAGS).map(|&flag| flag.to_owned()).collect(),
+                None => Vec::new(),
+            },
             targets: self.targets.iter().map(Target::to_string).collect(),
             sources: sources(),
             files: Vec::new(),

@@ -17,7 +17,7 @@ pub const MANIFEST: &str = "manifest.json";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct KernelBuild {
-    /// The folder's name: a hash of sources, compiler, flags and targets.
+    /// The folder's name: a hash of sources, compiler, flags, targets and CUTLASS.
     pub id: String,
     /// The compiler's version, such as "13.0.88".
     pub nvcc: String,
@@ -26,6 +26,10 @@ pub struct KernelBuild {
     /// What the library for Hopper is built from; absent where it is not built.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cutlass: Option<Cutlass>,
+    /// Flags of that library's compilation and of its link, beside those above. The link takes code of the host's compiler, so the library's own
+    /// bytes depend on that too; its machine code for the GPU does not.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub library_flags: Vec<String>,
     /// Architectures, such as "9.0a" or "8.0+PTX".
     pub targets: Vec<String>,
     /// What was compiled.

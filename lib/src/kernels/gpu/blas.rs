@@ -12,7 +12,7 @@ use crate::formats::float::Float;
 pub struct Blas<'g> {
     handle: sys::cublasHandle_t,
     // What cuBLAS works in; given, so that launches can be captured.
-    workspace: Buffer<'g>,
+    _workspace: Buffer<'g>,
 }
 
 /// Bytes of the workspace: what NVIDIA recommends for Hopper.
@@ -38,7 +38,7 @@ impl<'g> Blas<'g> {
             let at = workspace.address() as *mut c_void;
             sys::cublasSetWorkspace_v2(handle, at, workspace.bytes()).result().map_err(failed("use a workspace"))?;
         }
-        Ok(Some(Self { handle, workspace }))
+        Ok(Some(Self { handle, _workspace: workspace }))
     }
 
     /// `out` [m, n] = `input` [m, k] `weight` [n, k]^T, all of 16-bit `float`, summed in f32. `first` is the number of the first row that counts in
@@ -56,7 +56,7 @@ impl<'g> Blas<'g> {
         float: Float,
     ) -> Result<()> {
         let size = float.size() as u64;
-        assert!(size == 2 && self.workspace.bytes() == WORKSPACE, "16-bit floats");
+        assert_eq!(size, 2, "16-bit floats");
         assert!(weight.bytes() >= (layer + 1) * n * k * 2 && input.bytes() >= (first + m) * k * 2, "all there");
         assert!(out.bytes() >= (first + m) * n * 2, "the output has room");
         let ty = match float {

@@ -1,6 +1,7 @@
 //! The library for Hopper (kernels/hopper_gemm.cu): W8A8 and FP8 for many tokens, by CUTLASS.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 
 use libloading::{Library, Symbol};
 
@@ -34,23 +35,20 @@ type Status = unsafe extern "C" fn(c_int) -> *const c_char;
 /// The library of a GPU's build.
 pub struct Hopper<'g> {
     gpu: &'g Gpu,
-    library: Library,
+    library: ManuallyDrop<Library>,
 }
 
 impl<'g> Hopper<'g> {
-    /// Opens it; `None` on other GPUs, and where the build has none.
+    /// Opens it, where the GPU's build has it ([`Gpu::has_hopper`]).
     ///
     /// # Errors
     /// [`Error::Gpu`] where it does not load.
-    pub fn open(gpu: &'g Gpu) -> Result<Option<Self>> {
-        let built = gpu.build.build.files.iter().any(|f| f.name == HOPPER_LIBRARY);
-        if !built || gpu.capability != (9, 0) {
-            return Ok(None);
-        }
+    pub fn open(gpu: &'g Gpu) -> Result<Self> {
         // SAFETY: its hash is that of its manifest; what runs as it loads is the CUDA runtime's own.
         let library = unsafe { Library::new(gpu.build.path.join(HOPPER_LIBRARY)) };
         let library = library.map_err(|e| failed(format!("load {HOPPER_LIBRARY}"), e.to_string()))?;
-        Ok(Some(Self { gpu, library }))
+        // The CUDA runtime in it is not made to be unloaded.
+        Ok(Self { gpu, library: ManuallyDrop::new(library) })
     }
 
     /// Whether it takes weights [n, k]: rows are copied sixteen bytes at a time, and so are those of the output.

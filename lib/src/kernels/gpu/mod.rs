@@ -16,6 +16,7 @@ use std::ptr::null_mut;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{DriverError, result};
 
+use super::HOPPER_LIBRARY;
 use super::arch::{self, Target};
 use super::store::{self, Installed};
 use crate::error::{Error, Result};
@@ -142,13 +143,20 @@ impl Gpu {
         self.build.build.files.iter().any(|f| f.name == file)
     }
 
-    /// `bytes` in the GPU's memory.
+    /// Whether the build has the library for Hopper, and this is one.
+    pub fn has_hopper(&self) -> bool {
+        self.capability == (9, 0) && has_library(&self.build)
+    }
+
+    /// `values` in the GPU's memory.
     pub fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<Buffer<'_>> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let buffer = self.room(bytes.len())?;
         if !bytes.is_empty() {
             // SAFETY: the buffer is as long as the bytes, and nothing uses it yet.
             unsafe { result::memcpy_htod_sync(buffer.address, bytes) }.map_err(failed("take data"))?;
+            // It may return when the bytes were read, not when they arrived; our stream does not wait for that one.
+            result::ctx::synchronize().map_err(failed("finish"))?;
         }
         Ok(buffer)
     }
@@ -363,7 +371,8 @@ fn best(root: &Path, capability: (u32, u32)) -> Result<(Installed, Target)> {
             _ => {}
         }
     }
-    let best = found.into_iter().max_by(|a, b| a.0.cmp(&b.0).then_with(|| b.1.build.id.cmp(&a.1.build.id)));
+    let key = |(fitness, build, _): &(u32, Installed, Target)| (*fitness, has_library(build), build.build.id.clone());
+    let best = found.into_iter().max_by_key(key);
     best.map(|(_, build, target)| (build, target)).ok_or_else(|| {
         let harm = if damaged.is_empty() { String::new() } else { format!(" ({} damaged)", damaged.join(", ")) };
         Error::Refused(format!(
@@ -371,6 +380,11 @@ fn best(root: &Path, capability: (u32, u32)) -> Result<(Installed, Target)> {
             root.display()
         ))
     })
+}
+
+/// Whether a build has the library for Hopper.
+fn has_library(build: &Installed) -> bool {
+    build.build.files.iter().any(|f| f.name == HOPPER_LIBRARY)
 }
 
 /// Whether a build was made of the sources that this program carries.

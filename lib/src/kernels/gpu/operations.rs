@@ -17,6 +17,8 @@ const STAGES: usize = 4;
 const WIDE: usize = 256;
 /// Rows of a tile that is turned, and columns: a group of MXFP4.
 const TURNED: (usize, usize) = (64, 32);
+/// Columns of a scale at most: 131072 products of -128 by -128 no longer fit an int32.
+pub const LARGEST_GROUP: usize = 65_536;
 /// Tokens that a block may have.
 pub const TILES: [usize; 4] = [8, 16, 32, 64];
 
@@ -232,6 +234,7 @@ impl Product {
         let wide = if experts.is_some_and(|(_, m)| m.swiglu.is_some()) { w.n / 2 } else { w.n };
         let groups = w.k / w.group;
         assert!(w.k.is_multiple_of(w.group) && w.group.is_multiple_of(32), "groups are whole");
+        assert!(w.group <= LARGEST_GROUP, "the sum of a group fits 32 bits");
         assert!((1..=groups).contains(&cut.splits) && TILES.contains(&cut.tokens), "a cut is one of the kernels'");
         assert!(w.codes.bytes() >= w.experts * w.n * w.k * self.codes.bits() / 8, "codes are all there");
         assert!(w.scales.bytes() >= w.experts * w.n * groups * self.codes.scale_bytes(w.scale_type), "scales too");
