@@ -10,7 +10,7 @@ if ! command -v cargo >/dev/null; then
   echo "cargo is missing: install a Rust toolchain (rust-version in Cargo.toml says which)" >&2
   exit 1
 fi
-need 'cc --version && c++ --version' build-essential
+need 'cc --version && c++ --version && make --version' build-essential
 need 'unshare --version' util-linux
 need 'qemu-x86_64 --version' qemu-user
 

@@ -1,0 +1,32 @@
+# The tools in a container. Build arguments: INSTALL_KERNELS=1 brings the pinned CUDA compiler and CUTLASS (from PyPI, by their hashes) and builds
+# the kernels for CUDA_ARCH, such as "8.6;9.0a"; the default is every GPU from the A100 on. The driver comes from NVIDIA's container toolkit.
+ARG RUST=1.95
+FROM rust:${RUST}-bookworm AS builder
+WORKDIR /src
+COPY . .
+RUN cargo build --release --locked --workspace --bins
+
+FROM debian:bookworm-slim AS runtime
+ARG INSTALL_KERNELS=0
+ARG CUDA_ARCH=
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+COPY --from=builder /src/target/release/gptoss-dequant /src/target/release/gptoss-quant /src/target/release/gptoss-verify \
+  /src/target/release/gptoss-run /src/target/release/gptoss-bench /src/target/release/gptoss-kernel-install /usr/local/bin/
+COPY nix/entrypoint.sh /usr/local/bin/gptoss-entrypoint
+COPY kernels/requirements.txt /opt/gptoss/requirements.txt
+ENV GPTOSS_KERNELS=/opt/gptoss/kernels \
+    CUDA_HOME=/opt/gptoss/cuda/nvidia/cu13 \
+    HF_HOME=/cache \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+RUN apt-get update \
+  && apt-get install -y --no-install-recommends ca-certificates \
+  && if [ "$INSTALL_KERNELS" = 1 ]; then \
+       apt-get install -y --no-install-recommends g++ python3-pip \
+       && python3 -m pip install --no-cache-dir --no-deps --require-hashes --target /opt/gptoss/cuda -r /opt/gptoss/requirements.txt \
+       && gptoss-kernel-install --yes ${CUDA_ARCH:+--arch "$CUDA_ARCH"} > /opt/gptoss/kernels.json; \
+     fi \
+  && rm -rf /var/lib/apt/lists/*
+WORKDIR /models
+ENTRYPOINT ["gptoss-entrypoint"]
+CMD ["gptoss-verify", "env"]

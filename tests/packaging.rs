@@ -1,0 +1,215 @@
+//! The ways to the tools that are not cargo: Makefile, container, and what both start.
+
+mod support;
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+use support::{Ran, command, exe, root, run, tiny};
+
+/// Names and flags of nix/recipes.txt.
+fn recipes() -> Vec<(String, String)> {
+    let text = std::fs::read_to_string(root().join("nix/recipes.txt")).unwrap();
+    text.lines().map(|l| l.split_once(' ').unwrap()).map(|(n, f)| (n.to_owned(), f.to_owned())).collect()
+}
+
+/// The folder of the binaries under test.
+fn binaries() -> &'static Path {
+    Path::new(exe("gptoss-verify")).parent().unwrap()
+}
+
+fn make(words: &str) -> Ran {
+    let mut make = Command::new("make");
+    make.arg("--no-print-directory").args(words.split_whitespace()).current_dir(root()).env_remove("DOCKER");
+    run(make.arg(format!("BIN={}", binaries().display())))
+}
+
+fn read(name: &str) -> String {
+    std::fs::read_to_string(root().join(name)).unwrap()
+}
+
+#[test]
+fn recipes_are_readme_s_and_plan_on_the_real_models() {
+    let readme = read("README.md");
+    let recipes = recipes();
+    assert_eq!(recipes.len(), 6);
+    for (name, flags) in &recipes {
+        // README's "as above" and its letters are shorthand; the rest of the flags stands there.
+        assert!(readme.contains(name) || name == "w4a8-all", "{name}");
+        let dir = tempfile::tempdir().unwrap();
+        for model in ["20b", "120b"] {
+            let config = root().join(format!("tests/fixtures/configs/gpt-oss-{model}.json"));
+            let mut quant = command(&format!("gptoss-quant --dry-run --quiet {flags} --model-in"));
+            let planned = run(quant.arg(config).env("GPTOSS_KERNELS", dir.path()).current_dir(dir.path())).manifest();
+            assert!(planned["plan"]["bytes"].as_u64().unwrap() > 1 << 33, "{name}: {}", planned["plan"]);
+            let group = planned["job"]["recipe"]["experts"]["group_size"].clone();
+            assert!(group == "auto" || name == "w8a8-gptq-all", "{name}: {group}");
+        }
+    }
+}
+
+#[test]
+fn make_runs_recipes_here_and_in_a_container() {
+    let help = make("help").out;
+    for (name, flags) in recipes() {
+        let target = name.replace('-', "_");
+        assert!(help.contains(&format!("  {target}\n")), "{help}");
+        let here = make(&format!("-n {target} MODEL=/m OUT=/o CALIB=/c.jsonl")).out;
+        let tool = binaries().join("gptoss-quant");
+        let want = format!(
+            "{} --model-in '/m' --output-dir '/o/{name}' {flags} --calib-jsonl '/c.jsonl' --num-calibration-samples 256 --max-seq-length 2048",
+            tool.display()
+        );
+        assert_eq!(here.trim(), want);
+        let there = make(&format!("-n {target} DOCKER=1")).out;
+        let begins =
+            "docker compose run --rm gptoss gptoss-quant --model-in 'openai/gpt-oss-20b' --output-dir '/models/";
+        assert!(there.starts_with(begins) && there.contains(&flags), "{there}");
+    }
+    for target in
+        ["dequant", "verify", "bench", "install-kernels", "test", "build", "shell", "test-gpu-access", "build-image"]
+    {
+        assert!(help.contains(&format!("  {target} ")), "{target}");
+        let there = make(&format!("-n {target} DOCKER=1"));
+        assert!(there.code == 0 && there.out.contains("docker compose "), "{target}: {there:?}");
+    }
+    assert!(make("gpu-help").out.contains("CONTAINER_RUNTIME=nvidia"));
+}
+
+#[test]
+fn make_runs_the_tools() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let words = format!("dequant MODEL={} OUT={} FLAGS=--quiet", tiny().display(), out.display());
+    assert_eq!(make(&words).code, 0);
+    let checked = make(&format!("-s verify DIR={}", out.join("bf16").display())).manifest();
+    assert_eq!(checked["verdict"]["passed"], true);
+    let env = make("-s verify").manifest();
+    assert!(env["environment"]["cpus"].as_u64().unwrap() > 0);
+}
+
+/// The container's start, outside of one.
+fn enter(variables: &[(&str, &str)], kernels: &Path, words: &[&str]) -> Ran {
+    let path = format!("{}:/usr/bin:/bin", binaries().display());
+    let mut entry = Command::new(root().join("nix/entrypoint.sh"));
+    entry.args(words).env("PATH", path).env("GPTOSS_KERNELS", kernels).envs(variables.iter().copied());
+    for name in ["CUDA_HOME", "VIRTUAL_ENV", "TORCH_CUDA_ARCH_LIST"] {
+        entry.env_remove(name);
+    }
+    run(&mut entry)
+}
+
+#[test]
+fn a_container_verifies_first_and_then_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kernels, echo) = (dir.path().join("kernels"), ["echo", "the command"]);
+    let plain = enter(&[], &kernels, &echo);
+    assert_eq!((plain.code, &plain.out[..]), (0, "the command\n"), "{}", plain.err);
+    for words in ["processors", "no kernels in", "kernels were not run"] {
+        assert!(plain.err.contains(words), "{words}: {}", plain.err);
+    }
+    assert_eq!(enter(&[("SKIP_STARTUP_COMMANDS", "1")], &kernels, &echo).err, "");
+    let none = [("AUTO_TEST_ENV", "0"), ("AUTO_VERIFY", "0")];
+    assert_eq!(enter(&none, &kernels, &echo).err, "");
+    let install = enter(&[none[0], none[1], ("AUTO_INSTALL_KERNELS", "1")], &kernels, &echo);
+    assert!(install.code == 0 && install.err.contains("no CUDA compiler"), "{}", install.err);
+    let bench = enter(&[none[0], none[1], ("RUN_MICROBENCH", "1")], &kernels, &echo);
+    assert!(bench.code == 0 && bench.err.contains("4096x4096"), "{}", bench.err);
+    // The command's own exit code, and kernels that are damaged.
+    assert_eq!(enter(&[("SKIP_STARTUP_COMMANDS", "1")], &kernels, &["sh", "-c", "exit 7"]).code, 7);
+    std::fs::create_dir_all(kernels.join("beef")).unwrap();
+    std::fs::write(kernels.join("beef/manifest.json"), "{").unwrap();
+    let damaged = enter(&[], &kernels, &echo);
+    assert!(damaged.code == 1 && damaged.out.is_empty() && damaged.err.contains("are damaged"), "{damaged:?}");
+}
+
+/// What linters ask of a Dockerfile: fixed versions, one layer a package list, nothing copied that is not there.
+#[test]
+fn the_dockerfile_is_sound() {
+    let text = read("Dockerfile").replace("\\\n", " ");
+    let steps: Vec<&str> = text.lines().filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+    let of = |word: &str| steps.iter().filter(|s| s.starts_with(word)).copied().collect::<Vec<&str>>();
+    for from in of("FROM ") {
+        assert!(from.contains(':') && !from.contains("latest") && from.contains(" AS "), "{from}");
+    }
+    for run in of("RUN ").into_iter().filter(|r| r.contains("apt-get install")) {
+        assert_eq!(
+            run.matches("apt-get install").count(),
+            run.matches("apt-get install -y --no-install-recommends").count()
+        );
+        assert!(run.contains("apt-get update") && run.contains("rm -rf /var/lib/apt/lists/*"), "{run}");
+        assert!(run.contains("--require-hashes"), "{run}");
+    }
+    for copy in of("COPY ") {
+        let mut words: Vec<&str> = copy.split_whitespace().skip(1).collect();
+        words.pop();
+        if words[0] == "--from=builder" {
+            let mut names: Vec<&str> = words[1..].iter().map(|w| w.rsplit('/').next().unwrap()).collect();
+            names.sort();
+            let bins = std::fs::read_dir(root().join("bins/src/bin")).unwrap();
+            let mut want: Vec<String> =
+                bins.map(|e| e.unwrap().path().file_stem().unwrap().to_str().unwrap().into()).collect();
+            want.sort();
+            assert_eq!(names, want);
+        } else {
+            words.iter().for_each(|w| assert!(root().join(w).exists(), "{copy}"));
+        }
+    }
+    assert_eq!(of("ENTRYPOINT ["), ["ENTRYPOINT [\"gptoss-entrypoint\"]"]);
+    // The rust image is the least that Cargo.toml asks for.
+    let rust = of("ARG RUST=")[0].trim_start_matches("ARG RUST=");
+    assert!(read("Cargo.toml").contains(&format!("rust-version = \"{rust}\"")), "{rust}");
+}
+
+#[test]
+fn the_compose_file_has_the_services_and_the_variables() {
+    let peers = std::env::var_os("GPTOSS_PEERS").map_or_else(|| root().join("venv"), Into::into);
+    let question = "import json, sys, yaml; print(json.dumps(yaml.safe_load(open(sys.argv[1]))))";
+    let python =
+        Command::new(peers.join("bin/python")).args(["-c", question]).arg(root().join("compose.yaml")).output();
+    let read_back: Ran = python.expect("the peers' Python").into();
+    let compose: Value = serde_json::from_str(&read_back.out).unwrap_or_else(|_| panic!("{}", read_back.err));
+    let services = compose["services"].as_object().unwrap();
+    let names: Vec<&str> = services.keys().map(|k| &k[..]).collect();
+    assert_eq!(names, ["gptoss", "shell", "verify", "dequantize", "quantize-w4a8", "recipe", "debug"]);
+    let entry = read("nix/entrypoint.sh");
+    for name in ["AUTO_VERIFY", "AUTO_INSTALL_KERNELS", "RUN_MICROBENCH", "SKIP_STARTUP_COMMANDS", "AUTO_TEST_ENV"] {
+        assert!(
+            services["gptoss"]["environment"][name].is_string() && entry.contains(&format!("${{{name}:-")),
+            "{name}"
+        );
+    }
+    for service in services.values() {
+        let mounts = service["volumes"].to_string();
+        assert!(["MODELS_DIR", "CACHE_DIR", "OFFLOAD_DIR"].iter().all(|m| mounts.contains(m)), "{mounts}");
+    }
+    // Its commands are ones that the tools take.
+    let line = services["quantize-w4a8"]["command"].as_str().unwrap();
+    let config = root().join("tests/fixtures/configs/gpt-oss-20b.json");
+    let line = line.replace("${MODEL:-openai/gpt-oss-20b}", config.to_str().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let planned = run(command(&format!("{line} --dry-run --quiet")).env("GPTOSS_KERNELS", dir.path())).manifest();
+    assert_eq!(planned["job"]["recipe"]["experts"]["scheme"], "w4a16");
+}
+
+#[test]
+fn storage_is_set_up_where_it_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("nix")).unwrap();
+    std::fs::copy(root().join("nix/setup-storage.sh"), dir.path().join("nix/setup-storage.sh")).unwrap();
+    let base = dir.path().join("disk");
+    std::fs::create_dir(&base).unwrap();
+    let mut script = Command::new("bash");
+    script.arg(dir.path().join("nix/setup-storage.sh")).arg(&base);
+    for name in ["MODELS_DIR", "CACHE_DIR", "OFFLOAD_DIR"] {
+        script.env_remove(name);
+    }
+    let ran = run(&mut script);
+    assert!(ran.code == 0 && ran.err.contains("GiB are free"), "{ran:?}");
+    let env = std::fs::read_to_string(dir.path().join(".env")).unwrap();
+    assert_eq!(env, ran.out);
+    for line in env.lines() {
+        assert!(Path::new(line.split_once('=').unwrap().1).is_dir(), "{line}");
+    }
+}
