@@ -1,0 +1,43 @@
+{
+  description = "Makes gpt-oss models smaller and faster, and proves what it did";
+
+  inputs = {
+    nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
+    cutlass = {
+      url = "github:NVIDIA/cutlass/v4.2.1";
+      flake = false;
+    };
+  };
+
+  outputs =
+    {
+      self,
+      nixpkgs,
+      cutlass,
+    }:
+    let
+      systems = [
+        "x86_64-linux"
+        "aarch64-linux"
+      ];
+      of = nixpkgs.lib.genAttrs systems (
+        system:
+        import ./nix {
+          inherit
+            self
+            nixpkgs
+            cutlass
+            system
+            ;
+        }
+      );
+      pick = name: nixpkgs.lib.mapAttrs (_: all: all.${name}) of;
+    in
+    {
+      packages = pick "packages";
+      apps = pick "apps";
+      checks = pick "checks";
+      devShells = pick "devShells";
+      overlays.default = final: prev: { inherit (self.packages.${prev.stdenv.hostPlatform.system}) gptoss; };
+    };
+}

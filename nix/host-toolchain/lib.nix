@@ -1,0 +1,47 @@
+# The part of nixpkgs' lib that is used.
+rec {
+  inherit (builtins)
+    concatStringsSep
+    mapAttrs
+    filter
+    elem
+    ;
+  genAttrs =
+    names: f:
+    builtins.listToAttrs (
+      map (name: {
+        inherit name;
+        value = f name;
+      }) names
+    );
+  optionals = condition: list: if condition then list else [ ];
+  optionalAttrs = condition: set: if condition then set else { };
+  assertMsg = condition: message: if condition then true else throw message;
+  hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
+  removeSuffix =
+    suffix: text:
+    let
+      kept = builtins.stringLength text - builtins.stringLength suffix;
+    in
+    if kept >= 0 && builtins.substring kept (-1) text == suffix then builtins.substring 0 kept text else text;
+  licenses.mit = "MIT";
+  # What is pinned otherwise here: CUTLASS comes as a wheel of 4.2.0, three files of which are not those of 4.2.1.
+  standIn = {
+    cutlass = "4.2.0";
+    cutlassInclude = "sha256-SSNP+nsAR3lPNTgQvzAmEWGHrwRIsdCIjnYHiaxU2Hk=";
+  };
+  fileset = {
+    unions = paths: paths;
+    toSource =
+      { root, fileset }:
+      let
+        kept = map toString fileset;
+        within = folder: path: path == folder || hasPrefix (folder + "/") path;
+      in
+      builtins.path {
+        name = "source";
+        path = root;
+        filter = path: _: builtins.any (k: within k path || within path k) kept;
+      };
+  };
+}
