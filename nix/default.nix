@@ -40,7 +40,6 @@ let
       ../Cargo.toml
       ../Cargo.lock
       ../rustfmt.toml
-      ../README.md
       ../bins
       ../lib
       ../kernels
