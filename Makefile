@@ -18,7 +18,7 @@ RECIPE_LIST := nix/recipes.txt
 RECIPES := $(shell cut -d' ' -f1 $(RECIPE_LIST) | tr - _)
 TEXT = $(if $(CALIB),--calib-jsonl '$(CALIB)',--dataset $(DATASET)) --num-calibration-samples $(SAMPLES) --max-seq-length $(LENGTH)
 # Tools are built where they are not; a container has its own.
-BIN ?= target/release
+BIN ?= $(or $(CARGO_TARGET_DIR),target)/release
 RUN = $(if $(DOCKER),docker compose run --rm gptoss ,$(BIN)/)
 TOOLS = $(if $(DOCKER),,$(BIN)/gptoss-quant)
 

@@ -7,7 +7,7 @@
 # BINARIES has gptoss-kernel-install, gptoss-verify and gptoss-bench (default: target/release; `strip` makes them a quarter smaller).
 # RESULTS is where tables go (default: kernels/results/ and the GPU's name). nvcc is looked for in CUDA_HOME, PATH and /usr/local/cuda,
 # CUTLASS in CUTLASS_HOME (its include/ as tar.xz is 1 MB). Exit code 0: everything is right; what is slower than wanted is said at the
-# end, and no failure. On an H100 it takes about ten minutes; what matters most comes first, so that it may be stopped.
+# end, and no failure. How long it takes was not seen yet (ten minutes were guessed); what matters most comes first, so that it may be stopped.
 # SECONDS_FOR_SANITIZER (default 180) is how long compute-sanitizer may take in all; 0 leaves it out. WITHOUT_CUTLASS=1 leaves out the
 # library for Hopper.
 set -euo pipefail
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 binaries=$(realpath "${1:-target/release}")
 for tool in gptoss-kernel-install gptoss-verify gptoss-bench; do
   if ! [ -x "$binaries/$tool" ]; then
-    echo "$binaries/$tool is missing: cargo build --release --workspace --bins, and carry target/release along" >&2
+    echo "$binaries/$tool is missing: cargo build --release --workspace --bins, and carry the three along" >&2
     exit 2
   fi
 done

@@ -33,7 +33,7 @@ let
       toolkit
       ;
   };
-  call = file: more: pkgs.callPackage file (builtins.intersectAttrs (builtins.functionArgs (import file)) shared // more);
+  call = file: more: pkgs.callPackage file (shared // more);
   src = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.unions [

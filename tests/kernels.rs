@@ -367,6 +367,7 @@ fn what_cannot_be_built_says_why_and_leaves_nothing() {
     refused("--yes --arch 7.0", Some(&nvcc), &["--arch", "\"7.0\"", "9.0a"]);
     refused("--arch 8.6", Some(&nvcc), &["--yes"]);
     refused("--list --uninstall x", None, &["cannot be used with"]);
+    refused("--list --arch 8.6", None, &["cannot be used with"]);
     refused("--yes --arch 9.0a --cutlass /no/such", Some(&nvcc), &["--cutlass: there is no include/cutlass/version.h"]);
 
     // A compiler that stops in the middle: its words are shown, and what it made before is gone.
@@ -394,6 +395,21 @@ fn without_cutlass_the_library_is_left_out() {
     assert!(ran.err.contains("CUTLASS is not found") && ran.err.contains("nvidia-cutlass==4.2.0.0"), "{}", ran.err);
     let built = ran.manifest();
     assert_eq!((hashes(&built).len(), built["kernels"].get("cutlass")), (11, None));
+    // Done again it is left out too, even where CUTLASS would be found; a file that is not the same is named.
+    let home = data.path().join("home");
+    std::fs::create_dir_all(home.join("bin")).unwrap();
+    std::fs::copy(stand_in(data.path(), ""), home.join("bin/nvcc")).unwrap();
+    let again = |folder: &str| {
+        let mut verify = command("gptoss-verify reproduce --quiet --work-dir");
+        verify.arg(data.path()).arg(folder).env("CUDA_HOME", &home);
+        run(verify.env("CUTLASS_HOME", toolkit().join("../../cutlass_library/source")))
+    };
+    let folder = built["volatile"]["output_path"].as_str().unwrap();
+    let verdict = again(folder).manifest()["verdict"].clone();
+    assert_eq!((&verdict["passed"], &verdict["tensors"]), (&true.into(), &11.into()), "{verdict}");
+    support::edit(&Path::new(folder).join("manifest.json"), |m| m["kernels"]["files"][2]["sha256"] = "00".into());
+    let lied = again(folder);
+    assert!(lied.code == 1 && lied.out.contains("\"hash\"") && lied.out.contains("wanted 00"), "{lied:?}");
     // Elsewhere than on Hopper nobody misses it.
     assert!(!build("--arch 8.6").err.contains("CUTLASS"));
 }

@@ -6,13 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use support::{Ran, command, exe, root, run, tiny};
-
-/// Names and flags of nix/recipes.txt.
-fn recipes() -> Vec<(String, String)> {
-    let text = std::fs::read_to_string(root().join("nix/recipes.txt")).unwrap();
-    text.lines().map(|l| l.split_once(' ').unwrap()).map(|(n, f)| (n.to_owned(), f.to_owned())).collect()
-}
+use support::{Ran, command, exe, recipes, root, run, tiny};
 
 /// The folder of the binaries under test.
 fn binaries() -> &'static Path {
@@ -30,13 +24,8 @@ fn read(name: &str) -> String {
 }
 
 #[test]
-fn recipes_are_readme_s_and_plan_on_the_real_models() {
-    let readme = read("README.md");
-    let recipes = recipes();
-    assert_eq!(recipes.len(), 6);
-    for (name, flags) in &recipes {
-        // README's "as above" and its letters are shorthand; the rest of the flags stands there.
-        assert!(readme.contains(name) || name == "w4a8-all", "{name}");
+fn recipes_plan_on_the_real_models() {
+    for (name, flags) in &recipes() {
         let dir = tempfile::tempdir().unwrap();
         for model in ["20b", "120b"] {
             let config = root().join(format!("tests/fixtures/configs/gpt-oss-{model}.json"));
@@ -212,4 +201,26 @@ fn storage_is_set_up_where_it_is_asked_for() {
     for line in env.lines() {
         assert!(Path::new(line.split_once('=').unwrap().1).is_dir(), "{line}");
     }
+}
+
+/// nix/pins.nix says what the tools say, and the lock is the flake's: it can be read without Nix.
+#[test]
+fn pins_and_lock_are_what_the_tools_and_the_flake_say() {
+    let pins = read("nix/pins.nix");
+    let list: Vec<&str> =
+        pins.lines().find(|l| l.contains("architectures = ")).unwrap().split('"').skip(1).step_by(2).collect();
+    assert_eq!(list.join(";"), gptoss::kernels::arch::DEFAULT);
+    assert!(pins.contains(&format!("nvcc = \"{}\"", gptoss::kernels::toolkit::PINNED)), "{pins}");
+    let (flake, lock) = (read("flake.nix"), serde_json::from_str::<Value>(&read("flake.lock")).unwrap());
+    assert_eq!(lock["version"], 7);
+    for (name, commit) in [
+        ("nixpkgs", "21a67dc470149f337cecafbe965d8d252a390518"),
+        ("cutlass", "f3fde58372d33e9a5650ba7b80fc48b3b49d40c8"),
+    ] {
+        let node = &lock["nodes"][name];
+        let of = |key: &str| node["original"][key].as_str().unwrap();
+        assert!(flake.contains(&format!("github:{}/{}/{}", of("owner"), of("repo"), of("ref"))), "{name}");
+        assert_eq!((&node["locked"]["rev"], &lock["nodes"]["root"]["inputs"][name]), (&commit.into(), &name.into()));
+    }
+    assert!(pins.contains("cutlass = \"4.2.1\"") && lock["nodes"]["cutlass"]["original"]["ref"] == "v4.2.1");
 }

@@ -11,39 +11,46 @@ use support::{command, root, run, run_with, tiny};
 const TEXT: &str = "--dataset open_platypus --num-calibration-samples 256 --max-seq-length 2048";
 const GROUPS: &str = "--group-size 128 --block-size 128 --dampening-frac 0.01 --offload-hessians";
 
-/// README's recipes by name.
-fn recipes() -> Vec<(&'static str, String)> {
-    let mixed = "--experts-algo gptq --experts-type int4 --experts-scheme w4a8 --mw-algo gptq --mw-type int4";
-    let install = "--auto-detect-experts --try-install-qqq --yes --allow-fallback";
-    vec![
-        (
-            "w4a16-awq-all",
-            format!(
-                "--experts-algo awq --experts-type int4 --experts-scheme w4a16 --mw-algo awq --mw-type int4 \
-                 --mw-scheme w4a16 {TEXT} --group-size 128 --symmetric"
-            ),
-        ),
-        (
-            "w8a8-gptq-all",
-            format!(
-                "--mw-algo gptq --mw-type int8 --mw-scheme w8a8 --experts-algo gptq --experts-type int8 \
-                 --experts-scheme w8a8 {TEXT}"
-            ),
-        ),
-        ("w4a8exp-w4a16mw", format!("{mixed} --mw-scheme w4a16 {install} {TEXT} {GROUPS}")),
-        ("w4a8-all", format!("{mixed} --mw-scheme w4a8 {install} {TEXT} {GROUPS}")),
-        (
-            "sparse-w4a8exp-w4a16mw",
-            format!("--with-sparse --sparsity 0.5 --mask 2:4 {mixed} --mw-scheme w4a16 {install} {TEXT} {GROUPS}"),
-        ),
-        (
-            "mixed-awqexp-gptq-w8a8mw",
-            format!(
-                "--experts-algo awq --experts-type int4 --experts-scheme w4a16 --mw-algo gptq --mw-type int8 \
-                 --mw-scheme w8a8 --auto-detect-experts {TEXT} {GROUPS}"
-            ),
-        ),
-    ]
+/// README's recipes by name: nix/recipes.txt with a text, and with README's group size, which is not gpt-oss's.
+fn recipes() -> Vec<(String, String)> {
+    let all = support::recipes().into_iter();
+    all.map(|(name, flags)| (name, flags.replace("--group-size auto", "--group-size 128") + " " + TEXT)).collect()
+}
+
+/// Sorted words, for the order of flags says nothing.
+fn words(text: &str) -> Vec<&str> {
+    let mut words: Vec<&str> = text.split_whitespace().collect();
+    words.sort();
+    words
+}
+
+#[test]
+fn the_recipes_are_readme_s() {
+    let readme = include_str!("../README.md");
+    // "w4a8-all, fallback" is a row too.
+    let row = |name: &str| {
+        let named = |l: &&str| [" |", ","].iter().any(|end| l.starts_with(&format!("| {name}{end}")));
+        readme.lines().find(named).unwrap_or_else(|| panic!("README has no row for {name}"))
+    };
+    // What stands between backticks, and what the letters behind stand for.
+    let flags = |row: &str| {
+        let mut parts: Vec<&str> = row.split('`').skip(1).step_by(2).collect();
+        let letters = words(row);
+        parts.extend([("C", TEXT), ("G", GROUPS)].into_iter().filter(|(l, _)| letters.contains(l)).map(|(_, f)| f));
+        parts.join(" ")
+    };
+    let recipes = recipes();
+    let of = |name: &str| &recipes.iter().find(|r| r.0 == name).unwrap().1;
+    for name in ["w4a16-awq-all", "w8a8-gptq-all", "w4a8exp-w4a16mw", "mixed-awqexp-gptq-w8a8mw"] {
+        assert_eq!(words(of(name)), words(&flags(row(name))), "{name}");
+    }
+    // The others are said by what they differ in.
+    let base = of("w4a8exp-w4a16mw");
+    assert_eq!(row("w4a8-all").split('`').nth(1), Some("--mw-scheme w4a8"));
+    assert_eq!(words(of("w4a8-all")), words(&base.replace("--mw-scheme w4a16", "--mw-scheme w4a8")));
+    let more = row("sparse-w4a8exp-w4a16mw").split('`').nth(1).unwrap();
+    assert_eq!(words(of("sparse-w4a8exp-w4a16mw")), words(&format!("{more} {base}")));
+    assert_eq!(recipes.len(), 6);
 }
 
 /// A dry run's manifest; nothing is installed on this machine.
@@ -61,26 +68,6 @@ fn config(model: &str) -> std::path::PathBuf {
     root().join(format!("tests/fixtures/configs/gpt-oss-{model}.json"))
 }
 
-#[test]
-fn the_recipes_are_readme_s() {
-    let readme = include_str!("../README.md");
-    let row = |name: &str| {
-        let named = |l: &&str| [" |", ","].iter().any(|end| l.starts_with(&format!("| {name}{end}")));
-        let line = readme.lines().find(named).unwrap_or_else(|| panic!("{name}"));
-        line.split('`').skip(1).step_by(2).flat_map(str::split_whitespace).map(str::to_owned).collect::<Vec<_>>()
-    };
-    for (name, flags) in recipes() {
-        let said = row(name);
-        // Two rows are another's with some flags in front or instead.
-        let least = if name == "w4a8-all" || name.starts_with("sparse") { 2 } else { 9 };
-        let ours: Vec<&str> = flags.split_whitespace().collect();
-        assert!(
-            said.len() >= least && said.iter().all(|word| ours.contains(&&word[..])),
-            "{name}: README says {said:?}, the test {flags}"
-        );
-    }
-}
-
 /// Every change of a byte of their outputs is a line of the committed table, and one of the changelog.
 #[test]
 fn readme_s_recipes_run_on_the_tiny_model_and_again() {
@@ -89,7 +76,7 @@ fn readme_s_recipes_run_on_the_tiny_model_and_again() {
     for (name, flags) in recipes() {
         // Little of another text; nothing else differs from what README says.
         let text = format!("--calib-jsonl {} --nsamples 2 --max-seq-length 32", tiny().join("calib.jsonl").display());
-        let (flags, out) = (flags.replace(TEXT, &text), dir.path().join(name));
+        let (flags, out) = (flags.replace(TEXT, &text), dir.path().join(&name));
         let mut quant = command(&format!("gptoss-quant --quiet {flags}"));
         quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out);
         let made = run(quant.env("GPTOSS_KERNELS", dir.path())).manifest();
@@ -118,7 +105,7 @@ fn readme_s_recipes_run_on_the_tiny_model_and_again() {
     let other = tiny().join("test.jsonl");
     for (flags, words) in [
         (text.clone(), "give --source DIR"),
-        (source.clone(), "calibrated on calib.jsonl, a file: give --text FILE"),
+        (source.clone(), "the text was calib.jsonl, a file: give --text FILE"),
         (format!("{source} --text {}", other.display()), "not the one that the job was calibrated on"),
         (format!("--source {} {text}", out.display()), "not what the job read"),
     ] {
@@ -154,7 +141,7 @@ fn readme_s_recipes_plan_on_every_model() {
             let planned = plan(&auto, &config(model));
             let recipe = &planned["job"]["recipe"];
             let scheme = |class: &str| recipe[class]["scheme"].as_str().unwrap().to_owned();
-            let expected = match name {
+            let expected = match &name[..] {
                 "w8a8-gptq-all" => ("w8a8", "w8a8"),
                 "mixed-awqexp-gptq-w8a8mw" => ("w4a16", "w8a8"),
                 _ => ("w4a16", "w4a16"),

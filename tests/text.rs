@@ -220,6 +220,12 @@ fn a_dataset_is_downloaded_once_and_then_found_offline() {
     assert_eq!(place.load("gsm8k", None, Split::Train, true).unwrap(), online);
     let pinned = place.load(&format!("gsm8k@{COMMIT}"), None, Split::Train, true).unwrap();
     assert_eq!(pinned.report, online.report);
+    // What a manifest says of a text is enough to have it again.
+    let again = online.report.request(None).unwrap();
+    let cache = place.dir.path().join("hub");
+    let settings = Settings { cache, token: None, endpoint: place.hub.endpoint.clone(), offline: true };
+    let checkpoint = place.dir.path().join("checkpoint");
+    assert_eq!(load_with(&again, &tokenizer(), &checkpoint, &Progress::new(true), || Ok(settings)).unwrap(), online);
     let e = place.load("gsm8k", Some("socratic"), Split::Train, true).unwrap_err().to_string();
     assert!(e.contains("does not have socratic/train-00000-of-*.parquet"), "{e}");
     assert_eq!(place.hub.log().len(), asked, "nothing was asked");

@@ -61,7 +61,8 @@ pub fn table(m: &Manifest) -> String {
             line(o, "left out", &format!("{n} numbers that are NaN or infinite"));
         }
         let state = if v.passed { "passed" } else { "FAILED" };
-        line(o, "check", &format!("{state}: {} tensors, {hashes}, {} findings", v.tensors, v.findings.len()));
+        let what = if matches!(m.job, Job::Reproduce { .. }) { "files" } else { "tensors" };
+        line(o, "check", &format!("{state}: {} {what}, {hashes}, {} findings", v.tensors, v.findings.len()));
         for f in v.findings.iter().take(20) {
             line(o, &format!("  {}", f.kind), &format!("{}: {}", f.file, f.message));
         }

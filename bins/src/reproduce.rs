@@ -11,15 +11,15 @@ use gptoss::checkpoint::source::Checkpoint;
 use gptoss::kernels::arch;
 use gptoss::kernels::build::Request;
 use gptoss::kernels::cutlass::Headers;
+use gptoss::kernels::store::KernelBuild;
 use gptoss::kernels::toolkit::Toolkit;
 use gptoss::manifest::{FileRecord, Finding, Job, Manifest, Verdict};
 use gptoss::model::ModelConfig;
 use gptoss::model::padding::Padding;
 use gptoss::pipeline::meter::Meter;
 use gptoss::pipeline::{Paths, Resources, dequant, quant};
-use gptoss::text::dataset::Split;
 use gptoss::text::tokenizer::Tokenizer;
-use gptoss::text::{Source, Text, TextReport, TextRequest, load};
+use gptoss::text::{Text, TextReport, load};
 
 use crate::{Common, DIFFERENT, changed_file, default_offload, volatile};
 
@@ -62,7 +62,14 @@ impl ReproduceArgs {
         let (files, again) = match &was.job {
             Job::InstallKernels => {
                 let build = was.kernels.as_ref().with_context(|| format!("{origin}: has no list of kernels"))?;
-                (build.files.clone(), kernels(&build.targets, &resources, work.path())?)
+                let again = kernels(build, &resources, work.path())?;
+                if again.id != build.id {
+                    manifest.notes.push(format!(
+                        "it was made of other sources, or with another compiler or CUTLASS: nvcc {} then, {} now",
+                        build.nvcc, again.nvcc
+                    ));
+                }
+                (build.files.clone(), again.files)
             }
             Job::Dequantize { .. } | Job::Quantize { .. } => {
                 let output = was.output.clone().with_context(|| format!("{origin}: has no list of output files"))?;
@@ -150,24 +157,7 @@ impl ReproduceArgs {
 
     /// The text that the job was calibrated on.
     fn text(&self, report: &TextReport, dir: &Path, config: &ModelConfig, resources: &Resources) -> Result<Text> {
-        let source = match (&self.text, &report.source.hub) {
-            (Some(file), _) => Source::File(file.clone()),
-            (None, Some(hub)) => {
-                let (name, config) = report.source.name.split_once(' ').unwrap_or((&report.source.name, ""));
-                let commit = hub.split_once('@').map_or("", |(_, commit)| commit);
-                let config = Some(config.trim_matches(['(', ')']).to_owned()).filter(|c| !c.is_empty());
-                Source::Dataset { name: format!("{name}@{commit}"), config, split: Split::Train }
-            }
-            (None, None) => bail!("it was calibrated on {}, a file: give --text FILE", report.source.name),
-        };
-        let request = TextRequest {
-            source,
-            samples: report.samples,
-            max_seq_length: report.max_seq_length,
-            layout: report.layout,
-            pad: report.padded,
-            seed: report.seed,
-        };
+        let request = report.request(self.text.as_deref())?;
         let text = load(&request, &Tokenizer::open(dir, config.vocab)?, dir, &resources.progress)?;
         if text.report != *report {
             bail!("the text is not the one that the job was calibrated on: {:?}, wanted {:?}", text.report, report);
@@ -176,13 +166,12 @@ impl ReproduceArgs {
     }
 }
 
-/// The kernels for `targets` once more.
-fn kernels(targets: &[String], resources: &Resources, work: &Path) -> Result<Vec<FileRecord>> {
+/// The same kernels once more, with the compiler that is here, and with CUTLASS where that build had it.
+fn kernels(build: &KernelBuild, resources: &Resources, work: &Path) -> Result<KernelBuild> {
     let toolkit = Toolkit::find(None)?;
-    let cutlass = Headers::find(None, &toolkit)?;
-    let targets = arch::parse_list(&targets.join(";"), "the manifest")?;
-    let request = Request { toolkit, cutlass, targets };
-    Ok(request.install(work, resources.threads, &resources.progress)?.build.files)
+    let cutlass = build.cutlass.as_ref().map(|_| Headers::find(None, &toolkit)).transpose()?.flatten();
+    let targets = arch::parse_list(&build.targets.join(";"), "the manifest")?;
+    Ok(Request { toolkit, cutlass, targets }.install(work, resources.threads, &resources.progress)?.build)
 }
 
 /// Files that are not the same.

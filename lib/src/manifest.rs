@@ -309,7 +309,7 @@ pub enum Loads {
 pub struct Verdict {
     /// True where nothing contradicts anything.
     pub passed: bool,
-    /// Tensors looked at.
+    /// Tensors looked at; of a job that was done again, files.
     pub tensors: u64,
     /// True where hashes could be compared with a manifest.
     pub hashes_checked: bool,

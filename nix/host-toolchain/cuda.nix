@@ -1,7 +1,5 @@
 # cudaPackages_13_0 from NVIDIA's wheels, which kernels/requirements.txt (here wheels.txt) pins by their hashes: the versions that nixpkgs has.
 {
-  lib,
-  host,
   make,
 }:
 let

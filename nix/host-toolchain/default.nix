@@ -7,7 +7,7 @@
 let
   lib = import ./lib.nix;
   host = builtins.fromJSON (builtins.readFile ./host.json);
-  make = import ./stdenv.nix { inherit lib host system; };
+  make = import ./stdenv.nix { inherit host system; };
   pkgs = rec {
     inherit lib config;
     inherit (make)
@@ -22,8 +22,8 @@ let
         f = import file;
       in
       f (builtins.intersectAttrs (builtins.functionArgs f) pkgs // more);
-    rustPlatform = import ./rust.nix { inherit lib host make; };
-    cudaPackages_13_0 = import ./cuda.nix { inherit lib host make; };
+    rustPlatform = import ./rust.nix { inherit make; };
+    cudaPackages_13_0 = import ./cuda.nix { inherit make; };
     autoAddDriverRunpath = make.nothing "auto-add-driver-runpath";
     makeWrapper = make.makeWrapper;
     # What goes into an image, as a file that says so.

@@ -1,7 +1,5 @@
 # buildRustPackage with the host's cargo. Cargo checks every crate against Cargo.lock.
 {
-  lib,
-  host,
   make,
 }:
 {

@@ -1,6 +1,5 @@
 # Derivations that the host's own programs build. What they are is a part of each derivation, so another compiler is another hash.
 {
-  lib,
   host,
   system,
 }:

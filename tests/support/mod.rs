@@ -14,6 +14,13 @@ pub fn tiny() -> PathBuf {
     root().join("tests/fixtures/tiny-gpt-oss")
 }
 
+/// Names and flags of nix/recipes.txt.
+pub fn recipes() -> Vec<(String, String)> {
+    let text = std::fs::read_to_string(root().join("nix/recipes.txt")).expect("the recipes are there");
+    let parts = text.lines().map(|l| l.split_once(' ').expect("a recipe has a name and flags"));
+    parts.map(|(name, flags)| (name.to_owned(), flags.to_owned())).collect()
+}
+
 /// The repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("bins lies in the repository").to_path_buf()

@@ -33,7 +33,7 @@ struct Args {
     #[arg(long, short)]
     yes: bool,
     /// Show what is installed, with a check of its hashes
-    #[arg(long, conflicts_with_all = ["uninstall", "print_env"])]
+    #[arg(long, conflicts_with_all = ["uninstall", "print_env", "arch", "nvcc", "cutlass"])]
     list: bool,
     /// Take a build away: its id or the id's beginning, or all
     #[arg(long, value_name = "ID", conflicts_with = "print_env")]

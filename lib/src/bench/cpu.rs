@@ -126,7 +126,7 @@ fn copies(bytes: usize, memory: u64) -> usize {
     BEYOND_CACHE.div_ceil(bytes).min(room).clamp(1, MANY)
 }
 
-/// Seconds of `run` with each copy in turn, after one warming run of each.
+/// Seconds of `run` with each set of weights in turn, after one warming run of each.
 fn times(copies: usize, iters: usize, mut run: impl FnMut(usize) -> Result<()>) -> Result<Vec<f64>> {
     let start = Instant::now();
     for copy in 0..copies {
@@ -147,10 +147,9 @@ fn times(copies: usize, iters: usize, mut run: impl FnMut(usize) -> Result<()>) 
     Ok(seconds)
 }
 
-/// Copies of the weights of a shape as f32, `weights` each.
+/// Copies of the weights of a shape as f32, one behind the other. Few tokens go to few of the experts, so that more sets of them take turns.
 struct Floats<'s> {
     shape: &'s Shape,
-    weights: usize,
     all: Vec<Tensor>,
 }
 
@@ -165,7 +164,7 @@ impl<'s> Floats<'s> {
         let numbers: Vec<f32> = (0..n * k).map(|_| draw.unit()).collect();
         let one = |_| Tensor::from_slice(&numbers, (n, k), &candle_core::Device::Cpu).map_err(failed);
         let all = (0..copies(4 * n * k * weights, memory) * weights).map(one).collect::<Result<_>>()?;
-        Ok(Self { shape, weights, all })
+        Ok(Self { shape, all })
     }
 
     fn measure(&self, inputs: &Inputs, iters: usize) -> Result<Measured<'s>> {
@@ -175,9 +174,9 @@ impl<'s> Floats<'s> {
             Tensor::from_vec(x, (rows.len(), k), &candle_core::Device::Cpu).map_err(failed)
         };
         let x: Vec<Tensor> = inputs.rows.iter().map(gather).collect::<Result<_>>()?;
-        let copies = self.all.len() / self.weights;
+        let copies = self.all.len() / weights;
         let seconds = times(copies, iters, |copy| {
-            for (x, w) in x.iter().zip(&self.all[copy * self.weights..]) {
+            for (x, w) in x.iter().zip(&self.all[copy * weights..]) {
                 black_box(w.t().and_then(|w| x.matmul(&w)).map_err(failed)?);
             }
             Ok(())
@@ -189,10 +188,9 @@ impl<'s> Floats<'s> {
     }
 }
 
-/// Copies of the weights of a shape as codes, `weights` each.
+/// The same as codes.
 struct Coded<'s> {
     shape: &'s Shape,
-    weights: usize,
     name: &'static str,
     kind: Kind,
     scale: ScaleKind,
@@ -216,7 +214,7 @@ impl<'s> Coded<'s> {
         // 2^-7 in E8M0 and about 0.01 in BF16.
         let fill = if kind == Kind::E2m1 { 120u8 } else { 0x3c };
         let scales = vec![fill; shape.n * (shape.k / group) * scale.size()];
-        Self { shape, weights, name, kind, scale, group, code_bytes, codes, scales }
+        Self { shape, name, kind, scale, group, code_bytes, codes, scales }
     }
 
     fn view(&self, at: usize) -> View<'_> {
@@ -237,17 +235,38 @@ impl<'s> Coded<'s> {
             for (i, rows) in inputs.rows.iter().enumerate() {
                 let (part, behind) = std::mem::take(&mut rest).split_at_mut(rows.len() * n);
                 rest = behind;
-                let view = self.view(copy * self.weights + i);
+                let view = self.view(copy * weights + i);
                 let layer = Layer { view, bias: None, inputs: (Activations::Float, 1.0) };
                 jobs.push(Job { layer, rows, out: part });
             }
             products(&inputs.values, k, jobs);
             Ok(())
         };
-        let copies = self.codes.len() / self.code_bytes / self.weights;
+        let copies = self.codes.len() / self.code_bytes / weights;
         let seconds = times(copies, iters, run).expect("products cannot fail");
         let bytes = weights * (self.code_bytes + self.scales.len()) + 4 * rows * (n + k);
         let (device, shape, kernel) = ("cpu", self.shape, self.name.into());
         Measured { device, shape, kernel, m: inputs.m, group: self.group, rows, weights, bytes, copies, seconds }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However few experts the tokens go to, what is read before it is read again is beyond the cache.
+    #[test]
+    fn all_copies_take_turns_whatever_the_tokens_need() {
+        let shape = Shape { name: "experts".into(), n: 64, k: 64, experts: Some((8, 2)) };
+        let (m, shapes, kernels) = (vec![1, 64], vec![shape], vec!["f32".into(), "w4a8".into()]);
+        let request = Request { m, shapes, group: None, iters: 2, kernels, splits: None, memory: 64 << 20 };
+        let (rows, notes) = run(&request, 1, &Progress::new(true)).unwrap();
+        assert!(rows.len() == 4 && notes.len() == 1, "{notes:?}");
+        for pair in [[0, 2], [1, 3]] {
+            let [few, many] = pair.map(|i| &rows[i]);
+            assert_eq!((few.m, few.weights, many.m, many.weights), (1, 2, 64, 8));
+            assert_eq!(few.copies * few.weights, many.copies * many.weights);
+            assert!(many.copies > 1);
+        }
     }
 }

@@ -45,7 +45,7 @@ pub struct GemmRow {
     pub group: usize,
     /// Weights that were read: 1, or the experts that the tokens went to.
     pub weights: usize,
-    /// How many copies of them took turns, so that no cache holds what is read.
+    /// How many sets of them took turns, so that no cache holds what is read.
     pub copies: usize,
     /// How often each was timed.
     pub runs: usize,

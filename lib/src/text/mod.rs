@@ -147,6 +147,35 @@ pub struct TextSource {
     pub file: Option<String>,
 }
 
+impl TextReport {
+    /// The request that gives the same text once more; of a dataset its training part, at the same commit. `file` is the user's own text.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where it came from a file and none is given.
+    pub fn request(&self, file: Option<&Path>) -> Result<TextRequest> {
+        let TextSource { name, hub, .. } = &self.source;
+        // "gsm8k (main)", as `load` writes it, and "openai/gsm8k@commit".
+        let dataset = || {
+            let (name, config) = name.strip_suffix(')')?.split_once(" (")?;
+            let commit = hub.as_ref()?.split_once('@')?.1;
+            let (name, config) = (format!("{name}@{commit}"), Some(config.to_owned()));
+            Some(Source::Dataset { name, config, split: Split::Train })
+        };
+        let source = file
+            .map(|f| Source::File(f.to_path_buf()))
+            .or_else(dataset)
+            .ok_or_else(|| Error::Refused(format!("the text was {name}, a file: give --text FILE")))?;
+        Ok(TextRequest {
+            source,
+            samples: self.samples,
+            max_seq_length: self.max_seq_length,
+            layout: self.layout,
+            pad: self.padded,
+            seed: self.seed,
+        })
+    }
+}
+
 /// Reads the text that `request` asks for. `checkpoint` is the folder whose chat template chats are rendered with.
 ///
 /// With no seed, no more is read than is needed; with one, all documents of the source are held in memory.

@@ -1,110 +1,19 @@
-//! Every kernel on the GPU beside what this processor computes.
+//! Products, over experts too, and a whole layer's launches one behind the other.
 
 use rayon::prelude::*;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
-use super::hopper::{self, Hopper};
-use super::operations::{
-    Codes, Cut, Inputs, Mixture, PRODUCTS, Product, Rounded, Routes, Scratch, TILES, Weight, combine_experts,
-    dequantize_mxfp4, fake_quantize, mask_2_4, quantize_activations,
+use super::super::hopper::{self, Hopper};
+use super::super::operations::{
+    Codes, Cut, Inputs, Mixture, PRODUCTS, Product, Routes, Scratch, TILES, Weight, combine_experts,
+    quantize_activations,
 };
-use super::reference::{Layer, Output, Token, swiglu};
-use super::{Buffer, Gpu};
-use crate::algorithms::wanda;
+use super::super::reference::{Layer, Output, Token, swiglu};
+use super::super::{Buffer, Gpu};
+use super::{Extent, KernelTest, numbers, read, stored};
 use crate::error::Result;
 use crate::formats::float::Float;
-use crate::formats::int::IntFormat;
-use crate::formats::minifloat::Minifloat::{self, E4M3};
-use crate::formats::ternary::{self, Trits};
-use crate::formats::{FP8, NumberFormat, Params, mxfp4, nvfp4};
+use crate::formats::minifloat::Minifloat::E4M3;
 use crate::ops::random::Draw;
-use crate::pipeline::progress::Progress;
-use crate::recipe::Mask;
-
-/// What became of a kernel.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct KernelTest {
-    /// Its name; of a product over experts with `_experts` behind it.
-    pub kernel: String,
-    /// Launches that were looked at.
-    pub cases: usize,
-    /// Numbers that were compared.
-    pub numbers: usize,
-    /// Of these, how many have the same bits as the reference.
-    pub same: usize,
-    /// True where all of them have to.
-    pub exact: bool,
-    /// The greatest distance from the result in f64, in parts of what rounding the sums and the output may do: at most 1. 0 where the bits are
-    /// compared.
-    pub error: f64,
-    /// The first case that is wrong.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub failure: Option<String>,
-}
-
-impl KernelTest {
-    fn new(kernel: impl Into<String>, exact: bool) -> Self {
-        Self { kernel: kernel.into(), cases: 0, numbers: 0, same: 0, exact, error: 0.0, failure: None }
-    }
-
-    /// A number of the kernel beside the reference; `error` is their distance in parts of what is allowed.
-    fn see(&mut self, have: f32, want: f32, error: f64, place: impl FnOnce() -> String) {
-        self.numbers += 1;
-        let same = have.to_bits() == want.to_bits() || have.is_nan() && want.is_nan();
-        self.same += usize::from(same);
-        let error = if self.exact { 0.0 } else { error };
-        self.error = self.error.max(if error.is_nan() { f64::INFINITY } else { error });
-        let right = if self.exact { same } else { error <= 1.0 };
-        if !right && self.failure.is_none() {
-            self.failure = Some(format!("{}: {have:e}, wanted {want:e}", place()));
-        }
-    }
-
-    /// Numbers that have to have the same bits.
-    fn see_all(&mut self, have: &[f32], want: &[f32], case: &str) {
-        self.cases += 1;
-        assert_eq!(have.len(), want.len(), "as many numbers");
-        for (i, (&h, &w)) in have.iter().zip(want).enumerate() {
-            self.see(h, w, f64::INFINITY, || format!("{case}, number {i}"));
-        }
-    }
-}
-
-/// Which shapes are tried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Extent {
-    /// Small ones: seconds on a GPU.
-    Small,
-    /// Those of gpt-oss too.
-    Models,
-}
-
-/// Sums of four, so that most are small.
-fn numbers(draw: &mut Draw, n: usize, float: Float) -> Vec<f32> {
-    (0..n).map(|_| float.round(draw.unit() + draw.unit() + draw.unit() + draw.unit())).collect()
-}
-
-fn stored(values: &[f32], float: Float) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(values.len() * float.size());
-    values.iter().for_each(|&v| float.write(v, &mut bytes));
-    bytes
-}
-
-fn read(gpu: &Gpu, buffer: &Buffer, float: Float) -> Result<Vec<f32>> {
-    let bytes: Vec<u8> = gpu.download(buffer)?;
-    let mut values = vec![0f32; bytes.len() / float.size()];
-    float.read(&bytes, &mut values);
-    Ok(values)
-}
-
-fn floats(codes: &[i8]) -> Vec<f32> {
-    codes.iter().map(|&c| f32::from(c)).collect()
-}
-
-/// Inputs of W4A8 and W8A8.
-const INT8: IntFormat = IntFormat { num_bits: 8, symmetric: true };
 
 /// What rounding may do to an output: to its sum in f32, by the sizes of its parts, and half the distance of two numbers of `float`.
 fn allowed(want: &Output, float: Float, sums: f64) -> f64 {
@@ -118,181 +27,6 @@ fn allowed(want: &Output, float: Float, sums: f64) -> f64 {
 
 /// What sums of some thousand parts in f32 may differ by, beside the sizes of the parts.
 const SUMS: f64 = 4e-6;
-
-/// Tests every kernel of the installed build whose name contains one of `only`; all of them where that is empty. What the driver refuses is a
-/// failure of the kernel.
-pub fn run(gpu: &Gpu, extent: Extent, only: &[String], progress: &Progress) -> Vec<KernelTest> {
-    let mut tests = Vec::new();
-    let mut add = |name: &str, test: &dyn Fn() -> Result<KernelTest>| {
-        if only.is_empty() || only.iter().any(|o| name.contains(&o[..])) {
-            // One that fails to launch is no reason not to look at the others.
-            let test =
-                test().unwrap_or_else(|e| KernelTest { failure: Some(e.to_string()), ..KernelTest::new(name, true) });
-            let outcome = test.failure.as_deref().unwrap_or("right");
-            progress.note(&format!("{}: {} launches, {outcome}", test.kernel, test.cases));
-            tests.push(test);
-        }
-    };
-    add("quantize_activations", &|| quantize(gpu));
-    add("dequantize_mxfp4", &|| dequantize(gpu));
-    add("fake_quantize", &|| fake(gpu));
-    add("mask_2_4", &|| mask(gpu));
-    for product in PRODUCTS {
-        add(product.name, &|| single(gpu, product, extent));
-        add(&format!("{}_experts", product.name), &|| experts(gpu, product, extent));
-    }
-    add("chain", &|| chain(gpu, extent));
-    if gpu.has_hopper() {
-        for fp8 in [false, true] {
-            add(hopper::name(fp8), &|| hopper(gpu, fp8, extent));
-        }
-    }
-    tests
-}
-
-/// The rules of the formats are the reference.
-fn quantize(gpu: &Gpu) -> Result<KernelTest> {
-    let (mut test, mut draw) = (KernelTest::new("quantize_activations", true), Draw::new(1));
-    for float in [Float::Bf16, Float::F16, Float::F32] {
-        for (m, k) in [(1, 32), (3, 2880), (17, 4096)] {
-            let mut x = numbers(&mut draw, m * k, float);
-            // A token of zeros.
-            x[(m - 1) * k..].fill(0.0);
-            let (input, codes, scales) = (gpu.upload(&stored(&x, float))?, gpu.room(m * k)?, gpu.room(4 * m)?);
-            for format in [NumberFormat::Int(INT8), FP8] {
-                quantize_activations(gpu, (&input, float), &codes, &scales, (m, k), format == FP8)?;
-                let (have, scales): (Vec<i8>, Vec<f32>) = (gpu.download(&codes)?, gpu.download(&scales)?);
-                for (t, row) in x.chunks(k).enumerate() {
-                    let (low, high) = row.iter().fold((0f32, 0f32), |(l, h), &x| (l.min(x), h.max(x)));
-                    let p = format.fit(low, high, Float::F32, 1.0);
-                    let wanted: Vec<i8> = row.iter().map(|&x| format.quantize(x, p, Float::F32)).collect();
-                    let case = format!("token {t} of [{m}, {k}] in {float:?} to {}", format.name());
-                    test.see_all(&[scales[t]], &[p.scale], &case);
-                    test.see_all(&floats(&have[t * k..][..k]), &floats(&wanted), &case);
-                }
-            }
-        }
-    }
-    Ok(test)
-}
-
-/// [`mxfp4`] is the reference.
-fn dequantize(gpu: &Gpu) -> Result<KernelTest> {
-    let (mut test, mut draw) = (KernelTest::new("dequantize_mxfp4", true), Draw::new(2));
-    for float in [Float::Bf16, Float::F16, Float::F32] {
-        for (n, k) in [(1, 32), (65, 96), (130, 288)] {
-            let codes = draw.bytes(n * k / 2);
-            // Exponents that every one of the types has.
-            let scales: Vec<u8> = draw.bytes(n * k / 32).iter().map(|b| 115 + b % 24).collect();
-            let mut rows = vec![0f32; n * k];
-            mxfp4::decode_row(&codes, &scales, &mut rows);
-            rows.iter_mut().for_each(|x| *x = float.round(*x));
-            let (c, s) = (gpu.upload(&codes)?, gpu.upload(&scales)?);
-            for turned in [false, true] {
-                let out = gpu.room(n * k * float.size())?;
-                dequantize_mxfp4(gpu, (&c, &s), (&out, float), (n, k), turned)?;
-                let want: Vec<f32> = match turned {
-                    false => rows.clone(),
-                    true => (0..n * k).map(|i| rows[i % n * k + i / n]).collect(),
-                };
-                test.see_all(&read(gpu, &out, float)?, &want, &format!("[{n}, {k}] to {float:?}, turned: {turned}"));
-            }
-        }
-    }
-    Ok(test)
-}
-
-/// The formats that [`fake_quantize`] knows.
-fn formats() -> Vec<NumberFormat> {
-    let ints = (2..=8).flat_map(|num_bits| [true, false].map(|symmetric| IntFormat { num_bits, symmetric }));
-    let mut all: Vec<NumberFormat> = ints.map(NumberFormat::Int).collect();
-    all.extend(Minifloat::ALL.map(NumberFormat::Float));
-    all.extend(Minifloat::ALL.map(NumberFormat::Mx));
-    all.extend([NumberFormat::Nvfp4, NumberFormat::Ternary(Trits::Quarters)]);
-    all
-}
-
-/// [`NumberFormat`] is the reference.
-fn fake(gpu: &Gpu) -> Result<KernelTest> {
-    let (mut test, mut draw) = (KernelTest::new("fake_quantize", true), Draw::new(3));
-    for format in formats() {
-        for float in [Float::Bf16, Float::F16, Float::F32] {
-            let group = match format {
-                NumberFormat::Nvfp4 => 16,
-                NumberFormat::Mx(_) => 32,
-                _ => [32, 64, 96, 7][draw.below(4)],
-            };
-            let (rows, k) = (5, 3 * group);
-            let mut w = numbers(&mut draw, rows * k, float);
-            // A group of zeros, and one on one side of it.
-            w[..group].fill(0.0);
-            w[group..2 * group].iter_mut().for_each(|x| *x = x.abs());
-            let (low, high) = w.iter().fold((0f32, 0f32), |(l, h), &x| (l.min(x), h.max(x)));
-            let global = if format == NumberFormat::Nvfp4 { nvfp4::global(low, high, float) } else { 1.0 };
-            let fit = |w: &[f32]| match format {
-                NumberFormat::Ternary(_) => {
-                    Params { scale: ternary::absmean(std::iter::once(w), float), zero_point: 0.0 }
-                }
-                _ => {
-                    let extremes = w.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
-                    format.fit(extremes.0, extremes.1, float, global)
-                }
-            };
-            let params: Vec<Params> = w.chunks(group).map(fit).collect();
-            let (mut codes, mut values) = (Vec::new(), Vec::new());
-            for (w, &p) in w.chunks(group).zip(&params) {
-                codes.extend(w.iter().map(|&w| format.quantize(w, p, float)));
-                values.extend(w.iter().map(|&w| format.dequantize(format.quantize(w, p, float), p, float)));
-            }
-            let input = gpu.upload(&stored(&w, float))?;
-            let (scales, zeros) = (gpu.room(4 * params.len())?, gpu.room(4 * params.len())?);
-            for given in [false, true] {
-                let (v, c) = (gpu.room(w.len() * float.size())?, gpu.room(w.len())?);
-                let out = Rounded { values: &v, codes: &c, scales: &scales, zero_points: &zeros };
-                fake_quantize(gpu, format, (&input, float), &out, (rows, k, group), global, given)?;
-                let case = format!("{} in groups of {group}, {float:?}, given: {given}", format.name());
-                let have: Vec<i8> = gpu.download(&c)?;
-                test.see_all(
-                    &gpu.download::<f32>(&scales)?,
-                    &params.iter().map(|p| p.scale).collect::<Vec<_>>(),
-                    &case,
-                );
-                let zero_points: Vec<f32> = params.iter().map(|p| p.zero_point).collect();
-                test.see_all(&gpu.download::<f32>(&zeros)?, &zero_points, &case);
-                test.see_all(&floats(&have), &floats(&codes), &format!("codes of {case}"));
-                test.see_all(&read(gpu, &v, float)?, &values, &format!("values of {case}"));
-            }
-        }
-    }
-    Ok(test)
-}
-
-/// [`wanda::zeros`] is the reference.
-fn mask(gpu: &Gpu) -> Result<KernelTest> {
-    let (mut test, mut draw) = (KernelTest::new("mask_2_4", true), Draw::new(4));
-    let rule = Mask::Structured { zeros: 2, of: 4 };
-    for float in [Float::Bf16, Float::F16, Float::F32] {
-        for (rows, k) in [(1, 4), (33, 96), (7, 2880)] {
-            let mut w = numbers(&mut draw, rows * k, float);
-            // Many of one size.
-            w.iter_mut().step_by(3).for_each(|x| *x = 0.5f32.copysign(*x));
-            let squares: Vec<f32> = (0..k).map(|_| draw.unit().abs()).collect();
-            for with in [None, Some(&squares[..])] {
-                let (input, output, zeros) =
-                    (gpu.upload(&stored(&w, float))?, gpu.room(w.len() * float.size())?, gpu.room(w.len())?);
-                let sums = with.map(|s| gpu.upload(s)).transpose()?;
-                mask_2_4(gpu, (&input, float), sums.as_ref(), (&output, &zeros), (rows, k))?;
-                let wanted = wanda::zeros(&w, k, with, rule, 0.5);
-                let kept: Vec<f32> = w.iter().zip(&wanted).map(|(&w, &z)| if z { 0.0 } else { w }).collect();
-                let case = format!("[{rows}, {k}] {float:?}, with norms: {}", with.is_some());
-                let places: Vec<f32> = gpu.download::<u8>(&zeros)?.iter().map(|&z| f32::from(z)).collect();
-                test.see_all(&places, &wanted.iter().map(|&z| f32::from(u8::from(z))).collect::<Vec<_>>(), &case);
-                test.see_all(&read(gpu, &output, float)?, &kept, &case);
-            }
-        }
-    }
-    Ok(test)
-}
 
 /// Weights of some layers, on both sides.
 struct Drawn<'g> {
@@ -418,7 +152,7 @@ fn sums(product: Product) -> f64 {
 }
 
 /// A single layer, for every number of tokens a block and several splits.
-fn single(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
+pub fn single(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
     let float = Float::Bf16;
     let (mut test, mut draw) = (KernelTest::new(product.name, false), Draw::new(5));
     let mut shapes = vec![(1, 1, 32), (3, 65, 160), (17, 100, 576), (65, 70, 1152)];
@@ -462,7 +196,7 @@ fn single(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
 
 /// A whole layer's launches one behind the other in a graph, again and again with two inputs in turn, beside the same launches each waited
 /// for: where a kernel does not wait for what it reads, or another writes too early, the bits differ.
-fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
+pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
     let (float, product) = (Float::Bf16, PRODUCTS[1]);
     let (mut test, mut draw) = (KernelTest::new("chain", true), Draw::new(8));
     let (tokens, width, count, top_k, turns) = match extent {
@@ -544,7 +278,7 @@ fn routes(draw: &mut Draw, tokens: usize, count: usize, top_k: usize) -> Vec<i32
 }
 
 /// The library for Hopper.
-fn hopper(gpu: &Gpu, fp8: bool, extent: Extent) -> Result<KernelTest> {
+pub fn hopper(gpu: &Gpu, fp8: bool, extent: Extent) -> Result<KernelTest> {
     let library = Hopper::open(gpu)?;
     let float = Float::Bf16;
     // In E4M3 tensor cores keep fewer bits of the sums of 128 columns.
@@ -590,7 +324,7 @@ fn hopper(gpu: &Gpu, fp8: bool, extent: Extent) -> Result<KernelTest> {
 }
 
 /// A mixture of experts, gate and up with SwiGLU, then down, then combined. One expert has no tokens.
-fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
+pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
     let float = Float::Bf16;
     let name = format!("{}_experts", product.name);
     let (mut test, mut draw) = (KernelTest::new(name, false), Draw::new(6));
