@@ -14,6 +14,11 @@ need 'cc --version && c++ --version && make --version' build-essential
 need 'unshare --version' util-linux
 need 'qemu-x86_64 --version' qemu-user
 
+# Compiles while wheels are fetched.
+cargo test --release --workspace --no-run "$@" &
+compiled=$!
+trap 'kill "$compiled" 2>/dev/null || true' EXIT
+
 venv=${GPTOSS_PEERS:-$PWD/venv}
 stamp="$(sha256sum tests/peers/requirements.txt | cut -d' ' -f1)"
 if [ "$(cat "$venv/stamp" 2>/dev/null || true)" != "$stamp" ]; then
@@ -37,5 +42,6 @@ if [ "$(cat "$venv/cuda/stamp" 2>/dev/null || true)" != "$stamp" ]; then
   echo "$stamp" > "$venv/cuda/stamp"
 fi
 export GPTOSS_PEERS="$venv"
+wait "$compiled"
 
 cargo test --release --workspace "$@"
