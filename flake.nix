@@ -23,12 +23,7 @@
       of = nixpkgs.lib.genAttrs systems (
         system:
         import ./nix {
-          inherit
-            self
-            nixpkgs
-            cutlass
-            system
-            ;
+          inherit nixpkgs cutlass system;
         }
       );
       pick = name: nixpkgs.lib.mapAttrs (_: all: all.${name}) of;
@@ -38,6 +33,14 @@
       apps = pick "apps";
       checks = pick "checks";
       devShells = pick "devShells";
-      overlays.default = final: prev: { inherit (self.packages.${prev.stdenv.hostPlatform.system}) gptoss; };
+      overlays.default =
+        final: prev:
+        let
+          packages = self.packages.${prev.stdenv.hostPlatform.system};
+        in
+        {
+          inherit (packages) gptoss gptoss-cuda;
+          gptoss-kernels = packages.kernels;
+        };
     };
 }

@@ -1,28 +1,44 @@
-# What `nix flake check` builds beside the packages.
+# What `nix flake check` builds.
 {
   runCommand,
   cargo,
   rustfmt,
+  clippy,
+  shellcheck,
   gptoss,
   kernels,
-  src,
-  ...
 }:
 {
+  # Its check phase runs tests.
+  tests = gptoss;
+
   format = runCommand "gptoss-format" { nativeBuildInputs = [ cargo rustfmt ]; } ''
-    cp -r ${src} source
+    cp -r ${gptoss.src} source
     cd source
     cargo fmt --all --check
     touch $out
   '';
 
-  # Every file of the build is one of golden-hashes.json; the library has code of the host's compiler in it.
+  lint = gptoss.overrideAttrs (old: {
+    pname = "gptoss-lint";
+    nativeBuildInputs = old.nativeBuildInputs ++ [ clippy shellcheck ];
+    buildPhase = ''
+      cargo clippy --release --workspace --all-targets --offline -j $NIX_BUILD_CORES -- -D warnings
+      shellcheck -x ${./.}/*.sh ${./host-toolchain}/*.sh tests/*.sh
+    '';
+    doCheck = false;
+    installPhase = "touch $out";
+    dontFixup = true;
+  });
+
+  # Every file of the build is one of golden-hashes.json, and none of those is missing; the library has code of the host's compiler in it.
   kernel-hashes = runCommand "gptoss-kernel-hashes" { } ''
     cd ${kernels}/*/
     for file in *.cubin *.ptx; do
       hash=$(sha256sum "$file" | cut -d' ' -f1)
       grep -q "\"$file\": \"$hash\"" ${../kernels/golden-hashes.json} || { echo "$file has the hash $hash"; exit 1; }
     done
+    [ "$(ls *.cubin *.ptx | wc -l)" = "$(grep -c '": "[0-9a-f]\{64\}"' ${../kernels/golden-hashes.json})" ]
     touch $out
   '';
 

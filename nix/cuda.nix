@@ -1,24 +1,19 @@
-# The tools with a build of the kernels, finding the driver where NixOS has it.
+# The tools with a build of the kernels.
 {
   runCommand,
   makeWrapper,
-  autoAddDriverRunpath,
   gptoss,
   kernels,
   ...
 }:
 runCommand "gptoss-cuda-${gptoss.version}"
   {
-    nativeBuildInputs = [
-      makeWrapper
-      autoAddDriverRunpath
-    ];
+    nativeBuildInputs = [ makeWrapper ];
     meta.mainProgram = "gptoss-quant";
   }
   ''
     mkdir -p $out/bin
     for tool in ${gptoss}/bin/gptoss-*; do
-      makeWrapper $tool $out/bin/$(basename $tool) --set-default GPTOSS_KERNELS ${kernels} \
-        --suffix LD_LIBRARY_PATH : /run/opengl-driver/lib
+      makeWrapper $tool $out/bin/$(basename $tool) --set-default GPTOSS_KERNELS ${kernels}
     done
   ''

@@ -1,39 +1,33 @@
 # Packages, apps, checks and shells of one system.
 {
-  self,
   nixpkgs,
   cutlass,
   system,
 }:
 let
-  # nix/host-toolchain, which stands in for nixpkgs on machines without network, has a CUTLASS of its own.
-  pins = import ./pins.nix // (nixpkgs.lib.standIn or { });
+  inherit (nixpkgs) lib;
+  pins = import ./pins.nix;
   pkgs = import nixpkgs {
     inherit system;
+    overlays = [ ];
     config = {
       allowUnfree = true;
       cudaSupport = true;
       cudaCapabilities = map (lib.removeSuffix "+PTX") pins.architectures;
+      # nixpkgs wants this for 9.0a, whose code runs nowhere else.
       cudaForwardCompat = false;
     };
   };
-  inherit (nixpkgs) lib;
   cudaPackages = pkgs.${pins.cudaSet};
   cutlassInclude = builtins.path {
     name = "cutlass-include";
     path = cutlass + "/include";
     sha256 = pins.cutlassInclude;
   };
-  toolkit = pkgs.callPackage ./toolkit.nix { inherit cudaPackages; };
-  shared = {
-    inherit
-      pins
-      cudaPackages
-      cutlassInclude
-      toolkit
-      ;
-  };
-  call = file: more: pkgs.callPackage file (shared // more);
+  toolkit = call ./toolkit.nix { };
+  call = file: more: pkgs.callPackage file ({ inherit pins cudaPackages; } // more);
+
+  # Also what the tests read, for the package runs some of them.
   src = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.unions [
@@ -46,11 +40,27 @@ let
       ../tests
     ];
   };
+  demo = lib.fileset.toSource {
+    root = ../.;
+    fileset = lib.fileset.unions [
+      ../demo.sh
+      ../tests/fixtures/tiny-gpt-oss
+    ];
+  };
   gptoss = call ./package.nix { inherit src; };
-  kernels = call ./kernels.nix { inherit gptoss; };
+  kernelsFor = architectures: call ./kernels.nix { inherit gptoss toolkit cutlassInclude architectures; };
+  kernels = kernelsFor pins.architectures;
   gptoss-cuda = call ./cuda.nix { inherit gptoss kernels; };
   image = call ./image.nix { inherit gptoss kernels; };
 
+  listToSet =
+    f: names:
+    builtins.listToAttrs (
+      map (name: {
+        inherit name;
+        value = f name;
+      }) names
+    );
   binaries = [
     "gptoss-dequant"
     "gptoss-quant"
@@ -59,55 +69,80 @@ let
     "gptoss-bench"
     "gptoss-run"
   ];
-  # A line of recipes.txt is a name and flags.
-  recipes = map (line: builtins.match "([^ ]+) (.*)" line) (
-    builtins.filter (line: builtins.isString line && line != "") (builtins.split "\n" (builtins.readFile ./recipes.txt))
+  alone = name: pkgs.runCommand "${name}-${gptoss.version}" { meta.mainProgram = name; } ''
+    mkdir -p $out/bin
+    ln -s ${gptoss}/bin/${name} $out/bin/
+  '';
+  # "8.0+PTX" is kernels-sm80, "9.0a" kernels-sm90a.
+  perArchitecture = builtins.listToAttrs (
+    map (architecture: {
+      name = "kernels-sm" + builtins.replaceStrings [ "." "+PTX" ] [ "" "" ] architecture;
+      value = kernelsFor [ architecture ];
+    }) pins.architectures
   );
-  script = name: text: {
+
+  app = description: name: text: {
     type = "app";
     program = "${pkgs.writeShellScriptBin name text}/bin/${name}";
+    meta = { inherit description; };
   };
-  binary = name: {
-    inherit name;
-    value = {
-      type = "app";
-      program = "${gptoss}/bin/${name}";
-    };
-  };
-  # nix run .#w4a16-awq-all -- --model-in DIR [more flags]
-  recipe = parts: {
-    name = builtins.head parts;
-    value = script (builtins.head parts) ''exec ${gptoss}/bin/gptoss-quant ${builtins.elemAt parts 1} "$@"'';
-  };
+  # A line of recipes.txt is a name and flags.
+  recipes = builtins.listToAttrs (
+    map
+      (line: rec {
+        name = builtins.head (builtins.split " " line);
+        # Weights for W4A8 want its kernels.
+        value =
+          let
+            tools = if lib.hasInfix "w4a8" line then gptoss-cuda else gptoss;
+          in
+          app "The recipe of that name: --model-in DIR, --calib-jsonl FILE, ..." name
+            ''exec ${tools}/bin/gptoss-quant ${lib.removePrefix name line} "$@"'';
+      })
+      (builtins.filter (line: builtins.isString line && line != "") (builtins.split "\n" (builtins.readFile ./recipes.txt)))
+  );
 in
-assert lib.assertMsg (
-  cudaPackages.cuda_nvcc.version == pins.nvcc
-) "nvcc ${cudaPackages.cuda_nvcc.version} is not the pinned ${pins.nvcc}";
 {
-  packages = {
-    inherit
-      gptoss
-      gptoss-cuda
-      kernels
-      image
-      ;
-    default = gptoss;
-  };
-  apps =
-    builtins.listToAttrs (map binary binaries ++ map recipe recipes)
+  packages =
+    listToSet alone binaries
+    // perArchitecture
     // {
-      default = script "gptoss-help" ''for t in ${lib.concatStringsSep " " binaries}; do echo "nix run .#$t -- --help"; done'';
-      dequant = script "dequant" ''exec ${gptoss}/bin/gptoss-dequant "$@"'';
-      verify = script "verify" ''exec ${gptoss}/bin/gptoss-verify "$@"'';
+      inherit
+        gptoss
+        gptoss-cuda
+        kernels
+        image
+        ;
+      default = gptoss;
     };
-  checks = {
+  apps =
+    listToSet (name: app "The tool of that name" name ''exec ${gptoss}/bin/${name} "$@"'') binaries
+    // recipes
+    // {
+      default = app "What there is to run" "gptoss-help" ''
+        echo "nix run .#NAME -- FLAGS, with one of these names (--help has the flags):"
+        printf '  %s\n' ${lib.concatStringsSep " " (binaries ++ builtins.attrNames recipes ++ [ "dequant" "verify" "demo" ])}
+      '';
+      dequant = app "MXFP4 to BF16" "dequant" ''exec ${gptoss}/bin/gptoss-dequant "$@"'';
+      verify = app "A checkpoint against its manifest" "verify" ''exec ${gptoss}/bin/gptoss-verify "$@"'';
+      demo = app "The main job on a tiny gpt-oss" "demo" ''
+        PATH="${pkgs.coreutils}/bin:$PATH" exec ${pkgs.runtimeShell} ${demo}/demo.sh ${gptoss}/bin "$@"
+      '';
+    };
+  checks = import ./checks.nix {
+    inherit (pkgs)
+      runCommand
+      cargo
+      rustfmt
+      clippy
+      shellcheck
+      ;
     inherit gptoss kernels;
-  }
-  // call ./checks.nix { inherit gptoss kernels src; };
+  };
   devShells = {
     default = call ./shell.nix { inherit gptoss; };
     kernels = call ./shell.nix {
-      inherit gptoss;
+      inherit gptoss toolkit cutlassInclude;
       withCuda = true;
     };
   };

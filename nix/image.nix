@@ -17,6 +17,7 @@ dockerTools.streamLayeredImage {
     cacert
     gptoss
   ];
+  extraCommands = "mkdir -m 1777 tmp";
   config = {
     Entrypoint = [
       "${bashInteractive}/bin/bash"
@@ -28,8 +29,12 @@ dockerTools.streamLayeredImage {
     ];
     WorkingDir = "/models";
     Env = [
+      # Compiled already, and read only: AUTO_INSTALL_KERNELS is for images that have a compiler.
       "GPTOSS_KERNELS=${kernels}"
       "HF_HOME=/cache"
+      # The store's C library does not look where NVIDIA's container toolkit puts the driver.
+      "LD_LIBRARY_PATH=/usr/lib64:/usr/lib/x86_64-linux-gnu:/usr/lib/aarch64-linux-gnu"
+      "PATH=/bin"
       "SSL_CERT_FILE=${cacert}/etc/ssl/certs/ca-bundle.crt"
       "NVIDIA_VISIBLE_DEVICES=all"
       "NVIDIA_DRIVER_CAPABILITIES=compute,utility"

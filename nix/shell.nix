@@ -3,18 +3,21 @@
   lib,
   mkShell,
   pins,
-  cutlassInclude,
-  gptoss,
-  toolkit,
+  cudaPackages,
   cargo,
   rustc,
   clippy,
   rustfmt,
+  gptoss,
+  toolkit ? null,
+  cutlassInclude ? null,
   withCuda ? false,
   ...
 }:
 mkShell (
   {
+    name = if withCuda then "gptoss-kernels-shell" else "gptoss-shell";
+    # What it is built from, not the package itself.
     inputsFrom = [ gptoss ];
     packages = [
       cargo
@@ -24,12 +27,16 @@ mkShell (
     ]
     ++ lib.optionals withCuda [
       toolkit
-      gptoss
+      cudaPackages.backendStdenv.cc
     ];
   }
   // lib.optionalAttrs withCuda {
+    # As the kernels have it.
+    hardeningDisable = [ "all" ];
     CUDA_HOME = toolkit;
     CUTLASS_HOME = cutlassInclude;
+    # For our tools, and for the Makefile.
     TORCH_CUDA_ARCH_LIST = lib.concatStringsSep ";" pins.architectures;
+    CUDA_ARCH = lib.concatStringsSep ";" pins.architectures;
   }
 )

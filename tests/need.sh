@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # Sourced. need COMMAND-THAT-MUST-WORK PACKAGE ...: installs Debian packages where the command fails.
 need() {
   check=$1

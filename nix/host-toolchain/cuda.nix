@@ -1,4 +1,5 @@
-# cudaPackages_13_0 from NVIDIA's wheels, which kernels/requirements.txt (here wheels.txt) pins by their hashes: the versions that nixpkgs has.
+# cudaPackages_13_0 from NVIDIA's wheels, which kernels/requirements.txt (here wheels.txt) pins by their hashes: the versions that nixpkgs has, laid out
+# as nixpkgs lays them out.
 {
   make,
 }:
@@ -16,34 +17,50 @@ let
       };
     }) parsed
   );
+  # `layout` runs where the wheel's files are.
   component =
-    package:
+    package: layout:
     let
       inherit (wheels.${package}) version sha256;
       wheel = make.fetch {
         name = "${package}-${version}.whl";
         inherit sha256;
         script = ''
-          python3 -m pip download --quiet --no-deps --no-cache-dir --only-binary :all: -d . ${package}==${version}
+          /usr/bin/python3 -m pip download --quiet --no-deps --no-cache-dir --only-binary :all: -d . ${package}==${version}
           cp *.whl $out
         '';
       };
     in
     make.runCommand "${package}-${version}" { inherit version; } ''
-      mkdir -p $out wheel
-      python3 -m zipfile -e ${wheel} wheel
-      cp -r wheel/nvidia/cu13/. $out/
+      /usr/bin/python3 -m zipfile -e ${wheel} wheel
+      cd wheel/nvidia/cu13
+      find . -path '*/bin/*' -type f -exec chmod +x {} +
+      ${layout}
     ''
     // {
-      inherit version;
       outputs = [ "out" ];
     };
+  plain = "cp -r . $out";
 in
-{
-  cuda_nvcc = component "nvidia-cuda-nvcc";
-  libnvvm = component "nvidia-nvvm";
-  cuda_crt = component "nvidia-cuda-crt";
-  cuda_cudart = component "nvidia-cuda-runtime";
-  cuda_cccl = component "nvidia-cuda-cccl";
-  backendStdenv = { inherit (make) mkDerivation; };
+rec {
+  # Includes nothing of the runtime; `nvcc` is a wrapper, and NVVM is inside.
+  cuda_nvcc = component "nvidia-cuda-nvcc" ''
+    cp -r . $out
+    cp -r ${libnvvm} $out/nvvm
+    sed -i -e 's,$(TOP)/$(_TARGET_DIR_)/include/cccl,${cuda_cccl}/include,' -e "s,\$(TOP)/\$(_TARGET_DIR_)/include,$out/include," $out/bin/nvcc.profile
+    mv $out/bin/nvcc $out/bin/.nvcc-wrapped
+    printf '#!/bin/bash\nexec -a "$0" %s/bin/.nvcc-wrapped "$@"\n' $out > $out/bin/nvcc
+    chmod +x $out/bin/nvcc
+  '';
+  libnvvm = component "nvidia-nvvm" "cp -r nvvm $out";
+  cuda_cccl = component "nvidia-cuda-cccl" ''
+    mkdir $out
+    cp -r include/cccl $out/include
+    ln -s . $out/include/cccl
+  '';
+  cuda_crt = component "nvidia-cuda-crt" plain;
+  cuda_cudart = component "nvidia-cuda-runtime" plain;
+  cuda_cuobjdump = component "nvidia-cuda-cuobjdump" plain;
+  cuda_nvdisasm = component "nvidia-cuda-nvdisasm" plain;
+  backendStdenv = make.stdenv;
 }

@@ -1,4 +1,4 @@
-# `import nixpkgs { system; config; }`, as far as this project's flake goes.
+# `import nixpkgs { system; config; overlays; }`, as far as this project's flake goes.
 {
   system,
   config ? { },
@@ -8,35 +8,48 @@ let
   lib = import ./lib.nix;
   host = builtins.fromJSON (builtins.readFile ./host.json);
   make = import ./stdenv.nix { inherit host system; };
-  pkgs = rec {
+  base = rec {
     inherit lib config;
     inherit (make)
       stdenv
       runCommand
       writeShellScriptBin
       mkShell
+      makeWrapper
+      autoAddDriverRunpath
       ;
+    # As nixpkgs' callPackage, a set that it gives has `override` in it.
     callPackage =
       file: more:
       let
         f = import file;
+        made = f (builtins.intersectAttrs (builtins.functionArgs f) pkgs // more);
       in
-      f (builtins.intersectAttrs (builtins.functionArgs f) pkgs // more);
-    rustPlatform = import ./rust.nix { inherit make; };
+      made // { override = changed: callPackage file (more // changed); };
+    rustPlatform = import ./rust.nix { inherit make cargo rustc; };
+    cargo = make.links "cargo" host.rust [ "cargo" ];
+    rustc = make.links "rustc" host.rust [
+      "rustc"
+      "rustdoc"
+    ];
+    clippy = make.links "clippy" host.rust [
+      "cargo-clippy"
+      "clippy-driver"
+    ];
+    rustfmt = make.links "rustfmt" host.rust [
+      "cargo-fmt"
+      "rustfmt"
+    ];
+    shellcheck = make.links "shellcheck" "/usr/bin" [ "shellcheck" ];
+    inherit (make) coreutils;
     cudaPackages_13_0 = import ./cuda.nix { inherit make; };
-    autoAddDriverRunpath = make.nothing "auto-add-driver-runpath";
-    makeWrapper = make.makeWrapper;
+    runtimeShell = "/bin/bash";
+    bashInteractive = make.links "bash" "/bin" [ "bash" ];
+    cacert = make.runCommand "cacert" { } "mkdir -p $out";
     # What goes into an image, as a file that says so.
     dockerTools.streamLayeredImage =
       all: make.runCommand "${all.name}-image" { text = builtins.toJSON all; } ''printf '%s' "$text" > $out'';
-    # The host's are in PATH already.
-    bashInteractive = make.nothing "bash";
-    coreutils = make.nothing "coreutils";
-    cacert = make.nothing "cacert";
-    cargo = make.nothing "cargo";
-    rustc = make.nothing "rustc";
-    clippy = make.nothing "clippy";
-    rustfmt = make.nothing "rustfmt";
   };
+  pkgs = builtins.foldl' (all: overlay: all // overlay pkgs all) base overlays;
 in
 pkgs

@@ -24,12 +24,15 @@ rec {
       kept = builtins.stringLength text - builtins.stringLength suffix;
     in
     if kept >= 0 && builtins.substring kept (-1) text == suffix then builtins.substring 0 kept text else text;
+  removePrefix = prefix: text: if hasPrefix prefix text then builtins.substring (builtins.stringLength prefix) (-1) text else text;
+  # Of letters and digits.
+  hasInfix = part: text: builtins.length (builtins.split part text) > 1;
+  subtractLists = without: filter (one: !elem one without);
+  importTOML = file: builtins.fromTOML (builtins.readFile file);
+  getOutput = output: package: package.${output} or package.out;
+  getBin = getOutput "bin";
+  getExe' = package: name: "${package}/bin/${name}";
   licenses.mit = "MIT";
-  # What is pinned otherwise here: CUTLASS comes as a wheel of 4.2.0, three files of which are not those of 4.2.1.
-  standIn = {
-    cutlass = "4.2.0";
-    cutlassInclude = "sha256-SSNP+nsAR3lPNTgQvzAmEWGHrwRIsdCIjnYHiaxU2Hk=";
-  };
   fileset = {
     unions = paths: paths;
     toSource =

@@ -7,7 +7,6 @@ let
   common = {
     inherit system;
     hostFingerprint = host.fingerprint;
-    hostPath = host.path;
     LC_ALL = "C";
     TZ = "UTC";
     SOURCE_DATE_EPOCH = "315532800";
@@ -22,8 +21,39 @@ let
     "packages"
     "inputsFrom"
   ];
+  inputsOf = all: (all.nativeBuildInputs or [ ]) ++ (all.buildInputs or [ ]) ++ (all.packages or [ ]);
 in
 rec {
+  # Programs of the host, alone in a folder.
+  links =
+    name: folder: programs:
+    derivation (
+      common
+      // {
+        inherit name folder programs;
+        builder = "/bin/bash";
+        args = [
+          "-e"
+          "-c"
+          "export PATH=/usr/bin:/bin; mkdir -p $out/bin; for program in $programs; do ln -s $folder/$program $out/bin/$program; [ -e $out/bin/$program ]; done"
+        ];
+      }
+    );
+  coreutils =
+    links "coreutils" "/usr/bin" (builtins.filter builtins.isString (builtins.split " " "[ basename cat chmod cp cut date dirname du echo env expr head id install ln ls mkdir mktemp mv nproc od printf pwd readlink realpath rm rmdir seq sha256sum sleep sort stat tail tee test touch tr true uname wc yes"));
+  # What every build has in its PATH in nixpkgs, and no more.
+  commonPath =
+    map (one: "${one}/bin") [
+      coreutils
+      (links "stdenv" "/usr/bin" [
+        "find" "xargs" "cmp" "diff" "sed" "grep" "awk" "tar" "gzip" "bzip2" "xz" "make" "bash" "sh" "patch"
+      ])
+      cc
+    ];
+  cc = links "cc" "/usr/bin" [
+    "cc" "c++" "gcc" "g++" "cpp" "ld" "as" "ar" "ranlib" "strip" "nm" "objcopy" "objdump" "readelf"
+  ];
+
   mkDerivation =
     all:
     let
@@ -40,34 +70,30 @@ rec {
             "-e"
             ./stdenv/setup
           ];
-          inputs = (all.nativeBuildInputs or [ ]) ++ (all.buildInputs or [ ]) ++ (all.packages or [ ]);
+          hostPath = builtins.concatStringsSep ":" commonPath;
+          inputs = inputsOf all ++ builtins.concatMap (from: from.itsInputs) (all.inputsFrom or [ ]);
         }
       );
     in
     made
     // {
       inherit name;
+      pname = all.pname or name;
       meta = all.meta or { };
       version = all.version or "";
+      itsInputs = inputsOf all;
+      nativeBuildInputs = all.nativeBuildInputs or [ ];
+      overrideAttrs = change: mkDerivation (all // change (all // { nativeBuildInputs = all.nativeBuildInputs or [ ]; }));
     }
     // (all.passthru or { });
 
   stdenv = {
     inherit mkDerivation;
     hostPlatform = { inherit system; };
+    inherit cc;
   };
 
-  runCommand =
-    name: more: text:
-    mkDerivation (
-      more
-      // {
-        inherit name;
-        dontUnpack = true;
-        buildPhase = text;
-        installPhase = ":";
-      }
-    );
+  runCommand = name: more: buildCommand: mkDerivation (more // { inherit name buildCommand; });
 
   writeShellScriptBin =
     name: text:
@@ -82,13 +108,17 @@ rec {
         chmod +x $out/bin/${name}
       '';
 
-  nothing = name: runCommand name { } "mkdir -p $out";
-
-  # makeWrapper, with the two flags that are used.
+  # makeWrapper, with the one flag that is used.
   makeWrapper = runCommand "make-wrapper" { } ''
     mkdir -p $out/bin
     cp ${./make-wrapper} $out/bin/makeWrapper
     chmod +x $out/bin/makeWrapper
+  '';
+
+  # As nixpkgs has it: a hook that runs when everything else is done.
+  autoAddDriverRunpath = runCommand "auto-add-driver-runpath" { } ''
+    mkdir -p $out/nix-support
+    cp ${./auto-add-driver-runpath} $out/nix-support/setup-hook
   '';
 
   mkShell =
@@ -97,9 +127,7 @@ rec {
       all
       // {
         name = all.name or "shell";
-        dontUnpack = true;
-        buildPhase = "mkdir -p $out";
-        installPhase = ":";
+        buildCommand = "mkdir -p $out";
         stdenv = builtins.path {
           name = "stdenv";
           path = ./stdenv;
@@ -122,11 +150,12 @@ rec {
         args = [
           "-e"
           "-c"
-          "export PATH=$hostPath HOME=$PWD; eval \"$script\""
+          "export PATH=/usr/bin:/bin HOME=$PWD; eval \"$script\""
         ];
         outputHashMode = "flat";
         outputHashAlgo = "sha256";
         outputHash = sha256;
+        __noChroot = true;
       }
     );
 }
