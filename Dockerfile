@@ -4,14 +4,17 @@ ARG RUST=1.95
 FROM rust:${RUST}-bookworm AS builder
 WORKDIR /src
 COPY . .
-RUN cargo build --release --locked --workspace --bins
+# Crates and what is compiled of them stay in the builder's cache from one build to the next.
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
+  cargo build --release --locked --workspace --bins \
+  && install -D -t /out target/release/gptoss-dequant target/release/gptoss-quant target/release/gptoss-verify \
+     target/release/gptoss-run target/release/gptoss-bench target/release/gptoss-kernel-install
 
 FROM debian:bookworm-slim AS runtime
 ARG INSTALL_KERNELS=0
 ARG CUDA_ARCH=
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-COPY --from=builder /src/target/release/gptoss-dequant /src/target/release/gptoss-quant /src/target/release/gptoss-verify \
-  /src/target/release/gptoss-run /src/target/release/gptoss-bench /src/target/release/gptoss-kernel-install /usr/local/bin/
+COPY --from=builder /out/ /usr/local/bin/
 COPY nix/entrypoint.sh /usr/local/bin/gptoss-entrypoint
 COPY kernels/requirements.txt /opt/gptoss/requirements.txt
 ENV GPTOSS_KERNELS=/opt/gptoss/kernels \
@@ -19,8 +22,11 @@ ENV GPTOSS_KERNELS=/opt/gptoss/kernels \
     HF_HOME=/cache \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Debian keeps one version of a package, so none is named. Kernels are writable for whoever a container runs as.
+# hadolint ignore=DL3008
 RUN apt-get update \
   && apt-get install -y --no-install-recommends ca-certificates \
+  && install -d -m 1777 "$GPTOSS_KERNELS" \
   && if [ "$INSTALL_KERNELS" = 1 ]; then \
        apt-get install -y --no-install-recommends g++ python3-pip \
        && python3 -m pip install --no-cache-dir --no-deps --require-hashes --target /opt/gptoss/cuda -r /opt/gptoss/requirements.txt \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the folders that the containers keep things in, and writes where they are into .env, which docker compose reads.
+# Makes the folders that the containers keep things in, and writes where they are, and who asks, into .env, which docker compose reads.
 #
 #     nix/setup-storage.sh [FOLDER]      (default: MODELS_DIR and CACHE_DIR, or ./models and ~/.cache/huggingface)
 set -euo pipefail
@@ -16,7 +16,8 @@ for folder in "$models" "$cache" "$offload"; do
     exit 1
   fi
 done
-printf 'MODELS_DIR=%s\nCACHE_DIR=%s\nOFFLOAD_DIR=%s\n' "$(realpath "$models")" "$(realpath "$cache")" "$(realpath "$offload")" >.env
+printf 'MODELS_DIR=%s\nCACHE_DIR=%s\nOFFLOAD_DIR=%s\nCONTAINER_USER=%s\n' "$(realpath "$models")" "$(realpath "$cache")" "$(realpath "$offload")" \
+  "$(id -u):$(id -g)" >.env
 cat .env
 free=$(df -Pk "$models" | awk 'NR == 2 { print int($4 / 1048576) }')
 echo "$free GiB are free for models: gpt-oss-20b takes 14 GB and its BF16 form 42 GB, gpt-oss-120b 65 GB and 234 GB" >&2

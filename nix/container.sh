@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The container without a Docker engine: hadolint and docker-compose read Dockerfile and compose.yaml, buildah runs every step of the Dockerfile and
+# then what containers start with. The two base images are made here, of Debian's packages and this machine's Rust. Wants root, and as much of Debian
+# as is installed below.
+#
+#     nix/container.sh [TARGET]      (default: target; compiled crates that are there are not compiled again)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tests/need.sh
+need 'buildah --version' buildah
+need 'mmdebstrap --version' mmdebstrap
+need 'docker-compose --version' docker-compose
+need 'python3 -c "import ensurepip, venv"' python3 python3-venv
+
+target=$(realpath "${1:-${CARGO_TARGET_DIR:-target}}")
+work=$(mktemp -d)
+export STORAGE_DRIVER=${STORAGE_DRIVER:-overlay} BUILDAH_ISOLATION=chroot TMPDIR=$work
+image() { buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+finish() {
+  image umount --all >/dev/null 2>&1 || true
+  image rm --all >/dev/null 2>&1 || true
+  rm -rf "$work"
+}
+trap finish EXIT
+step() { echo "== $SECONDS s: $* ==" >&2; }
+
+step "hadolint"
+python3 -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet --no-deps --disable-pip-version-check --require-hashes -r nix/hadolint.txt
+"$work/venv/bin/hadolint" Dockerfile
+
+step "docker-compose"
+for words in "" "CONTAINER_RUNTIME=nvidia GPUS=0,1 CUDA_ARCH=9.0a INSTALL_KERNELS=1"; do
+  # shellcheck disable=SC2086 # words
+  env $words docker-compose -f compose.yaml config >"$work/compose"
+done
+grep -q "runtime: nvidia" "$work/compose" && grep -q "NVIDIA_VISIBLE_DEVICES: 0,1" "$work/compose" && grep -q "CUDA_ARCH: 9.0a" "$work/compose"
+
+step "base images"
+rust=$(sed -n 's/^ARG RUST=//p' Dockerfile)
+toolchain=$(dirname "$(dirname "$(rustup which rustc 2>/dev/null || command -v rustc)")")
+mmdebstrap --quiet --variant=minbase bookworm "$work/debian.tar"
+base=$(image from scratch)
+image add --quiet "$base" "$work/debian.tar" / >/dev/null
+# Where this machine trusts more than Debian does, so does the image.
+if [ -d /usr/local/share/ca-certificates ]; then image copy --quiet "$base" /usr/local/share/ca-certificates /usr/local/share/ca-certificates >/dev/null; fi
+image commit --quiet "$base" docker.io/library/debian:bookworm-slim >/dev/null
+image run "$base" -- sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends ca-certificates gcc g++ libc6-dev' >/dev/null
+image copy --quiet "$base" "$toolchain" /usr/local/cargo >/dev/null
+image config --env PATH=/usr/local/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --env CARGO_HOME=/usr/local/cargo "$base"
+image commit --quiet "$base" "docker.io/library/rust:$rust-bookworm" >/dev/null
+image rm "$base" >/dev/null
+if [ -d "$target/release/deps" ]; then
+  mkdir -p "$work/warm/release"
+  # Cargo goes by times.
+  cp -a "$target"/release/{.fingerprint,build} "$work/warm/release/"
+  # Crates, not the programs.
+  mkdir "$work/warm/release/deps"
+  find "$target/release/deps" -maxdepth 1 \( -name '*.rlib' -o -name '*.rmeta' -o -name '*.so' -o -name '*.d' \) -exec cp -a -t "$work/warm/release/deps" {} +
+  printf 'FROM rust:%s-bookworm\nRUN --mount=type=cache,target=/src/target cp -a /warm/. /src/target/\n' "$rust" |
+    image build --quiet --volume "$work/warm:/warm:ro" -f - "$work/venv" >/dev/null
+  rm -rf "$work/warm"
+fi
+
+step "build"
+image build --format docker --build-arg INSTALL_KERNELS=1 --build-arg CUDA_ARCH=8.6 --tag gptoss .
+
+step "run"
+made=$(image from gptoss)
+[ "$(image inspect --type image --format '{{.OCIv1.Config.Entrypoint}} {{.OCIv1.Config.WorkingDir}}' gptoss)" = "[gptoss-entrypoint] /models" ]
+mkdir "$work/models"
+inside() { image run --volume "$work/models:/models" --volume "$PWD/tests/fixtures:/fixtures:ro" "$made" -- gptoss-entrypoint "$@"; }
+inside gptoss-verify env --format table 2>"$work/start"
+cat "$work/start"
+# It verifies first: the kernels have the committed hashes, and there is no GPU.
+grep -q "8.6" "$work/start"
+grep -q "kernels were not run" "$work/start"
+image run "$made" -- sh -c 'cd /opt/gptoss/kernels/*/ && sha256sum ./*.cubin' | sed 's,\./,,' >"$work/hashes"
+test -s "$work/hashes"
+while read -r hash name; do grep -q "\"$name\": \"$hash\"" kernels/golden-hashes.json || { echo "$name has the hash $hash"; exit 1; }; done <"$work/hashes"
+# What it writes has the committed hashes.
+inside gptoss-quant --quiet --model-in /fixtures/tiny-gpt-oss --output-dir /models/w4a16 --algo rtn --experts w4a16 --mw w8a16 \
+  --container compressed-tensors >/dev/null 2>&1
+for file in "$work"/models/w4a16/*; do
+  name=$(basename "$file")
+  [ "$name" = gptoss-manifest.json ] && continue
+  grep -q "$(sha256sum "$file" | cut -d' ' -f1) $name" tests/snapshots/survival__hashes-w4a16.snap || { echo "$name has another hash"; exit 1; }
+done
+step "all of it went through"
