@@ -5,8 +5,10 @@ FROM rust:${RUST}-bookworm AS builder
 WORKDIR /src
 COPY . .
 # Crates and what is compiled of them stay in the builder's cache from one build to the next.
-RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
-  cargo build --release --locked --workspace --bins \
+# Cargo goes by times, and they may be those of another checkout.
+RUN --mount=type=cache,id=gptoss-registry,target=/usr/local/cargo/registry --mount=type=cache,id=gptoss-target,sharing=locked,target=/src/target \
+  find bins lib kernels tests -type f -exec touch {} + \
+  && cargo build --release --locked --workspace --bins \
   && install -D -t /out target/release/gptoss-dequant target/release/gptoss-quant target/release/gptoss-verify \
      target/release/gptoss-run target/release/gptoss-bench target/release/gptoss-kernel-install
 
@@ -22,7 +24,7 @@ ENV GPTOSS_KERNELS=/opt/gptoss/kernels \
     HF_HOME=/cache \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# Debian keeps one version of a package, so none is named. Kernels are writable for whoever a container runs as.
+# Debian keeps one version of a package, so none is named. Who a container runs as may write kernels; the entry point puts those of the image there.
 # hadolint ignore=DL3008
 RUN apt-get update \
   && apt-get install -y --no-install-recommends ca-certificates \
@@ -30,9 +32,9 @@ RUN apt-get update \
   && if [ "$INSTALL_KERNELS" = 1 ]; then \
        apt-get install -y --no-install-recommends g++ python3-pip \
        && python3 -m pip install --no-cache-dir --no-deps --require-hashes --target /opt/gptoss/cuda -r /opt/gptoss/requirements.txt \
-       && gptoss-kernel-install --yes ${CUDA_ARCH:+--arch "$CUDA_ARCH"} > /opt/gptoss/kernels.json; \
+       && GPTOSS_KERNELS=/opt/gptoss/built gptoss-kernel-install --yes ${CUDA_ARCH:+--arch "$CUDA_ARCH"} > /opt/gptoss/kernels.json; \
      fi \
   && rm -rf /var/lib/apt/lists/*
 WORKDIR /models
 ENTRYPOINT ["gptoss-entrypoint"]
-CMD ["gptoss-verify", "env"]
+CMD ["gptoss-quant", "--help"]

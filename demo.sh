@@ -3,8 +3,7 @@
 #
 #     demo.sh [TOOLS [OUT]]      (default: compiles the tools, and writes into target/demo)
 set -euo pipefail
-tools=${1:-} out=${2:-}
-if [ -n "$out" ]; then out=$(realpath -m "$out"); fi
+tools=${1:+$(realpath "$1")} out=${2:+$(realpath -m "$2")}
 cd "$(dirname "$0")"
 if [ -z "$tools" ]; then
   . tests/need.sh
@@ -21,6 +20,7 @@ if [ -z "$tools" ]; then
 fi
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
+echo "into $out" >&2
 PATH="$tools:$PATH"
 
 gptoss-dequant --src tests/fixtures/tiny-gpt-oss --dst "$out/bf16" --format json |

@@ -20,7 +20,7 @@ let
   };
   cudaPackages = pkgs.${pins.cudaSet};
   cutlassInclude = builtins.path {
-    name = "cutlass-include";
+    name = "cutlass-${pins.cutlass}-include";
     path = cutlass + "/include";
     sha256 = pins.cutlassInclude;
   };
@@ -40,7 +40,7 @@ let
       ../tests
     ];
   };
-  demo = lib.fileset.toSource {
+  demoSource = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.unions [
       ../demo.sh
@@ -50,17 +50,9 @@ let
   gptoss = call ./package.nix { inherit src; };
   kernelsFor = architectures: call ./kernels.nix { inherit gptoss toolkit cutlassInclude architectures; };
   kernels = kernelsFor pins.architectures;
-  gptoss-cuda = call ./cuda.nix { inherit gptoss kernels; };
+  gptoss-cuda = call ./gptoss-cuda.nix { inherit gptoss kernels; };
   image = call ./image.nix { inherit gptoss kernels; };
 
-  listToSet =
-    f: names:
-    builtins.listToAttrs (
-      map (name: {
-        inherit name;
-        value = f name;
-      }) names
-    );
   binaries = [
     "gptoss-dequant"
     "gptoss-quant"
@@ -104,7 +96,7 @@ let
 in
 {
   packages =
-    listToSet alone binaries
+    lib.genAttrs binaries alone
     // perArchitecture
     // {
       inherit
@@ -116,7 +108,7 @@ in
       default = gptoss;
     };
   apps =
-    listToSet (name: app "The tool of that name" name ''exec ${gptoss}/bin/${name} "$@"'') binaries
+    lib.genAttrs binaries (name: app "The tool of that name" name ''exec ${gptoss}/bin/${name} "$@"'')
     // recipes
     // {
       default = app "What there is to run" "gptoss-help" ''
@@ -126,7 +118,7 @@ in
       dequant = app "MXFP4 to BF16" "dequant" ''exec ${gptoss}/bin/gptoss-dequant "$@"'';
       verify = app "A checkpoint against its manifest" "verify" ''exec ${gptoss}/bin/gptoss-verify "$@"'';
       demo = app "The main job on a tiny gpt-oss" "demo" ''
-        PATH="${pkgs.coreutils}/bin:$PATH" exec ${pkgs.runtimeShell} ${demo}/demo.sh ${gptoss}/bin "$@"
+        PATH="${pkgs.coreutils}/bin:$PATH" exec ${pkgs.runtimeShell} ${demoSource}/demo.sh ${gptoss}/bin "$@"
       '';
     };
   checks = import ./checks.nix {

@@ -17,15 +17,16 @@ dockerTools.streamLayeredImage {
     cacert
     gptoss
   ];
-  extraCommands = "mkdir -m 1777 tmp";
+  # For whoever it runs as.
+  extraCommands = "mkdir -m 1777 tmp models cache";
   config = {
     Entrypoint = [
       "${bashInteractive}/bin/bash"
       "${./entrypoint.sh}"
     ];
     Cmd = [
-      "gptoss-verify"
-      "env"
+      "gptoss-quant"
+      "--help"
     ];
     WorkingDir = "/models";
     Env = [

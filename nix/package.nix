@@ -32,7 +32,7 @@ rustPlatform.buildRustPackage {
     "verify"
     "run"
   ];
-  # Cargo itself, for lint replaces what it does.
+  # cargo-auditable wraps cargo, and clippy with it.
   auditable = false;
   meta = {
     description = "Makes gpt-oss models smaller and faster, and proves what it did";

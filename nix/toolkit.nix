@@ -35,7 +35,7 @@ runCommand "cuda-toolkit-${cuda_nvcc.version}" { } ''
   rm -rf $out/lib/stubs
   # CUTLASS includes cccl/cuda/..., as NVIDIA's own layout has it; nixpkgs takes that folder away, or makes it a link to its parent.
   if [ -d ${cccl}/cccl ]; then ln -s ${cccl}/cccl $out/include/cccl; else ln -s ${cccl} $out/include/cccl; fi
-  ln -s $(dirname ${nvcc})/* ${lib.getBin cudaPackages.cuda_cuobjdump}/bin/* $out/bin/
+  ln -s $(dirname ${nvcc})/* ${lib.getBin cudaPackages.cuda_cuobjdump}/bin/* ${lib.getBin cudaPackages.cuda_nvdisasm}/bin/* $out/bin/
   # nvcc looks for its parts beside the path that it was called by.
   rm $out/bin/nvcc
   printf '#!%s\nexec %s -I%s/include "$@"\n' ${runtimeShell} ${nvcc} $out > $out/bin/nvcc

@@ -35,6 +35,12 @@ fn recipes_plan_on_the_real_models() {
             let group = planned["job"]["recipe"]["experts"]["group_size"].clone();
             assert!(group == "auto" || name == "w8a8-gptq-all", "{name}: {group}");
         }
+        // What comes behind a recipe's flags counts.
+        if flags.contains("--group-size auto") {
+            let mut quant = command(&format!("gptoss-quant --dry-run --quiet {flags} --group-size 32"));
+            let planned = run(quant.env("GPTOSS_KERNELS", dir.path()).current_dir(dir.path())).manifest();
+            assert_eq!(planned["job"]["recipe"]["experts"]["group_size"], 32, "{name}");
+        }
     }
 }
 
@@ -54,8 +60,14 @@ fn make_runs_recipes_here_and_in_a_container() {
         let there = make(&format!("-n {target} DOCKER=1")).out;
         let begins =
             "docker compose run --rm gptoss gptoss-quant --model-in 'openai/gpt-oss-20b' --output-dir '/models/";
+        let there = there.lines().last().unwrap();
         assert!(there.starts_with(begins) && there.contains(&flags), "{there}");
     }
+    let mixed = make("-n w8a8_gptq_all DOCKER=1 CALIB=README.md");
+    assert!(mixed.code == 2 && mixed.err.contains("README.md is a path of this machine"), "{mixed:?}");
+    assert!(!make("-n verify DOCKER=0").out.contains("docker"));
+    let missing = make("verify DOCKER=1 COMPOSE=/nowhere/compose");
+    assert!(missing.code == 2 && missing.err.contains("/nowhere/compose does not work"), "{missing:?}");
     for target in
         ["dequant", "verify", "bench", "install-kernels", "test", "build", "shell", "test-gpu-access", "build-image"]
     {
@@ -95,7 +107,7 @@ fn a_container_verifies_first_and_then_runs() {
     let (kernels, echo) = (dir.path().join("kernels"), ["echo", "the command"]);
     let plain = enter(&[], &kernels, &echo);
     assert_eq!((plain.code, &plain.out[..]), (0, "the command\n"), "{}", plain.err);
-    for words in ["processors", "no kernels in", "kernels were not run"] {
+    for words in ["processors", "no kernels in", "kernels were not run: there is no GPU"] {
         assert!(plain.err.contains(words), "{words}: {}", plain.err);
     }
     assert_eq!(enter(&[("SKIP_STARTUP_COMMANDS", "1")], &kernels, &echo).err, "");
@@ -103,6 +115,9 @@ fn a_container_verifies_first_and_then_runs() {
     assert_eq!(enter(&none, &kernels, &echo).err, "");
     let install = enter(&[none[0], none[1], ("AUTO_INSTALL_KERNELS", "1")], &kernels, &echo);
     assert!(install.code == 0 && install.err.contains("no CUDA compiler"), "{}", install.err);
+    assert!(install.err.contains("INSTALL_KERNELS=1 make build-image"), "{}", install.err);
+    let word = enter(&[("AUTO_VERIFY", "true")], &kernels, &echo);
+    assert!(word.code == 2 && word.out.is_empty() && word.err.contains("AUTO_VERIFY is 0 or 1"), "{word:?}");
     let bench = enter(&[none[0], none[1], ("RUN_MICROBENCH", "1")], &kernels, &echo);
     assert!(bench.code == 0 && bench.err.contains("4096x4096"), "{}", bench.err);
     // The command's own exit code, and kernels that are damaged.
@@ -111,6 +126,11 @@ fn a_container_verifies_first_and_then_runs() {
     std::fs::write(kernels.join("beef/manifest.json"), "{").unwrap();
     let damaged = enter(&[], &kernels, &echo);
     assert!(damaged.code == 1 && damaged.out.is_empty() && damaged.err.contains("are damaged"), "{damaged:?}");
+    // What it says to do works there, and those that are there are not built again.
+    let installs = [("AUTO_INSTALL_KERNELS", "1")];
+    let mended = enter(&installs, &kernels, &["gptoss-kernel-install", "--uninstall", "all", "--quiet"]);
+    assert!(mended.code == 0 && !mended.err.contains("no CUDA compiler"), "{mended:?}");
+    assert!(!kernels.join("beef").exists());
 }
 
 /// It holds what the tools are and what there is here; nix/container.sh lints it and runs its steps.
@@ -119,13 +139,16 @@ fn the_dockerfile_names_what_there_is() {
     let text = read("Dockerfile").replace("\\\n", " ");
     let lines = |word: &'static str| text.lines().filter_map(move |l| l.strip_prefix(word));
     let bins = std::fs::read_dir(root().join("bins/src/bin")).unwrap();
+    let flake = read("nix/default.nix");
     for bin in bins.map(|e| e.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned()) {
         assert!(text.contains(&format!(" target/release/{bin}")), "{bin}");
+        assert!(flake.contains(&format!("    \"{bin}\"\n")), "{bin}");
     }
     for copy in lines("COPY ").filter(|c| !c.starts_with("--from") && *c != ". .") {
         let (from, _) = copy.rsplit_once(' ').unwrap();
         assert!(root().join(from).exists(), "{copy}");
     }
+    assert!(text.contains("pip install") && text.contains(" --require-hashes "));
     // The rust image is the least that Cargo.toml asks for.
     let rust = lines("ARG RUST=").next().unwrap();
     assert!(read("Cargo.toml").contains(&format!("rust-version = \"{rust}\"")), "{rust}");
@@ -145,7 +168,8 @@ fn the_compose_file_has_the_services_and_the_variables() {
     let entry = read("nix/entrypoint.sh");
     for name in ["AUTO_VERIFY", "AUTO_INSTALL_KERNELS", "RUN_MICROBENCH", "SKIP_STARTUP_COMMANDS", "AUTO_TEST_ENV"] {
         assert!(
-            services["gptoss"]["environment"][name].is_string() && entry.contains(&format!("${{{name}:-")),
+            services["gptoss"]["environment"][name].is_string() && entry.contains(&format!("if on {name} "))
+                || entry.contains(&format!("if ! on {name} ")),
             "{name}"
         );
     }
@@ -153,8 +177,10 @@ fn the_compose_file_has_the_services_and_the_variables() {
         let mounts = service["volumes"].to_string();
         assert!(["MODELS_DIR", "CACHE_DIR", "OFFLOAD_DIR"].iter().all(|m| mounts.contains(m)), "{mounts}");
     }
-    // Its commands are ones that the tools take.
+    // Its commands are ones that the tools take, and the recipe is the recipe.
     let line = services["quantize-w4a8"]["command"].as_str().unwrap();
+    let flags = recipes().into_iter().find(|r| r.0 == "w4a8exp-w4a16mw").unwrap().1;
+    assert!(line.contains(&format!(" {flags} --dataset ")), "{line}");
     let config = root().join("tests/fixtures/configs/gpt-oss-20b.json");
     let line = line.replace("${MODEL:-openai/gpt-oss-20b}", config.to_str().unwrap());
     let dir = tempfile::tempdir().unwrap();
@@ -178,6 +204,10 @@ fn storage_is_set_up_where_it_is_asked_for() {
     assert!(ran.code == 0 && ran.err.contains("GiB are free"), "{ran:?}");
     let env = std::fs::read_to_string(dir.path().join(".env")).unwrap();
     assert_eq!(env, ran.out);
+    // Done again it is the same, and what else is there stays.
+    std::fs::write(dir.path().join(".env"), format!("HF_TOKEN=secret\n{env}")).unwrap();
+    assert_eq!(run(&mut script).out, env);
+    assert_eq!(std::fs::read_to_string(dir.path().join(".env")).unwrap(), format!("HF_TOKEN=secret\n{env}"));
     for line in env.lines() {
         let (name, value) = line.split_once('=').unwrap();
         match name {

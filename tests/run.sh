@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every test. Installs what they need: a C compiler for the linker, Python with the peers of tests/peers/requirements.txt
-# in venv/ (4.9 GB: PyTorch comes with its CUDA libraries; llama.cpp is built from source; a CUDA compiler), and qemu-user.
+# in venv/ (4.8 GB: PyTorch comes with its CUDA libraries; llama.cpp is built from source; a CUDA compiler), and qemu-user.
 # Arguments go to `cargo test`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -43,5 +43,6 @@ if [ "$(cat "$venv/cuda/stamp" 2>/dev/null || true)" != "$stamp" ]; then
 fi
 export GPTOSS_PEERS="$venv"
 wait "$compiled"
+trap - EXIT
 
 cargo test --release --workspace "$@"

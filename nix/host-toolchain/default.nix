@@ -8,7 +8,7 @@ let
   lib = import ./lib.nix;
   host = builtins.fromJSON (builtins.readFile ./host.json);
   make = import ./stdenv.nix { inherit host system; };
-  base = rec {
+  pkgs = rec {
     inherit lib config;
     inherit (make)
       stdenv
@@ -17,6 +17,7 @@ let
       mkShell
       makeWrapper
       autoAddDriverRunpath
+      coreutils
       ;
     # As nixpkgs' callPackage, a set that it gives has `override` in it.
     callPackage =
@@ -27,29 +28,18 @@ let
       in
       made // { override = changed: callPackage file (more // changed); };
     rustPlatform = import ./rust.nix { inherit make cargo rustc; };
-    cargo = make.links "cargo" host.rust [ "cargo" ];
-    rustc = make.links "rustc" host.rust [
-      "rustc"
-      "rustdoc"
-    ];
-    clippy = make.links "clippy" host.rust [
-      "cargo-clippy"
-      "clippy-driver"
-    ];
-    rustfmt = make.links "rustfmt" host.rust [
-      "cargo-fmt"
-      "rustfmt"
-    ];
-    shellcheck = make.links "shellcheck" "/usr/bin" [ "shellcheck" ];
-    inherit (make) coreutils;
+    cargo = make.links "cargo" host.rust "cargo";
+    rustc = make.links "rustc" host.rust "rustc rustdoc";
+    clippy = make.links "clippy" host.rust "cargo-clippy clippy-driver";
+    rustfmt = make.links "rustfmt" host.rust "cargo-fmt rustfmt";
+    shellcheck = make.links "shellcheck" "/usr/bin" "shellcheck";
     cudaPackages_13_0 = import ./cuda.nix { inherit make; };
     runtimeShell = "/bin/bash";
-    bashInteractive = make.links "bash" "/bin" [ "bash" ];
+    bashInteractive = make.links "bash" "/bin" "bash";
     cacert = make.runCommand "cacert" { } "mkdir -p $out";
     # What goes into an image, as a file that says so.
     dockerTools.streamLayeredImage =
       all: make.runCommand "${all.name}-image" { text = builtins.toJSON all; } ''printf '%s' "$text" > $out'';
   };
-  pkgs = builtins.foldl' (all: overlay: all // overlay pkgs all) base overlays;
 in
 pkgs

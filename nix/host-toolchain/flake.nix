@@ -11,6 +11,7 @@
     in
     {
       inherit lib;
+      # nix develop takes bashInteractive from here.
       legacyPackages = lib.genAttrs systems (system: import ./. { inherit system; });
     };
 }

@@ -13,7 +13,6 @@ let
   };
   notForTheBuilder = [
     "meta"
-    "passthru"
     "cargoLock"
     "env"
     "nativeBuildInputs"
@@ -39,19 +38,16 @@ rec {
         ];
       }
     );
-  coreutils =
-    links "coreutils" "/usr/bin" (builtins.filter builtins.isString (builtins.split " " "[ basename cat chmod cp cut date dirname du echo env expr head id install ln ls mkdir mktemp mv nproc od printf pwd readlink realpath rm rmdir seq sha256sum sleep sort stat tail tee test touch tr true uname wc yes"));
+  coreutils = links "coreutils" "/usr/bin" (
+    "[ basename cat chmod cp cut date dirname du echo env expr head id install ln ls mkdir mktemp mv nproc od printf pwd readlink realpath rm "
+    + "rmdir seq sha256sum sleep sort stat tail tee test touch tr true uname wc yes"
+  );
+  cc = links "cc" "/usr/bin" "cc c++ gcc g++ cpp ld as ar ranlib strip nm objcopy objdump readelf";
   # What every build has in its PATH in nixpkgs, and no more.
-  commonPath =
-    map (one: "${one}/bin") [
-      coreutils
-      (links "stdenv" "/usr/bin" [
-        "find" "xargs" "cmp" "diff" "sed" "grep" "awk" "tar" "gzip" "bzip2" "xz" "make" "bash" "sh" "patch"
-      ])
-      cc
-    ];
-  cc = links "cc" "/usr/bin" [
-    "cc" "c++" "gcc" "g++" "cpp" "ld" "as" "ar" "ranlib" "strip" "nm" "objcopy" "objdump" "readelf"
+  commonPath = map (one: "${one}/bin") [
+    coreutils
+    (links "common" "/usr/bin" "find xargs cmp diff sed grep awk tar gzip bzip2 xz make bash sh patch")
+    cc
   ];
 
   mkDerivation =
@@ -84,8 +80,7 @@ rec {
       itsInputs = inputsOf all;
       nativeBuildInputs = all.nativeBuildInputs or [ ];
       overrideAttrs = change: mkDerivation (all // change (all // { nativeBuildInputs = all.nativeBuildInputs or [ ]; }));
-    }
-    // (all.passthru or { });
+    };
 
   stdenv = {
     inherit mkDerivation;

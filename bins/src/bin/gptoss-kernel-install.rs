@@ -131,12 +131,12 @@ fn install(args: &Args, request: &Request, root: &std::path::Path, origin: &str)
     match cutlass {
         None if hopper => resources.progress.note(&format!(
             "note: CUTLASS is not found, so the library for 9.0a is left out: pip install --no-deps nvidia-cutlass=={}.0, or say --cutlass DIR",
-            cutlass::PINNED
+            cutlass::PINNED[0]
         )),
-        Some(c) if hopper && c.what.version != cutlass::PINNED => resources.progress.note(&format!(
-            "note: CUTLASS {} is not the pinned {}: the machine code of the library for 9.0a may have other bytes than those with known hashes",
+        Some(c) if hopper && !cutlass::PINNED.contains(&&c.what.version[..]) => resources.progress.note(&format!(
+            "note: CUTLASS {} is none of {}: the machine code of the library for 9.0a may have other bytes than those with known hashes",
             c.what.version,
-            cutlass::PINNED
+            cutlass::PINNED.join(", ")
         )),
         _ => {}
     }

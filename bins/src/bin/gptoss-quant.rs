@@ -32,6 +32,7 @@ const PUBLISHED: &str = "gpt-oss-120b";
 #[derive(Parser)]
 #[command(
     version,
+    args_override_self = true,
     after_help = "Examples:
   gptoss-quant --model-in ./gpt-oss-20b --experts w4a16 --mw w8a16 --calib-jsonl calib.jsonl
   gptoss-quant --model-in ./gpt-oss-20b --algo rtn --experts keep --mw w8a8 --output-dir out
