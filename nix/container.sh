@@ -44,6 +44,7 @@ grep -q "CUDA_ARCH: 9.0a" "$work/compose"
 
 step "base images"
 rust=$(sed -n 's/^ARG RUST=//p' Dockerfile)
+cargo=${CARGO_HOME:-$HOME/.cargo}
 toolchain=$(dirname "$(dirname "$(rustup which rustc 2>/dev/null || command -v rustc)")")
 mmdebstrap --quiet --variant=minbase bookworm "$work/debian.tar"
 base=$(image from scratch)
@@ -53,12 +54,15 @@ if [ -d /usr/local/share/ca-certificates ]; then image copy --quiet "$base" /usr
 image commit --quiet "$base" docker.io/library/debian:bookworm-slim >/dev/null
 image run "$base" -- sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends ca-certificates gcc g++ libc6-dev' >/dev/null
 image copy --quiet "$base" "$toolchain" /usr/local/cargo >/dev/null
-image config --env PATH=/usr/local/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --env CARGO_HOME=/usr/local/cargo "$base"
+image config --env PATH=/usr/local/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --env CARGO_HOME="$cargo" "$base"
+if [ -d "$target/release/deps" ]; then
+  # What is compiled is fresh where its sources lie where they lay, and are no newer.
+  image copy --quiet "$base" "$cargo/registry" "$cargo/registry" >/dev/null
+fi
 image commit --quiet "$base" "docker.io/library/rust:$rust-bookworm" >/dev/null
 image rm "$base" >/dev/null
 if [ -d "$target/release/deps" ]; then
   mkdir -p "$work/warm/release" "$work/empty"
-  # Cargo goes by times.
   cp -a "$target"/release/{.fingerprint,build} "$work/warm/release/"
   # Crates, not the programs.
   mkdir "$work/warm/release/deps"
