@@ -119,9 +119,9 @@ flake run . >&2
 flake run .#gptoss-verify -- env --format table
 flake run .#demo -- "$work/demo"
 for model in 20b 120b; do
-  for recipe in w8a8-gptq-all w4a8exp-w4a16mw; do
-    flake run ".#$recipe" -- --dry-run --quiet --model-in "tests/fixtures/configs/gpt-oss-$model.json" --format table
-  done
+  while read -r recipe _; do
+    flake run ".#$recipe" -- --dry-run --quiet --model-in "tests/fixtures/configs/gpt-oss-$model.json" --format table </dev/null
+  done <nix/recipes.txt
 done
 
 step "develop"

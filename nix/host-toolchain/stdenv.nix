@@ -39,7 +39,7 @@ rec {
       }
     );
   coreutils = links "coreutils" "/usr/bin" (
-    "[ basename cat chmod cp cut date dirname du echo env expr head id install ln ls mkdir mktemp mv nproc od printf pwd readlink realpath rm "
+    "[ basename cat chmod comm cp cut date dirname du echo env expr head id install ln ls mkdir mktemp mv nproc od printf pwd readlink realpath rm "
     + "rmdir seq sha256sum sleep sort stat tail tee test touch tr true uname wc yes"
   );
   cc = links "cc" "/usr/bin" "cc c++ gcc g++ cpp ld as ar ranlib strip nm objcopy objdump readelf";
