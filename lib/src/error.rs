@@ -75,6 +75,9 @@ pub enum Error {
         /// What the driver said.
         reason: String,
     },
+    /// The tool contradicts itself. What it had finished before stays.
+    #[error("{0}; this is a fault of the tool, not of its input: please report it")]
+    Fault(String),
     /// A manifest on standard input or in a folder cannot be used.
     #[error("{origin}: {reason}")]
     BadManifest {
@@ -105,6 +108,6 @@ impl Error {
     /// True where running the same command again could succeed and would resume: a full disk, a device error.
     /// Bad input stays bad.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Io { .. } | Self::NoSpace { .. })
+        matches!(self, Self::Io { .. } | Self::NoSpace { .. } | Self::Fault(_))
     }
 }

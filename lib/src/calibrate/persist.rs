@@ -2,13 +2,13 @@
 //! speaks of is never the one that is being written. Nobody waits for the disk: what a killed process wrote is there, and
 //! what a power cut tore is known by its hash.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{destination, digest};
+use crate::checkpoint::{destination, digest, files};
 use crate::error::{Error, Result};
 use crate::evaluate::States;
 
@@ -42,8 +42,9 @@ impl Saved {
     /// Keeps the states in front of `layer`.
     pub fn save(&self, layer: usize, states: &[f32]) -> Result<()> {
         let path = &self.files[layer % 2];
-        let write = || {
-            let mut file = File::create(path)?;
+        let mut file = files::open_own(path, OpenOptions::new().create(true).write(true))?;
+        let mut write = || {
+            file.set_len(0)?;
             file.write_all(&(layer as u64).to_le_bytes())?;
             file.write_all(&self.hash(states))?;
             file.write_all(bytemuck::cast_slice(states))

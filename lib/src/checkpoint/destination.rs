@@ -57,8 +57,45 @@ pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<PathBuf>
             )));
         }
     }
+    let is_source = |p: &Path| std::fs::metadata(p).is_ok_and(|m| same_file(&source, &m));
+    if is_source(&target) {
+        let d = target.display();
+        return Err(Error::Refused(format!("the destination {d} is the source under another name")));
+    }
+    check_partial(&partial_path(&target))?;
     check_occupant(&target, force)?;
     Ok(target)
+}
+
+/// Whether `path` is the file or folder that `meta` is of: two names of one folder (a bind mount) show only so.
+fn same_file(path: &Path, meta: &std::fs::Metadata) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()))
+}
+
+/// What may stand where unfinished output goes: nothing, or a folder that is there itself.
+///
+/// # Errors
+/// [`Error::Refused`] for a link: what is written there would lie, and be emptied, elsewhere.
+pub(super) fn check_partial(partial: &Path) -> Result<()> {
+    match std::fs::symlink_metadata(partial) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io("look at", partial)(e)),
+        Ok(meta) if meta.is_dir() => Ok(()),
+        Ok(meta) => {
+            let what = if meta.is_symlink() { "a link" } else { "no folder" };
+            let at = partial.display();
+            Err(Error::Refused(format!("{at} is {what}: unfinished output goes there; remove it")))
+        }
+    }
+}
+
+/// Refuses a folder for temporary files that lies in the source, or is it.
+pub fn check_offload(src: &Path, offload: &Path) -> Result<()> {
+    if resolve(offload)?.starts_with(resolve(src)?) {
+        let at = offload.display();
+        return Err(Error::Refused(format!("--offload-folder {at} lies in the source, which is never written")));
+    }
+    Ok(())
 }
 
 /// What may stand under the final name: nothing, an empty folder, or with `force` a checkpoint and nothing else.

@@ -1,78 +1,134 @@
-//! What an unfinished run has finished: one JSON line a group, appended once the group's bytes are on the disk.
+//! What an unfinished run has finished: one JSON line a group, appended once the group's bytes are on the disk. A line
+//! carries its own checksum and one of the group's bytes, so that a run which resumes believes neither the journal nor the
+//! shards beyond what it can check.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
+use super::files;
 use crate::error::{Error, Result};
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Head {
     fingerprint: String,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Line {
-    group: usize,
-    result: Value,
+/// A finished group.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Finished {
+    /// Its number.
+    pub group: usize,
+    /// The checksum of its tensors' bytes, in the order of the layout.
+    pub bytes: String,
+    /// What its units found.
+    pub result: Value,
 }
 
-/// Finished groups, each with the result that was noted.
-pub type Finished = Vec<(usize, Value)>;
+/// A line: an entry as it was written, and the XXH3 of that text.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    entry: Box<RawValue>,
+    xxh3: String,
+}
+
+fn checksum(text: &str) -> String {
+    format!("{:016x}", twox_hash::XxHash3_64::oneshot(text.as_bytes()))
+}
+
+fn line_of(entry: &impl Serialize) -> String {
+    let text = serde_json::to_string(entry).expect("plain data serializes");
+    let xxh3 = checksum(&text);
+    let entry = RawValue::from_string(text).expect("it was just made");
+    let mut line = serde_json::to_string(&Line { entry, xxh3 }).expect("plain data serializes");
+    line.push('\n');
+    line
+}
+
+/// The entry of a line; `None` where the line is not as it was written.
+fn entry_of<T: for<'de> Deserialize<'de>>(line: &[u8]) -> Option<T> {
+    let line: Line = serde_json::from_slice(line).ok()?;
+    (checksum(line.entry.get()) == line.xxh3).then(|| serde_json::from_str(line.entry.get()).ok())?
+}
 
 /// An append-only record beside the unfinished output.
 pub struct Journal {
     path: PathBuf,
     file: File,
+    fingerprint: String,
+    /// Groups that are in it.
+    groups: BTreeSet<usize>,
 }
 
 impl Journal {
     /// Opens or starts the journal at `path` for the job `fingerprint`; gives the finished groups with their results.
-    /// `None` where the journal there belongs to another job.
-    pub fn open(path: &Path, fingerprint: &str) -> Result<Option<(Self, Finished)>> {
+    /// `None` where the journal there belongs to another job. What follows the first damaged line is cut off.
+    pub fn open(path: &Path, fingerprint: &str) -> Result<Option<(Self, Vec<Finished>)>> {
         let text = match std::fs::read(path) {
-            // Bytes that are no text are no line of ours; the rest of the file decides.
-            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(Error::io("read", path)(e)),
         };
-        let mut lines = text.split_inclusive('\n').filter(|l| l.ends_with('\n'));
-        let head = lines.next().map(serde_json::from_str::<Head>);
-        let fresh = match head {
-            Some(Ok(head)) if head.fingerprint == fingerprint => false,
-            Some(_) => return Ok(None),
+        let mut lines = text.split_inclusive(|b| *b == b'\n').filter(|l| l.ends_with(b"\n"));
+        let mut whole = 0;
+        let fresh = match lines.next() {
+            Some(line) => match entry_of::<Head>(line) {
+                Some(head) if head.fingerprint == fingerprint => {
+                    whole = line.len();
+                    false
+                }
+                _ => return Ok(None),
+            },
             None => true,
         };
-        let done: Finished =
-            lines.map_while(|l| serde_json::from_str::<Line>(l).ok()).map(|l| (l.group, l.result)).collect();
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("open", path))?;
+        let (mut done, mut groups) = (Vec::new(), BTreeSet::new());
+        for line in lines {
+            let Some(entry) = entry_of::<Finished>(line) else { break };
+            if !groups.insert(entry.group) {
+                break;
+            }
+            whole += line.len();
+            done.push(entry);
+        }
+        let file = files::open_own(path, OpenOptions::new().create(true).append(true))?;
         // A kill may have cut the last line; what follows must start on its own.
-        let whole = text.rfind('\n').map_or(0, |at| at + 1);
         file.set_len(whole as u64).map_err(Error::io("write", path))?;
-        let mut journal = Self { path: path.to_path_buf(), file };
+        let mut journal = Self { path: path.to_path_buf(), file, fingerprint: fingerprint.to_owned(), groups };
         if fresh {
-            journal.line(&Head { fingerprint: fingerprint.to_owned() })?;
+            journal.append(&line_of(&Head { fingerprint: fingerprint.to_owned() }))?;
         }
         Ok(Some((journal, done)))
     }
 
-    /// Forgets every group, durably.
-    pub fn restart(&mut self, fingerprint: &str) -> Result<()> {
+    /// Forgets every group but these, durably. A kill in between leaves an empty journal, which is a run that starts over.
+    pub fn keep(&mut self, groups: &[Finished]) -> Result<()> {
         self.file.set_len(0).map_err(Error::io("write", &self.path))?;
-        self.line(&Head { fingerprint: fingerprint.to_owned() })
+        let head = line_of(&Head { fingerprint: self.fingerprint.clone() });
+        self.append(&std::iter::once(head).chain(groups.iter().map(line_of)).collect::<String>())?;
+        self.groups = groups.iter().map(|g| g.group).collect();
+        Ok(())
     }
 
-    /// Notes that `group` is finished, durably.
-    pub fn finished(&mut self, group: usize, result: Value) -> Result<()> {
-        self.line(&Line { group, result })
+    /// Notes a finished group, durably.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] where it is noted already: whoever closes a group twice has closed it too early once.
+    pub fn finished(&mut self, entry: &Finished) -> Result<()> {
+        if !self.groups.insert(entry.group) {
+            return Err(Error::Fault(format!("group {} is finished a second time", entry.group)));
+        }
+        self.append(&line_of(entry))
     }
 
-    fn line(&mut self, line: &impl Serialize) -> Result<()> {
-        let mut text = serde_json::to_string(line).expect("plain data serializes");
-        text.push('\n');
+    fn append(&mut self, text: &str) -> Result<()> {
         self.file.write_all(text.as_bytes()).map_err(Error::io("write", &self.path))?;
         self.file.sync_data().map_err(Error::io("sync", &self.path))
     }
@@ -82,19 +138,61 @@ impl Journal {
 mod tests {
     use super::*;
 
+    fn entry(group: usize, result: impl Into<Value>) -> Finished {
+        Finished { group, bytes: "0f".into(), result: result.into() }
+    }
+
     #[test]
     fn a_cut_line_is_forgotten_and_another_job_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j");
         let (mut j, done) = Journal::open(&path, "a").unwrap().unwrap();
         assert!(done.is_empty());
-        j.finished(3, Value::from(1)).unwrap();
-        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"group\":4,\"res").unwrap();
+        j.finished(&entry(3, 1)).unwrap();
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"entry\":{\"group").unwrap();
         let (mut j, done) = Journal::open(&path, "a").unwrap().unwrap();
-        assert_eq!(done, [(3, Value::from(1))]);
-        j.finished(5, Value::Null).unwrap();
+        assert_eq!(done, [entry(3, 1)]);
+        j.finished(&entry(5, 0.1)).unwrap();
         let (_, done) = Journal::open(&path, "a").unwrap().unwrap();
-        assert_eq!(done, [(3, Value::from(1)), (5, Value::Null)]);
+        assert_eq!(done, [entry(3, 1), entry(5, 0.1)]);
         assert!(Journal::open(&path, "b").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_group_is_finished_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j");
+        let (mut j, _) = Journal::open(&path, "a").unwrap().unwrap();
+        j.finished(&entry(3, 1)).unwrap();
+        assert!(matches!(j.finished(&entry(3, 2)), Err(Error::Fault(_))));
+        let (mut j, _) = Journal::open(&path, "a").unwrap().unwrap();
+        assert!(matches!(j.finished(&entry(3, 2)), Err(Error::Fault(_))), "not in a later run either");
+        j.keep(&[]).unwrap();
+        j.finished(&entry(3, 2)).unwrap();
+    }
+
+    #[test]
+    fn whatever_byte_changes_only_lines_before_it_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j");
+        let (mut j, _) = Journal::open(&path, "a").unwrap().unwrap();
+        let all = [entry(0, "x"), entry(1, 0.25), entry(2, Value::Null)];
+        all.iter().for_each(|e| j.finished(e).unwrap());
+        let good = std::fs::read(&path).unwrap();
+        let ends: Vec<usize> = (0..good.len()).filter(|&i| good[i] == b'\n').collect();
+        for at in 0..good.len() {
+            for bit in [1, 0x20, 0x80] {
+                let mut bad = good.clone();
+                bad[at] ^= bit;
+                std::fs::write(&path, bad).unwrap();
+                let line = ends.iter().filter(|&&e| e < at).count();
+                match Journal::open(&path, "a").unwrap() {
+                    None => assert_eq!(line, 0, "byte {at}"),
+                    // A head that lost its newline is a head that was being written.
+                    Some((_, done)) if line == 0 => assert!(done.is_empty() && at == ends[0], "byte {at}"),
+                    Some((_, done)) => assert_eq!(done, all[..line - 1], "byte {at}"),
+                }
+            }
+        }
     }
 }

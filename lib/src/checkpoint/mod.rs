@@ -3,11 +3,13 @@
 
 pub mod destination;
 pub mod digest;
+pub mod files;
 pub mod gguf;
 pub mod header;
 pub mod hub;
 pub mod journal;
 pub mod layout;
+mod shard;
 pub mod sink;
 pub mod source;
 

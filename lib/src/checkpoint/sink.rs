@@ -2,88 +2,25 @@
 //! place; the folder gets its final name in one rename when every file is complete and on the disk. A killed run leaves
 //! the partial folder with a journal, from which the same command resumes.
 
-use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use memmap2::Mmap;
-use rustix::fs::{CWD, FallocateFlags, FlockOperation, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
 use rustix::io::Errno;
-use rustix::mm::Advice;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
+use twox_hash::XxHash3_128;
 
-use super::destination::{check_occupant, check_room, contents, is_checkpoint_file, partial_path};
-use super::journal::Journal;
+use super::destination::{check_occupant, check_partial, check_room, contents, is_checkpoint_file, partial_path};
+use super::files::sync_dir;
+use super::journal::{Finished, Journal};
 use super::layout::{Layout, ShardLayout};
-use super::{INDEX, JOURNAL, MANIFEST, digest};
+use super::shard::OpenShard;
+use super::{INDEX, JOURNAL, MANIFEST, digest, files};
 use crate::error::{Error, Result};
 use crate::manifest::FileRecord;
-
-/// A shard that is being filled and, right behind, hashed.
-struct OpenShard {
-    path: PathBuf,
-    file: File,
-    map: Mmap,
-    /// Ranges that hold their final bytes, merged: start to end.
-    written: Mutex<BTreeMap<u64, u64>>,
-    hash: Mutex<HashState>,
-}
-
-struct HashState {
-    hasher: Sha256,
-    at: u64,
-}
-
-impl OpenShard {
-    /// Notes that a range holds its final bytes.
-    fn mark(&self, mut start: u64, mut end: u64) {
-        let mut ranges = self.written.lock().expect("no writer panics while it holds this");
-        if let Some((&s, &e)) = ranges.range(..=start).next_back()
-            && e >= start
-        {
-            ranges.remove(&s);
-            (start, end) = (s, end.max(e));
-        }
-        if let Some(e) = ranges.remove(&end) {
-            end = e;
-        }
-        ranges.insert(start, end);
-    }
-
-    /// Tells the system about the map's pages in a range. Only a hint: older kernels do not know all of them.
-    fn advise(&self, at: u64, len: usize, advice: Advice) {
-        const PAGE: usize = 4096;
-        let start = at as usize / PAGE * PAGE;
-        let end = (at as usize + len).min(self.map.len());
-        // SAFETY: the range lies inside the map of a shared file: pages that go out of the map come back from the file.
-        let _ = unsafe {
-            let from = self.map.as_ptr().add(start).cast_mut().cast();
-            rustix::mm::madvise(from, end - start, advice)
-        };
-    }
-
-    /// Hashes what has become contiguous. One thread at a time; the others go on with their own work.
-    fn advance(&self) {
-        let Ok(mut state) = self.hash.try_lock() else { return };
-        loop {
-            let ready = self.prefix();
-            if ready == state.at {
-                return;
-            }
-            let bytes = &self.map[state.at as usize..ready as usize];
-            state.hasher.update(bytes);
-            self.advise(state.at, bytes.len(), Advice::LinuxDontNeed);
-            state.at = ready;
-        }
-    }
-
-    fn prefix(&self) -> u64 {
-        self.written.lock().expect("no writer panics while it holds this").get(&0).copied().unwrap_or(0)
-    }
-}
 
 /// An output that is being written.
 pub struct Sink {
@@ -95,16 +32,28 @@ pub struct Sink {
     /// The partial folder itself, locked; the lock goes with it through the rename.
     lock: File,
     force: bool,
-    /// Groups that an earlier run finished, with the results that it noted.
+    /// Groups that an earlier run finished, with the results that it noted; their bytes were found to be what it wrote.
     pub resumed: BTreeMap<usize, Value>,
+    /// Groups that an earlier run finished and whose bytes are no longer what it wrote. They are made again.
+    pub damaged: Vec<usize>,
+}
+
+/// In which order the groups of an output are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Any: a group is made from the source alone.
+    Any,
+    /// One after the other: each group depends on those before it, so none is kept behind a damaged one.
+    Ascending,
 }
 
 impl Sink {
     /// Opens `<dst>.partial`: a fresh one, or the one that an interrupted run of the job `fingerprint` left. `dst` comes
     /// from [`check_destination`].
-    pub fn open(dst: &Path, layout: Layout, fingerprint: &str, force: bool) -> Result<Self> {
+    pub fn open(dst: &Path, layout: Layout, fingerprint: &str, force: bool, order: Order) -> Result<Self> {
         check_room(dst, layout.total_bytes())?;
         let partial = partial_path(dst);
+        check_partial(&partial)?;
         std::fs::create_dir_all(&partial).map_err(Error::io("create", &partial))?;
         let lock = take_lock(&partial)?;
         refuse_foreign(&partial)?;
@@ -112,7 +61,7 @@ impl Sink {
         if !path.exists() {
             clear_leftovers(&partial, &layout, force)?;
         }
-        let (mut journal, mut done) = match Journal::open(&path, fingerprint)? {
+        let (journal, done) = match Journal::open(&path, fingerprint)? {
             Some(found) => found,
             None if force => {
                 clear(&partial)?;
@@ -125,15 +74,9 @@ impl Sink {
                 )));
             }
         };
-        if !done.is_empty() && !layout.shards.iter().all(|s| is_intact(&partial, s)) {
-            // Somebody, or a power cut, took a shard away: what the journal says of it is no longer so.
-            journal.restart(fingerprint)?;
-            done.clear();
-        }
-        let shards = layout.shards.iter().map(|s| open_shard(&partial, s)).collect::<Result<Vec<_>>>()?;
+        let shards = layout.shards.iter().map(|s| OpenShard::open(&partial, s)).collect::<Result<Vec<_>>>()?;
         sync_dir(&partial)?;
-        let resumed: BTreeMap<usize, Value> = done.into_iter().collect();
-        let sink = Self {
+        let mut sink = Self {
             dst: dst.to_path_buf(),
             partial,
             layout,
@@ -141,15 +84,59 @@ impl Sink {
             journal: Mutex::new(journal),
             lock,
             force,
-            resumed,
+            resumed: BTreeMap::new(),
+            damaged: Vec::new(),
         };
-        for (i, t) in sink.layout.tensors.iter().enumerate() {
-            if sink.resumed.contains_key(&t.group) {
-                let (s, at) = sink.layout.places[i];
-                sink.shards[s].mark(at, at + t.spec.byte_len() as u64);
+        sink.resume(done, order)?;
+        Ok(sink)
+    }
+
+    /// Takes over of `done` what is still as it was written.
+    fn resume(&mut self, done: Vec<Finished>, order: Order) -> Result<()> {
+        let mut kept = Vec::new();
+        for entry in done {
+            if self.checksum(entry.group)? == entry.bytes {
+                kept.push(entry);
+            } else {
+                // Somebody, or a power cut, changed it.
+                self.damaged.push(entry.group);
             }
         }
-        Ok(sink)
+        if !self.damaged.is_empty() {
+            if order == Order::Ascending {
+                // What the groups behind were made from is gone with it.
+                kept.clear();
+            }
+            self.journal.get_mut().expect("not shared yet").keep(&kept)?;
+        }
+        for entry in kept {
+            for (s, range) in self.ranges(entry.group) {
+                self.shards[s].mark(range.start, range.end);
+            }
+            self.resumed.insert(entry.group, entry.result);
+        }
+        Ok(())
+    }
+
+    /// Where the bytes of a group lie: shard and range, in the order of the layout.
+    fn ranges(&self, group: usize) -> impl Iterator<Item = (usize, std::ops::Range<u64>)> {
+        let tensors = self.layout.tensors.iter().zip(&self.layout.places);
+        tensors.filter(move |(t, _)| t.group == group).map(|(t, &(s, at))| (s, at..at + t.spec.byte_len() as u64))
+    }
+
+    /// The XXH3 of a group's bytes as they are in the files now.
+    fn checksum(&self, group: usize) -> Result<String> {
+        let mut checksum = XxHash3_128::default();
+        for (s, range) in self.ranges(group) {
+            self.shards[s].checksum(range, &mut checksum)?;
+        }
+        Ok(format!("{:032x}", checksum.finish_128()))
+    }
+
+    /// Groups of the layout that no earlier run finished.
+    pub fn groups_left(&self) -> impl Iterator<Item = usize> {
+        let all: BTreeSet<usize> = self.layout.tensors.iter().map(|t| t.group).collect();
+        all.into_iter().filter(|g| !self.resumed.contains_key(g))
     }
 
     /// The plan of this output.
@@ -166,14 +153,7 @@ impl Sink {
     pub fn write(&self, tensor: usize, offset: usize, bytes: &[u8]) -> Result<()> {
         let (s, at) = self.layout.places[tensor];
         debug_assert!(offset + bytes.len() <= self.layout.tensors[tensor].spec.byte_len());
-        let shard = &self.shards[s];
-        let at = at + offset as u64;
-        shard.file.write_all_at(bytes, at).map_err(Error::io("write", &shard.path))?;
-        // Mapped by the thread that wrote them, so that the one that hashes, the slowest link, does not stop at each
-        // page; it lets them go behind itself, so that the output does not count as this process's memory.
-        shard.advise(at, bytes.len(), Advice::LinuxPopulateRead);
-        shard.mark(at, at + bytes.len() as u64);
-        Ok(())
+        self.shards[s].write(at + offset as u64, bytes)
     }
 
     /// Hashes what has become complete; workers call it between two units.
@@ -185,26 +165,23 @@ impl Sink {
 
     /// Starts and awaits write-back of what is written so far, so that the last sync has little left to do.
     pub fn flush(&self) -> Result<()> {
-        self.shards.iter().try_for_each(|s| s.file.sync_data().map_err(Error::io("sync", &s.path)))
+        self.shards.iter().try_for_each(OpenShard::sync)
     }
 
     /// Every byte of `group` is written: makes that durable and notes it with `result`.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] where a byte of it was not written: a run that resumes would take zeros for the group.
     pub fn finish_group(&self, group: usize, result: Value) -> Result<()> {
-        let mut touched: Vec<usize> = self
-            .layout
-            .tensors
-            .iter()
-            .zip(&self.layout.places)
-            .filter(|(t, _)| t.group == group)
-            .map(|(_, &(s, _))| s)
-            .collect();
-        touched.sort_unstable();
-        touched.dedup();
-        for s in touched {
-            let shard = &self.shards[s];
-            shard.file.sync_data().map_err(Error::io("sync", &shard.path))?;
+        if let Some((s, range)) = self.ranges(group).find(|(s, r)| !self.shards[*s].holds(r.start, r.end)) {
+            let name = &self.layout.shards[s].name;
+            return Err(Error::Fault(format!("group {group} ends before bytes {range:?} of {name} are written")));
         }
-        self.journal.lock().expect("no thread panics while it writes a line").finished(group, result)
+        let bytes = self.checksum(group)?;
+        let touched: BTreeSet<usize> = self.ranges(group).map(|(s, _)| s).collect();
+        touched.into_iter().try_for_each(|s| self.shards[s].sync())?;
+        let mut journal = self.journal.lock().expect("no thread panics while it writes a line");
+        journal.finished(&Finished { group, bytes, result })
     }
 
     /// Hashes the rest, writes the small files (`index`, then `files`), and gives the folder its final name. `manifest` is
@@ -214,25 +191,18 @@ impl Sink {
         files: Vec<(String, Vec<u8>)>,
         manifest: impl FnOnce(&[FileRecord]) -> Result<String>,
     ) -> Result<Vec<FileRecord>> {
-        self.advance();
         let mut records = Vec::new();
         for (shard, layout) in self.shards.into_iter().zip(&self.layout.shards) {
-            let state = shard.hash.into_inner().expect("no thread panics while it hashes");
-            assert_eq!(state.at, layout.len, "every byte of a finished shard was written");
-            shard.file.sync_all().map_err(Error::io("sync", &shard.path))?;
-            records.push(FileRecord {
-                name: layout.name.clone(),
-                bytes: layout.len,
-                sha256: digest::hex(&state.hasher.finalize()),
-            });
+            let sha256 = shard.finish(layout.len)?;
+            records.push(FileRecord { name: layout.name.clone(), bytes: layout.len, sha256 });
         }
         let index = self.layout.index().map(|index| (INDEX.to_owned(), to_text(&index).into_bytes()));
         for (name, text) in index.into_iter().chain(files) {
-            write_file(&self.partial.join(&name), &text)?;
+            files::write(&self.partial.join(&name), &text)?;
             records.push(FileRecord { bytes: text.len() as u64, sha256: digest::sha256(&text), name });
         }
         records.sort_by(|a, b| a.name.cmp(&b.name));
-        write_file(&self.partial.join(MANIFEST), manifest(&records)?.as_bytes())?;
+        files::write(&self.partial.join(MANIFEST), manifest(&records)?.as_bytes())?;
         // The destination was free when the run began; it may not be now, and the journal is still there to resume from.
         check_occupant(&self.dst, self.force)?;
         let journal = self.partial.join(JOURNAL);
@@ -264,7 +234,9 @@ pub fn to_text(value: &impl serde::Serialize) -> String {
 /// Locks the folder for this process. A run that was just killed may still be in the kernel, so it waits a moment.
 fn take_lock(partial: &Path) -> Result<File> {
     let busy = || Error::Refused(format!("another run is writing {}", partial.display()));
-    let lock = File::open(partial).map_err(Error::io("open", partial))?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(partial, flags, rustix::fs::Mode::empty());
+    let lock = File::from(opened.map_err(|e| Error::io("open", partial)(e.into()))?);
     for wait in [0, 50, 200, 500] {
         std::thread::sleep(std::time::Duration::from_millis(wait));
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
@@ -277,9 +249,12 @@ fn take_lock(partial: &Path) -> Result<File> {
     Err(busy())
 }
 
-/// A partial folder with something in it that no run of this tool puts there is somebody's own.
+/// A partial folder with something in it that no run of this tool puts there is somebody's own. An unfinished output has no
+/// links in it; a finished one that an exchange left there may have.
 fn refuse_foreign(partial: &Path) -> Result<()> {
-    match contents(partial)?.iter().find(|p| !is_checkpoint_file(p)) {
+    let unfinished = partial.join(JOURNAL).exists();
+    let foreign = |p: &&PathBuf| !is_checkpoint_file(p) || (unfinished && p.is_symlink());
+    match contents(partial)?.iter().find(foreign) {
         Some(foreign) => Err(Error::Refused(format!(
             "{} is in the way: unfinished output goes to {}; move it away",
             foreign.display(),
@@ -287,6 +262,16 @@ fn refuse_foreign(partial: &Path) -> Result<()> {
         ))),
         None => Ok(()),
     }
+}
+
+/// True where a finished shard is one that this layout makes: its length and its header.
+fn is_intact(partial: &Path, layout: &ShardLayout) -> bool {
+    let mut header = vec![0; layout.header.len()];
+    let read = File::open(partial.join(&layout.name)).and_then(|f| {
+        f.read_exact_at(&mut header, 0)?;
+        f.metadata()
+    });
+    read.is_ok_and(|m| m.len() == layout.len && header == layout.header)
 }
 
 /// A partial folder without a journal was left in the last moments of a run: just before its rename, when it is this very
@@ -305,57 +290,6 @@ fn clear_leftovers(partial: &Path, layout: &Layout, force: bool) -> Result<()> {
 /// Empties a partial folder that [`refuse_foreign`] has looked at.
 fn clear(partial: &Path) -> Result<()> {
     contents(partial)?.iter().try_for_each(|path| std::fs::remove_file(path).map_err(Error::io("remove", path)))
-}
-
-/// True where an earlier run's shard is still as that run made it: its length and its header.
-fn is_intact(partial: &Path, layout: &ShardLayout) -> bool {
-    let mut header = vec![0; layout.header.len()];
-    let read = File::open(partial.join(&layout.name)).and_then(|f| {
-        f.read_exact_at(&mut header, 0)?;
-        f.metadata()
-    });
-    read.is_ok_and(|m| m.len() == layout.len && header == layout.header)
-}
-
-fn open_shard(partial: &Path, layout: &ShardLayout) -> Result<OpenShard> {
-    let path = partial.join(&layout.name);
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .open(&path)
-        .map_err(Error::io("create", &path))?;
-    // Reserving the blocks now turns a full disk into an error before any work is done.
-    match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, layout.len) {
-        Ok(()) => {}
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-            file.set_len(layout.len).map_err(Error::io("size", &path))?;
-        }
-        Err(e) => return Err(Error::io("reserve room for", &path)(e.into())),
-    }
-    file.set_len(layout.len).map_err(Error::io("size", &path))?;
-    file.write_all_at(&layout.header, 0).map_err(Error::io("write", &path))?;
-    // SAFETY: the folder is locked, so nobody else truncates the file; it is read only where it was written before.
-    let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
-    let written = BTreeMap::from([(0, layout.header.len() as u64)]);
-    let hash = HashState { hasher: Sha256::new(), at: 0 };
-    let shard = OpenShard { path, file, map, written: Mutex::new(written), hash: Mutex::new(hash) };
-    for &(start, end) in &layout.gaps {
-        let zeros = vec![0; (end - start) as usize];
-        shard.file.write_all_at(&zeros, start).map_err(Error::io("write", &shard.path))?;
-        shard.mark(start, end);
-    }
-    Ok(shard)
-}
-
-fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    std::fs::write(path, bytes).map_err(Error::io("write", path))?;
-    File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("sync", path))
-}
-
-fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io("sync", dir))
 }
 
 /// Removes an old checkpoint whose files [`check_occupant`] has looked at.
@@ -457,19 +391,19 @@ mod tests {
             sink.finish_group(group, Value::from(group)).unwrap();
         };
         let one = dir.path().join("one");
-        let sink = Sink::open(&one, layout(), "f", false).unwrap();
+        let sink = Sink::open(&one, layout(), "f", false, Order::Any).unwrap();
         fill(&sink, 1);
         fill(&sink, 0);
         let first = sink.finish(vec![("config.json".into(), b"{}".to_vec())], |_| Ok(String::new())).unwrap();
 
         let two = dir.path().join("two");
-        let sink = Sink::open(&two, layout(), "f", false).unwrap();
+        let sink = Sink::open(&two, layout(), "f", false, Order::Any).unwrap();
         fill(&sink, 0);
-        assert!(Sink::open(&two, layout(), "f", false).is_err(), "a second writer is refused");
+        assert!(Sink::open(&two, layout(), "f", false, Order::Any).is_err(), "a second writer is refused");
         drop(sink);
         assert!(!two.exists());
-        assert!(Sink::open(&two, layout(), "other", false).is_err(), "another job does not resume");
-        let sink = Sink::open(&two, layout(), "f", false).unwrap();
+        assert!(Sink::open(&two, layout(), "other", false, Order::Any).is_err(), "another job does not resume");
+        let sink = Sink::open(&two, layout(), "f", false, Order::Any).unwrap();
         assert_eq!(sink.resumed.keys().collect::<Vec<_>>(), [&0]);
         fill(&sink, 1);
         let second = sink.finish(vec![("config.json".into(), b"{}".to_vec())], |_| Ok(String::new())).unwrap();

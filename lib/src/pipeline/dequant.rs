@@ -10,7 +10,7 @@ use super::task::{self, GroupResult, Pipeline, Task};
 use super::{Paths, Resources, copy, seal, side_files, source_notes};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::layout::{Layout, Planned};
-use crate::checkpoint::sink::Sink;
+use crate::checkpoint::sink::{Order, Sink};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::dense::float_of;
 use crate::containers::openai::Experts;
@@ -106,7 +106,7 @@ impl<'a> Plan<'a> {
                 containers::open(self.source, &self.config, &linear)?;
                 let bytes = slot.shape.iter().product::<usize>() * 2;
                 self.units.push(Unit {
-                    group: Some(slot.group),
+                    group: slot.group,
                     bytes: bytes as u64,
                     work: Work::Rows { to, slot: i, expert: 0 },
                 });
@@ -114,7 +114,7 @@ impl<'a> Plan<'a> {
             (Role::ExpertBias(fused, layer), _, None) => {
                 containers::expert_biases(self.source, &self.config, fused, layer)?;
                 let work = Work::Rows { to, slot: i, expert: 0 };
-                self.units.push(Unit { group: Some(slot.group), bytes: 0, work });
+                self.units.push(Unit { group: slot.group, bytes: 0, work });
             }
             (_, _, _) => drop(self.source.tensor(&slot.name)?.expect(&containers::dense::FLOATS, &slot.shape)?),
         }
@@ -127,14 +127,14 @@ impl<'a> Plan<'a> {
         let from = float_of(&tensor)?;
         for range in copy::pieces(tensor.bytes.len(), from.size()) {
             let bytes = (range.len() / from.size() * 2) as u64;
-            self.units.push(Unit { group: Some(group), bytes, work: Work::Copy { to, tensor, from, range } });
+            self.units.push(Unit { group, bytes, work: Work::Copy { to, tensor, from, range } });
         }
         Ok(())
     }
 
     fn blocks(&mut self, slot: usize, to: usize, fused: Fused) {
         let (out, inp) = fused.shape(&self.config);
-        let (group, bytes) = (Some(self.slots[slot].group), (out * inp * 2) as u64);
+        let (group, bytes) = (self.slots[slot].group, (out * inp * 2) as u64);
         for expert in 0..self.config.experts {
             self.units.push(Unit { group, bytes, work: Work::Blocks { to, slot, expert } });
         }
@@ -147,7 +147,7 @@ impl<'a> Plan<'a> {
                 let weight = containers::open(self.source, &self.config, &Linear { proj, layer, expert });
                 weight.map_err(|e| name_the_fused(e, fused, layer))?;
             }
-            let (group, bytes) = (Some(self.slots[slot].group), (out * inp * 2) as u64);
+            let (group, bytes) = (self.slots[slot].group, (out * inp * 2) as u64);
             self.units.push(Unit { group, bytes, work: Work::Rows { to, slot, expert } });
         }
         Ok(())
@@ -186,6 +186,7 @@ impl<'a> Plan<'a> {
             job: &job,
             text: "",
             scratch_bytes: self.scratch_bytes(),
+            order: Order::Any,
             layout: Layout::new(std::mem::take(&mut self.tensors), self.options.shard_size),
             units: std::mem::take(&mut self.units),
         };

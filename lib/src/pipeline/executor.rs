@@ -1,6 +1,8 @@
-//! Workers over units of work. Units are taken in order; a group is closed, once, when its last unit is done. What a
-//! unit computes depends on nothing but the unit, so the number of workers cannot change a bit.
+//! Workers over units of work. Units are taken in order; a group is closed, once, when its last unit is done, wherever its
+//! units stand in the list. What a unit computes depends on nothing but the unit, so the number of workers cannot change a
+//! bit.
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -12,9 +14,19 @@ use super::progress::Progress;
 use crate::checkpoint::sink::Sink;
 use crate::error::{Error, Result};
 
-/// A piece of work.
+/// A piece of a group's work.
 pub struct Unit<T> {
-    /// The group that it belongs to; `None` for work that nothing waits for.
+    /// The group that it belongs to.
+    pub group: usize,
+    /// Bytes of output, for progress.
+    pub bytes: u64,
+    /// What to do.
+    pub work: T,
+}
+
+/// What a worker takes next: a unit, or work that no group waits for.
+pub struct Step<T> {
+    /// The group that waits for it, if one does.
     pub group: Option<usize>,
     /// Bytes of output, for progress.
     pub bytes: u64,
@@ -27,17 +39,18 @@ const FLUSH_BYTES: u64 = 64 << 20;
 
 struct Group<R> {
     left: usize,
-    results: Vec<Option<R>>,
+    /// By step number, so that they are in unit order whoever was first.
+    results: BTreeMap<usize, R>,
 }
 
 /// A group whose units are all done.
 type Done<R> = (usize, Vec<R>);
 
-/// Runs `units` on `workers` threads. `work` does one with its thread's scratch, `close` turns a group's results, in unit
+/// Runs `steps` on `workers` threads. `work` does one with its thread's scratch, `close` turns a group's results, in unit
 /// order, into what the journal keeps. One more thread waits for the disk, so that no worker does. The first error (by
 /// unit) ends the run.
 pub fn run<T: Sync, S, R: Send>(
-    units: &[Unit<T>],
+    steps: &[Step<T>],
     workers: usize,
     sink: &Sink,
     progress: &Progress,
@@ -45,7 +58,7 @@ pub fn run<T: Sync, S, R: Send>(
     work: impl Fn(&T, &mut S) -> Result<R> + Sync,
     close: impl Fn(usize, Vec<R>) -> Value + Sync,
 ) -> Result<()> {
-    let groups = group_table::<T, R>(units);
+    let groups = group_table::<T, R>(steps);
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let written = AtomicU64::new(0);
@@ -58,12 +71,12 @@ pub fn run<T: Sync, S, R: Send>(
         let mut scratch = scratch();
         while !stop.load(Ordering::Relaxed) {
             let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(unit) = units.get(i) else { break };
-            match work(&unit.work, &mut scratch) {
+            let Some(step) = steps.get(i) else { break };
+            match work(&step.work, &mut scratch) {
                 Ok(result) => {
-                    written.fetch_add(unit.bytes, Ordering::Relaxed);
-                    progress.advance(unit.bytes);
-                    if let Some(group) = finish_unit(&groups, unit.group, i, result) {
+                    written.fetch_add(step.bytes, Ordering::Relaxed);
+                    progress.advance(step.bytes);
+                    if let Some(group) = finish_step(&groups, step.group, i, result) {
                         done.send(group).expect("the keeper lives until every sender is gone");
                     }
                     sink.advance();
@@ -102,32 +115,25 @@ pub fn run<T: Sync, S, R: Send>(
     errors.into_iter().next().map_or(Ok(()), |(_, e)| Err(e))
 }
 
-type Groups<R> = Vec<(usize, usize, Mutex<Group<R>>)>;
+type Groups<R> = BTreeMap<usize, Mutex<Group<R>>>;
 
-/// For each group: its number, its first unit, and room for its results. Groupless units may stand between a group's.
-fn group_table<T, R>(units: &[Unit<T>]) -> Groups<R> {
-    let mut table: Groups<R> = Vec::new();
-    for (i, unit) in units.iter().enumerate() {
-        let Some(group) = unit.group else { continue };
-        if table.last().is_none_or(|last| last.0 != group) {
-            table.push((group, i, Mutex::new(Group { left: 0, results: Vec::new() })));
-        }
-        let last = table.last_mut().expect("pushed right above");
-        let slot = last.2.get_mut().expect("not shared yet");
-        slot.left += 1;
-        slot.results.resize_with(i - last.1 + 1, || None);
+/// Every group of `steps`, with the number of its steps.
+fn group_table<T, R>(steps: &[Step<T>]) -> Groups<R> {
+    let mut table = Groups::new();
+    for group in steps.iter().filter_map(|s| s.group) {
+        let slot = table.entry(group).or_insert_with(|| Mutex::new(Group { left: 0, results: BTreeMap::new() }));
+        slot.get_mut().expect("not shared yet").left += 1;
     }
     table
 }
 
-/// Notes a unit's result; gives the whole group where this was its last unit.
-fn finish_unit<R>(groups: &Groups<R>, group: Option<usize>, unit: usize, result: R) -> Option<Done<R>> {
+/// Notes a step's result; gives the whole group where this was its last step.
+fn finish_step<R>(groups: &Groups<R>, group: Option<usize>, step: usize, result: R) -> Option<Done<R>> {
     let group = group?;
-    let (_, first, slot) = &groups[groups.partition_point(|g| g.1 <= unit) - 1];
-    let mut slot = slot.lock().expect("no thread panics while it holds this");
-    slot.results[unit - first] = Some(result);
+    let mut slot = groups[&group].lock().expect("no thread panics while it holds this");
+    slot.results.insert(step, result);
     slot.left -= 1;
-    (slot.left == 0).then(|| (group, std::mem::take(&mut slot.results).into_iter().flatten().collect()))
+    (slot.left == 0).then(|| (group, std::mem::take(&mut slot.results).into_values().collect()))
 }
 
 /// `f` over `items` on `workers` threads; results in the items' order, the first error (by item) where there is one.

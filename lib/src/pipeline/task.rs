@@ -7,12 +7,12 @@ use std::sync::{Mutex, OnceLock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::executor::{self, Unit};
+use super::executor::{self, Step, Unit};
 use super::progress::Progress;
 use super::{Paths, Resources, layout_name};
 use crate::checkpoint::destination::check_destination;
 use crate::checkpoint::layout::Layout;
-use crate::checkpoint::sink::Sink;
+use crate::checkpoint::sink::{Order, Sink};
 use crate::checkpoint::source::Checkpoint;
 use crate::checkpoint::{CONFIG, INDEX, digest};
 use crate::error::{Error, Result};
@@ -31,15 +31,11 @@ pub(super) trait Pipeline: Sync {
     fn shard_of(&self, work: &Self::Work) -> Option<usize>;
     /// Does a unit.
     fn work(&self, work: &Self::Work, scratch: &mut Self::Scratch, sink: &Sink) -> Result<Self::Found>;
-    /// Whether groups come one after the other, each with [`Self::before`] first.
-    fn in_order(&self) -> bool {
-        false
-    }
-    /// What goes before the units of a group that is left to do.
+    /// What goes before the units of a group that is left to do, where groups come one after the other.
     fn before(&self, _group: usize) -> Result<()> {
         Ok(())
     }
-    /// What a group's units found, in unit order.
+    /// What a group's units found, in unit order. Called once a group, after its last unit.
     fn close(&self, group: usize, found: Vec<Self::Found>) -> GroupResult;
 }
 
@@ -67,6 +63,8 @@ pub(super) struct Task<'a, W> {
     pub(super) units: Vec<Unit<W>>,
     /// Working memory of one worker.
     pub(super) scratch_bytes: u64,
+    /// Whether groups come one after the other, each with [`Pipeline::before`] first.
+    pub(super) order: Order,
 }
 
 /// A task whose weights are written; [`Sink::finish`] is left.
@@ -78,8 +76,8 @@ pub(super) struct Done {
     pub(super) resumed: usize,
 }
 
-/// A unit of the loop, or one that hashes a source shard.
-enum Step<W> {
+/// A unit of the loop, or the hash of a source shard.
+enum Do<W> {
     Hash(usize),
     Work(W),
 }
@@ -90,6 +88,7 @@ pub(super) struct Opened<'a, W> {
     verb: &'a str,
     source: &'a Checkpoint,
     workers: usize,
+    order: Order,
     /// The output.
     pub(super) sink: Sink,
     /// What makes two runs the same job.
@@ -115,14 +114,22 @@ impl<'a, W: Sync> Opened<'a, W> {
         let workers = resources.workers(task.scratch_bytes)?;
         let layout = task.layout;
         let fingerprint = fingerprint(task.job, task.text, &layout.fingerprint(), task.source)?;
-        let sink = Sink::open(&dst, layout, &fingerprint, paths.force)?;
+        let sink = Sink::open(&dst, layout, &fingerprint, paths.force, task.order)?;
+        if !sink.damaged.is_empty() {
+            let n = sink.damaged.len();
+            resources.progress.note(&format!(
+                "{n} groups that an interrupted run had finished were changed since in {}; {} made again",
+                sink.partial().display(),
+                if task.order == Order::Any { "they are" } else { "everything is" }
+            ));
+        }
         if !sink.resumed.is_empty() {
             let n = sink.resumed.len();
             resources.progress.note(&format!("resuming behind {n} finished groups of an interrupted run"));
         }
         let mut units = task.units;
-        units.retain(|u| u.group.is_none_or(|g| !sink.resumed.contains_key(&g)));
-        Ok(Self { units, verb: task.verb, source: task.source, workers, sink, fingerprint })
+        units.retain(|u| !sink.resumed.contains_key(&u.group));
+        Ok(Self { units, verb: task.verb, source: task.source, workers, order: task.order, sink, fingerprint })
     }
 
     /// Does what is left; gives every group's result and the source's files.
@@ -131,23 +138,31 @@ impl<'a, W: Sync> Opened<'a, W> {
         pipeline: &P,
         resources: &Resources,
     ) -> Result<(Vec<GroupResult>, FileSet)> {
-        if !pipeline.in_order() {
+        if self.order == Order::Any {
             resources.progress.start(self.verb, self.units.iter().map(|u| u.bytes).sum());
         }
-        let steps = hash_behind(&self.units, self.source.shards.len(), |work| pipeline.shard_of(work));
         let hashes = SourceHashes(self.source.shards.iter().map(|_| OnceLock::new()).collect());
         let closed = Mutex::new(self.sink.resumed.clone());
-        if pipeline.in_order() {
+        let shards = self.source.shards.len();
+        if self.order == Order::Ascending {
             // Progress is what `before` does.
             let quiet = Resources { progress: Progress::new(true), ..resources.clone() };
-            let same = |a: &Unit<Step<&W>>, b: &Unit<Step<&W>>| a.group.is_none() || a.group == b.group;
-            for steps in steps.chunk_by(same) {
-                if let Some(group) = steps.iter().find_map(|s| s.group) {
-                    pipeline.before(group)?;
+            let groups = self.groups();
+            let ordered: Vec<&Unit<W>> = groups.values().flatten().copied().collect();
+            let mut due = Due::new(&ordered, shards, |work| pipeline.shard_of(work));
+            let mut at = 0;
+            for (group, units) in groups {
+                pipeline.before(group)?;
+                let steps = due.steps(at, &units);
+                at += units.len();
+                work(pipeline, &steps, self.workers, &self.sink, &quiet, &hashes, self.source, &closed)?;
+                if units.is_empty() {
+                    self.sink.finish_group(group, close(pipeline, group, Vec::new(), &closed))?;
                 }
-                work(pipeline, steps, self.workers, &self.sink, &quiet, &hashes, self.source, &closed)?;
             }
         } else {
+            let units: Vec<&Unit<W>> = self.units.iter().collect();
+            let steps = Due::new(&units, shards, |work| pipeline.shard_of(work)).steps(0, &units);
             work(pipeline, &steps, self.workers, &self.sink, resources, &hashes, self.source, &closed)?;
         }
         let closed = closed.into_inner().expect("no thread panics while it holds this");
@@ -158,6 +173,14 @@ impl<'a, W: Sync> Opened<'a, W> {
         })?;
         resources.progress.finish();
         Ok((groups, hashes.file_set(self.source)?))
+    }
+
+    /// The units that are left, by group. A group is every group of the output: one that calibration alone writes has no
+    /// units, and its end is to be noted all the same.
+    fn groups(&self) -> BTreeMap<usize, Vec<&Unit<W>>> {
+        let mut groups: BTreeMap<usize, Vec<&Unit<W>>> = self.sink.groups_left().map(|g| (g, Vec::new())).collect();
+        self.units.iter().for_each(|unit| groups.entry(unit.group).or_default().push(unit));
+        groups
     }
 
     /// After a failure what could go better next time is kept to resume from, what bad input made is removed.
@@ -185,7 +208,7 @@ impl<'a, W: Sync> Opened<'a, W> {
 #[allow(clippy::too_many_arguments, reason = "one caller, and a struct for it would say nothing more")]
 fn work<P: Pipeline>(
     pipeline: &P,
-    steps: &[Unit<Step<&P::Work>>],
+    steps: &[Step<Do<&P::Work>>],
     workers: usize,
     sink: &Sink,
     resources: &Resources,
@@ -200,43 +223,61 @@ fn work<P: Pipeline>(
         &resources.progress,
         P::Scratch::default,
         |step, scratch| match step {
-            Step::Hash(shard) => {
+            Do::Hash(shard) => {
                 hashes.compute(source, *shard);
                 Ok(None)
             }
-            Step::Work(work) => pipeline.work(work, scratch, sink).map(Some),
+            Do::Work(work) => pipeline.work(work, scratch, sink).map(Some),
         },
-        |group, found: Vec<Option<P::Found>>| {
-            let result = pipeline.close(group, found.into_iter().flatten().collect());
-            let value = serde_json::to_value(result).expect("plain data serializes");
-            closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
-            value
-        },
+        |group, found: Vec<Option<P::Found>>| close(pipeline, group, found.into_iter().flatten().collect(), closed),
     )
 }
 
-/// Puts, behind the last unit that reads each source shard, a step that hashes it: its pages are in memory then, and
-/// the output, whose hash takes longest, is not kept waiting. A shard that no unit names comes first.
-fn hash_behind<W>(units: &[Unit<W>], shards: usize, reads: impl Fn(&W) -> Option<usize>) -> Vec<Unit<Step<&W>>> {
-    let mut last = vec![0; shards];
-    for (i, unit) in units.iter().enumerate() {
-        if let Some(shard) = reads(&unit.work) {
-            last[shard] = i + 1;
+/// A group's result, noted in `closed`, as the journal keeps it.
+fn close<P: Pipeline>(
+    pipeline: &P,
+    group: usize,
+    found: Vec<P::Found>,
+    closed: &Mutex<BTreeMap<usize, Value>>,
+) -> Value {
+    let value = serde_json::to_value(pipeline.close(group, found)).expect("plain data serializes");
+    closed.lock().expect("no thread panics while it holds this").insert(group, value.clone());
+    value
+}
+
+/// Source shards that are to be hashed, by the number of the unit after which that is due: the last one that reads the shard.
+/// Its pages are in memory then, and the output, whose hash takes longest, is not kept waiting. A shard that no unit reads
+/// is due before the first.
+struct Due(BTreeMap<usize, Vec<usize>>);
+
+impl Due {
+    fn new<W>(units: &[&Unit<W>], shards: usize, reads: impl Fn(&W) -> Option<usize>) -> Self {
+        let mut last = vec![0; shards];
+        for (i, unit) in units.iter().enumerate() {
+            if let Some(shard) = reads(&unit.work) {
+                last[shard] = i + 1;
+            }
         }
+        let mut due: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        last.into_iter().enumerate().for_each(|(shard, at)| due.entry(at).or_default().push(shard));
+        Self(due)
     }
-    let mut due: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-    last.into_iter().enumerate().for_each(|(shard, at)| due.entry(at).or_default().push(shard));
-    let mut steps = Vec::with_capacity(units.len() + shards);
-    let mut hash = |at: usize, steps: &mut Vec<Unit<Step<&W>>>| {
-        let shards = due.remove(&at).unwrap_or_default().into_iter();
-        steps.extend(shards.map(|shard| Unit { group: None, bytes: 0, work: Step::Hash(shard) }));
-    };
-    hash(0, &mut steps);
-    for (i, unit) in units.iter().enumerate() {
-        steps.push(Unit { group: unit.group, bytes: unit.bytes, work: Step::Work(&unit.work) });
-        hash(i + 1, &mut steps);
+
+    /// `units`, the first of which is number `first` of all, with the hashes that are due among them. Hashes belong to no
+    /// group, so it does not matter to a group where they stand.
+    fn steps<'w, W>(&mut self, first: usize, units: &[&'w Unit<W>]) -> Vec<Step<Do<&'w W>>> {
+        let mut steps = Vec::with_capacity(units.len());
+        let mut hash = |at: usize, steps: &mut Vec<_>| {
+            let shards = self.0.remove(&at).unwrap_or_default().into_iter();
+            steps.extend(shards.map(|shard| Step { group: None, bytes: 0, work: Do::Hash(shard) }));
+        };
+        hash(first, &mut steps);
+        for (i, unit) in units.iter().enumerate() {
+            steps.push(Step { group: Some(unit.group), bytes: unit.bytes, work: Do::Work(&unit.work) });
+            hash(first + i + 1, &mut steps);
+        }
+        steps
     }
-    steps
 }
 
 /// Hashes of the source's shards, filled in by workers as they come by.

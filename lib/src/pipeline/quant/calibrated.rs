@@ -8,7 +8,7 @@ use super::store::Values;
 use super::{Plan, Role, Scratch, Work};
 use crate::algorithms::Algorithm;
 use crate::calibrate::{Calibrator, LayerReport, Output, Room, Rounded, Saved, check_memory};
-use crate::checkpoint::destination::check_free;
+use crate::checkpoint::destination::{check_free, check_offload};
 use crate::checkpoint::digest;
 use crate::checkpoint::sink::Sink;
 use crate::device::cpu::Cpu;
@@ -39,6 +39,9 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
     let device = Cpu::new(resources.threads)?;
     check_memory(resources.max_memory, &model.config)?;
     let opened = Opened::new(task, paths, resources)?;
+    if let Some(offload) = &resources.offload {
+        check_offload(&paths.src, offload)?;
+    }
     let offload = resources.offload.clone().unwrap_or_else(|| opened.sink.partial().to_path_buf());
     let saved = Saved::new(&offload, opened.sink.partial(), &opened.fingerprint);
     let room = Room {
@@ -126,10 +129,6 @@ impl<'p> Pipeline for Calibrated<'p, '_> {
 
     fn work(&self, work: &Work<'p>, scratch: &mut Scratch, sink: &Sink) -> Result<Self::Found> {
         self.plan.work(work, scratch, sink)
-    }
-
-    fn in_order(&self) -> bool {
-        true
     }
 
     fn before(&self, group: usize) -> Result<()> {

@@ -157,7 +157,7 @@ impl<'a> Plan<'a> {
         let float = Float::of(dtype).expect("a float type");
         for range in copy::pieces(tensor.bytes.len(), 8) {
             let bytes = range.len() as u64;
-            self.units.push(Unit { group: Some(slot.group), bytes, work: Work::Convert { to, tensor, range, float } });
+            self.units.push(Unit { group: slot.group, bytes, work: Work::Convert { to, tensor, range, float } });
         }
         Ok(())
     }
@@ -222,7 +222,7 @@ impl<'a> Plan<'a> {
             for expert in 0..each.len() {
                 let bytes = (out * inp / 2) as u64;
                 let work = Work::Blocks { to, blocks: blocks.expert(expert), scales: blocks.scales, expert, proj };
-                self.units.push(Unit { group: Some(slot.group), bytes, work });
+                self.units.push(Unit { group: slot.group, bytes, work });
             }
             return Ok(());
         }

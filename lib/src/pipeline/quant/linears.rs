@@ -266,7 +266,7 @@ impl<'a> Plan<'a> {
                     Some(_) => Work::Quantize { job, rows },
                     None => Work::Plain { job, rows },
                 };
-                self.units.push(Unit { group: Some(group), bytes, work });
+                self.units.push(Unit { group, bytes, work });
             }
         }
     }
@@ -308,7 +308,7 @@ impl<'a> Plan<'a> {
         let Some(source) = self.source else { return Ok(()) };
         containers::expert_biases(source, &self.config, fused, layer)?;
         let bytes = slot.shape.iter().product::<usize>() as u64 * 2;
-        self.units.push(Unit { group: Some(slot.group), bytes, work });
+        self.units.push(Unit { group: slot.group, bytes, work });
         Ok(())
     }
 }

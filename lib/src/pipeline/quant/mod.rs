@@ -26,7 +26,7 @@ use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::gguf as gguf_file;
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::layout::{Layout, Planned};
-use crate::checkpoint::sink::Sink;
+use crate::checkpoint::sink::{Order, Sink};
 use crate::checkpoint::source::{Checkpoint, TensorRef};
 use crate::containers::compressed_tensors::Scheme;
 use crate::containers::dense::{FLOATS, float_of};
@@ -277,7 +277,7 @@ impl<'a> Plan<'a> {
         tensor.expect(dtypes, &shape)?;
         for range in copy::pieces(tensor.bytes.len(), 8) {
             self.units.push(Unit {
-                group: Some(group),
+                group,
                 bytes: range.len() as u64,
                 work: Work::Copy { to, tensor, range },
             });
@@ -325,6 +325,7 @@ impl<'a> Plan<'a> {
             job: &job,
             text: &text.map_or(String::new(), |t| calibrated::hash_of(&t.sequences)),
             scratch_bytes: self.scratch_bytes(),
+            order: if text.is_some() { Order::Ascending } else { Order::Any },
             layout: self.layout(),
             units: std::mem::take(&mut self.units),
         };

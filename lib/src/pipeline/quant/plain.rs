@@ -46,7 +46,7 @@ impl Plan<'_> {
         containers::vector(source, &slot.name, &slot.shape)?;
         let bytes = self.tensors[to].spec.byte_len() as u64;
         let work = Work::Vector { to, name: slot.name.clone() };
-        self.units.push(Unit { group: Some(slot.group), bytes, work });
+        self.units.push(Unit { group: slot.group, bytes, work });
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Place;
 use crate::calibrate::sensitivity::LayerErrors;
+use crate::checkpoint::files;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::recipe::SchemeName;
@@ -72,9 +73,7 @@ impl Sensitivity {
         let error = |e| Error::io("write measured errors to", file)(e);
         let text = serde_json::to_string_pretty(self).expect("finite numbers and names");
         std::fs::create_dir_all(folder_of(file)).map_err(error)?;
-        let mut new = file.as_os_str().to_owned();
-        new.push(".partial");
-        std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, file)).map_err(error)
+        files::replace(file, text.as_bytes())
     }
 }
 
