@@ -17,7 +17,6 @@ use clap::ValueEnum;
 use gptoss::checkpoint::digest::record;
 use gptoss::checkpoint::hub::{self, Located, Wanted};
 use gptoss::checkpoint::source::Checkpoint;
-use gptoss::checkpoint::{CONFIG, INDEX};
 use gptoss::engine::Numerics;
 use gptoss::manifest::{FileSet, Manifest, Volatile};
 use gptoss::model::Model;
@@ -203,8 +202,7 @@ pub fn file_set(dir: &Path, threads: usize) -> Result<FileSet> {
     }
     let checkpoint = Checkpoint::open(dir)?;
     let mut names: Vec<String> = checkpoint.shards.iter().map(|s| s.name.clone()).collect();
-    names.extend(checkpoint.side_files()?);
-    names.extend([CONFIG, INDEX].map(str::to_owned).into_iter().filter(|n| dir.join(n).exists()));
+    names.extend(checkpoint.small_files().map(str::to_owned));
     names.sort();
     let files = map(&names, threads, |name| record(dir, name))?;
     Ok(FileSet::new(layout_name(&checkpoint), files))
@@ -213,6 +211,8 @@ pub fn file_set(dir: &Path, threads: usize) -> Result<FileSet> {
 /// The first file of `files` that is not in `dir` as it was.
 pub fn changed_file(dir: &Path, files: &FileSet, threads: usize) -> Result<Option<String>> {
     let changed = map(&files.files, threads, |was| {
+        // A manifest is data from outside, and may not lead elsewhere.
+        was.require_plain_name()?;
         let same = match std::fs::metadata(dir.join(&was.name)) {
             Ok(m) if m.len() == was.bytes => record(dir, &was.name)?.sha256 == was.sha256,
             _ => false,

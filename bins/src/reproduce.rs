@@ -132,7 +132,7 @@ impl ReproduceArgs {
 
     /// Runs the job of a checkpoint into `dst`.
     fn checkpoint(&self, was: &Manifest, src: &Path, resources: &Resources, dst: &Path) -> Result<Vec<FileRecord>> {
-        let paths = Paths { src: src.to_path_buf(), dst: dst.to_path_buf(), force: false };
+        let paths = Paths { src: src.to_path_buf(), dst: dst.to_path_buf(), force: false, drop_unknown: true };
         let mut checkpoint = Checkpoint::open(src)?;
         let made = match &was.job {
             Job::Dequantize { dtype, shard_size } => {

@@ -209,6 +209,21 @@ pub struct FileRecord {
     pub sha256: String,
 }
 
+impl FileRecord {
+    /// Checks that the name stays in its folder.
+    ///
+    /// # Errors
+    /// [`Error::BadManifest`] for an absolute path and for one that climbs out.
+    pub fn require_plain_name(&self) -> Result<()> {
+        let plain = |c| matches!(c, std::path::Component::Normal(_));
+        if !self.name.is_empty() && std::path::Path::new(&self.name).components().all(plain) {
+            return Ok(());
+        }
+        let reason = format!("names the file {:?}, which is no name in a folder", self.name);
+        Err(Error::BadManifest { origin: "the manifest".into(), reason })
+    }
+}
+
 /// A family of tensors, such as the gate projections of all experts of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

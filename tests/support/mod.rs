@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: the tools as processes, the fixture, small changes to checkpoints.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod random;
 pub mod synthetic;
 
 use std::collections::BTreeMap;

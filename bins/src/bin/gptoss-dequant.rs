@@ -41,6 +41,9 @@ struct Args {
     /// Replace a checkpoint that stands at DST, and whatever unfinished output lies beside it
     #[arg(long)]
     force: bool,
+    /// Go on where the source has tensors that are no part of the model, and leave them out; without it they are an error
+    #[arg(long)]
+    drop_unknown_tensors: bool,
     /// Where the work is done. Dequantization is bound by the disk, so all three stream through the processor and write
     /// the same bits; the choice is recorded
     #[arg(long, value_enum, default_value = "sequential", help_heading = "Resources")]
@@ -94,7 +97,7 @@ fn dequantize(args: &Args) -> Result<ExitCode> {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot create the offload folder {}", folder.display()))?;
     }
-    let paths = Paths { src: located.dir.clone(), dst: args.dst.clone(), force: args.force };
+    let paths = Paths { src: located.dir.clone(), dst: args.dst.clone(), force: args.force, drop_unknown: args.drop_unknown_tensors };
     let (mut manifest, resumed) = plan.run(&paths, &resources)?;
 
     if let Some(c) = manifest.conversion.filter(|c| c.overflows + c.subnormals + c.underflows > 0) {
@@ -103,6 +106,7 @@ fn dequantize(args: &Args) -> Result<ExitCode> {
             c.overflows, c.subnormals, c.underflows
         ));
     }
+    manifest.notes.iter().for_each(|n| resources.progress.note(&format!("note: {n}")));
     let mut run = volatile(&located, Some(&args.dst), meter.read(), resources.threads, resumed);
     let map = args.device_map.to_possible_value().map(|v| v.get_name().to_owned());
     run.settings = BTreeMap::from([("device_map".to_owned(), map.unwrap_or_default())]);

@@ -64,6 +64,9 @@ struct Args {
     /// Replace a checkpoint that stands at the output folder, and whatever unfinished output lies beside it
     #[arg(long)]
     force: bool,
+    /// Go on where the source has tensors that are no part of the model, and leave them out; without it they are an error
+    #[arg(long)]
+    drop_unknown_tensors: bool,
     #[command(flatten)]
     recipe: RecipeArgs,
     #[command(flatten)]
@@ -114,7 +117,7 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     }
     let mut plan = Plan::new(&located.dir, &checkpoint.config, recipe.clone(), Some(&checkpoint))?;
     let dst = args.destination(&recipe, &located.dir, &config);
-    let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force };
+    let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force, drop_unknown: args.drop_unknown_tensors };
     // Before a text is fetched for nothing; the run looks again.
     let whole = check_destination(&located.dir, &dst, args.force)?;
     if let Some(bytes) = recipe.target_size.filter(|_| measures) {

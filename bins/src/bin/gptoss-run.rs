@@ -95,6 +95,7 @@ fn text(args: &Args) -> Result<ExitCode> {
     }
     let dir = source(args.model.as_deref(), "--model", Wanted::Everything, &progress)?.dir;
     let model = Model::open(&dir)?;
+    model.checkpoint.remarks.iter().for_each(|r| progress.note(&format!("note: {r}")));
     let tokenizer = Tokenizer::open(&dir, model.config.vocab)?;
     let defaults = Defaults::read(&dir)?;
     let mut sampler = Sampler::new(SamplingOptions {
@@ -138,6 +139,7 @@ fn text(args: &Args) -> Result<ExitCode> {
         let ends = (args.max_tokens, &defaults.eos[..]);
         Ok(generate(&device, &mut session, model.settings.context, &ids, ends, &mut sampler, each)?)
     })?;
+    model.checkpoint.unchanged()?;
     show(&stream.finish()?)?;
     report(args, &whole, ids.len(), &done)?;
     let by_hand = stop.load(Ordering::Relaxed);

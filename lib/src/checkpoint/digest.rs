@@ -1,11 +1,11 @@
 //! SHA-256 of files.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use super::files;
 use crate::error::{Error, Result};
 use crate::manifest::FileRecord;
 
@@ -23,18 +23,9 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// Maps a whole file for reading. An empty file gives an empty map.
-pub fn map(path: &Path) -> Result<memmap2::Mmap> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    // SAFETY: the map is only ever read as bytes. Another process that truncates a checkpoint while it is read
-    // would end this one with SIGBUS; safetensors' own readers accept the same.
-    let map = unsafe { memmap2::MmapOptions::new().map(&file) }.map_err(Error::io("map", path))?;
-    Ok(map)
-}
-
 /// Length and SHA-256 of a file, read piece by piece: a map would count as this process's memory.
 pub fn of_file(path: &Path) -> Result<(u64, String)> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let mut file = files::open(path)?;
     let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0u8; 1 << 18], 0);
     loop {
         match file.read(&mut buffer) {

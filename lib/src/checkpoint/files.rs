@@ -1,13 +1,97 @@
-//! Files that the tools make themselves: never through a link, never half of one under its final name.
+//! Files that are read: regular ones, and the same from the first look to the last. Files that the tools make themselves:
+//! never through a link, never half of one under its final name.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
 
 use crate::error::{Error, Result};
+
+/// Opens a file that is to be read, where it is a regular file: a device has no end, and a named pipe may never begin.
+pub fn open(path: &Path) -> Result<File> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("the system's flags are ints");
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = opened.map_err(Error::io("open", path))?;
+    let meta = file.metadata().map_err(Error::io("look at", path))?;
+    if !meta.is_file() {
+        let what = if meta.is_dir() { "a folder" } else { "a device or pipe" };
+        return Err(Error::file(path, format!("is {what}, wanted a file")));
+    }
+    Ok(file)
+}
+
+/// Reads a whole file that is no pointer to one.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open(path)?.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    refuse_lfs(path, &bytes)?;
+    Ok(bytes)
+}
+
+/// Reads a whole file of text, where it is there.
+pub fn read_text_if_there(path: &Path) -> Result<Option<String>> {
+    if !is_there(path)? {
+        return Ok(None);
+    }
+    let text = String::from_utf8(read(path)?);
+    text.map(Some).map_err(|_| Error::file(path, "is no UTF-8 text"))
+}
+
+/// Refuses what `git clone` leaves in the place of a large file where Git LFS is not installed.
+pub fn refuse_lfs(path: &Path, bytes: &[u8]) -> Result<()> {
+    if bytes.len() < 1024 && bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        return Err(Error::file(
+            path,
+            "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it with `hf download`",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether there is something at `path`. Only its absence is no error: a link to nothing, or a folder that may not be
+/// searched, is one.
+pub fn is_there(path: &Path) -> Result<bool> {
+    match std::fs::metadata(path) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && !path.is_symlink() => Ok(false),
+        Err(e) if path.is_symlink() => Err(Error::io("follow the link", path)(e)),
+        Err(e) => Err(Error::io("look at", path)(e)),
+    }
+}
+
+/// What tells whether a file was written or replaced: device, inode, length, and when the system says it was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp([u64; 3], [i64; 2]);
+
+impl Stamp {
+    /// Of a file with this metadata.
+    pub fn of(meta: &std::fs::Metadata) -> Self {
+        Self([meta.dev(), meta.ino(), meta.len()], [meta.mtime(), meta.mtime_nsec()])
+    }
+
+    /// Length, and seconds and nanoseconds of the last change: what a copy under another name or on another disk keeps.
+    pub fn dated(&self) -> (u64, i64, i64) {
+        (self.0[2], self.1[0], self.1[1])
+    }
+
+    /// Of the file at `path`.
+    pub fn at(path: &Path) -> Result<Self> {
+        Ok(Self::of(&std::fs::metadata(path).map_err(Error::io("look at", path))?))
+    }
+
+    /// Checks that `path` is still the file that this was taken of.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let changed = |how: &str| Error::file(path, format!("{how} while it was read; nothing that was made of it is kept"));
+        match std::fs::metadata(path) {
+            Ok(meta) if Self::of(&meta) == *self => Ok(()),
+            Ok(_) => Err(changed("was changed")),
+            Err(_) => Err(changed("went away")),
+        }
+    }
+}
 
 /// Opens a file that is to be written, as `options` say, where it is a file of its own: a link would lead to somebody else's,
 /// and so would a second name of the same file.

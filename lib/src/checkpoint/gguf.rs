@@ -3,7 +3,7 @@
 //! Source: ggml's `docs/gguf.md`, version 3. Extents stand in a file innermost first, here outermost first.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
@@ -355,10 +355,102 @@ fn tensor(c: &mut Cursor) -> Result<Listed> {
         Error::tensor(
             c.file,
             &name,
-            format!("has ggml's type {id}; this tool reads F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0, MXFP4"),
+            format!("is of ggml's type {}; this tool reads F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0, MXFP4", type_name(id)),
         )
     })?;
     Ok((name, storage, shape, c.u64()?))
+}
+
+/// ggml's name of a type, for types that are not read.
+fn type_name(id: u32) -> String {
+    // ggml.h, enum ggml_type.
+    const NAMES: [(u32, &str); 20] = [
+        (9, "Q8_1"),
+        (10, "Q2_K"),
+        (11, "Q3_K"),
+        (12, "Q4_K"),
+        (13, "Q5_K"),
+        (14, "Q6_K"),
+        (15, "Q8_K"),
+        (16, "IQ2_XXS"),
+        (17, "IQ2_XS"),
+        (18, "IQ3_XXS"),
+        (19, "IQ1_S"),
+        (20, "IQ4_NL"),
+        (21, "IQ3_S"),
+        (22, "IQ2_S"),
+        (23, "IQ4_XS"),
+        (24, "I8"),
+        (25, "I16"),
+        (26, "I32"),
+        (28, "F64"),
+        (29, "IQ1_M"),
+    ];
+    NAMES.iter().find(|n| n.0 == id).map_or_else(|| format!("number {id}"), |n| n.1.to_owned())
+}
+
+/// `NAME-00002-of-00003.gguf` -> (`NAME`, 2, 3): a part of a split file.
+fn part_of(name: &str) -> Option<(&str, u32, u32)> {
+    let rest = name.strip_suffix(".gguf")?;
+    let (rest, count) = rest.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    let five = |s: &str| (s.len() == 5).then(|| s.parse().ok())?;
+    Some((stem, five(number)?, five(count)?))
+}
+
+/// The files of `found`, all GGUF files of `dir`, that make one model: a single one, or all parts of a split one in order.
+///
+/// # Errors
+/// Where parts are missing, or there are several models.
+pub(super) fn parts(dir: &Path, found: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
+    let name = |p: &PathBuf| p.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let names: Vec<String> = found.iter().map(name).collect();
+    let Some((stem, _, count)) = names.first().and_then(|n| part_of(n)) else {
+        return match found.len() {
+            0 | 1 => Ok(found),
+            n => {
+                let reason = format!("holds {n} GGUF files; keep the one that is meant in a folder of its own");
+                Err(Error::file(dir, reason))
+            }
+        };
+    };
+    if let Some(other) = names.iter().find(|n| part_of(n).is_none_or(|(s, _, c)| (s, c) != (stem, count))) {
+        let reason = format!("holds parts of the split file {stem} and {other} beside them; keep one model in a folder");
+        return Err(Error::file(dir, reason));
+    }
+    for number in 1..=count {
+        let wanted = format!("{stem}-{number:05}-of-{count:05}.gguf");
+        if !names.contains(&wanted) {
+            let reason = format!(
+                "holds {} of the {count} parts of a split GGUF file: {wanted} is missing, put it beside the others",
+                names.len()
+            );
+            return Err(Error::file(dir, reason));
+        }
+    }
+    Ok(found)
+}
+
+/// Checks that a file's metadata calls it part `number`, from 0, of `count`.
+pub(super) fn check_part(file: &Path, metadata: &Metadata, number: usize, count: usize) -> Result<()> {
+    let get = |key: &str| match metadata.get(key) {
+        Some(&Value::U32(n)) => Some(n as usize),
+        Some(&Value::I32(n)) => usize::try_from(n).ok(),
+        _ => None,
+    };
+    let (no, of) = (get("split.no").unwrap_or(0), get("split.count").unwrap_or(1).max(1));
+    if (no, of) == (number, count) {
+        return Ok(());
+    }
+    Err(Error::file(
+        file,
+        format!(
+            "says that it is part {} of {of} of a split file, and was taken for part {} of {count}; keep all parts in a folder \
+             under the names NAME-00001-of-{of:05}.gguf, or join them with llama-gguf-split --merge",
+            no + 1,
+            number + 1
+        ),
+    ))
 }
 
 fn no_overlaps(file: &Path, tensors: &BTreeMap<String, TensorInfo>) -> Result<()> {

@@ -4,11 +4,13 @@
 pub mod destination;
 pub mod digest;
 pub mod files;
+pub(crate) mod foreign;
 pub mod gguf;
 pub mod header;
 pub mod hub;
 pub mod journal;
 pub mod layout;
+pub mod map;
 mod shard;
 pub mod sink;
 pub mod source;

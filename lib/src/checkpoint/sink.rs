@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -18,6 +18,7 @@ use super::files::sync_dir;
 use super::journal::{Finished, Journal};
 use super::layout::{Layout, ShardLayout};
 use super::shard::OpenShard;
+use super::source::SideFile;
 use super::{INDEX, JOURNAL, MANIFEST, digest, files};
 use crate::error::{Error, Result};
 use crate::manifest::FileRecord;
@@ -188,7 +189,7 @@ impl Sink {
     /// called with the records of every file and returns the manifest's text.
     pub fn finish(
         self,
-        files: Vec<(String, Vec<u8>)>,
+        files: Vec<SideFile>,
         manifest: impl FnOnce(&[FileRecord]) -> Result<String>,
     ) -> Result<Vec<FileRecord>> {
         let mut records = Vec::new();
@@ -196,10 +197,16 @@ impl Sink {
             let sha256 = shard.finish(layout.len)?;
             records.push(FileRecord { name: layout.name.clone(), bytes: layout.len, sha256 });
         }
-        let index = self.layout.index().map(|index| (INDEX.to_owned(), to_text(&index).into_bytes()));
-        for (name, text) in index.into_iter().chain(files) {
-            files::write(&self.partial.join(&name), &text)?;
-            records.push(FileRecord { bytes: text.len() as u64, sha256: digest::sha256(&text), name });
+        let index = self.layout.index().map(|index| to_text(&index).into_bytes());
+        let index = index.map(|bytes| SideFile { name: INDEX.to_owned(), bytes, mode: None });
+        for SideFile { name, bytes, mode } in index.into_iter().chain(files) {
+            let path = self.partial.join(&name);
+            files::write(&path, &bytes)?;
+            if let Some(mode) = mode {
+                let set = std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode));
+                set.map_err(Error::io("set the permissions of", &path))?;
+            }
+            records.push(FileRecord { bytes: bytes.len() as u64, sha256: digest::sha256(&bytes), name });
         }
         records.sort_by(|a, b| a.name.cmp(&b.name));
         files::write(&self.partial.join(MANIFEST), manifest(&records)?.as_bytes())?;
@@ -342,6 +349,10 @@ mod tests {
         Planned { spec: TensorSpec::new(name, dtype, [n]), group }
     }
 
+    fn small() -> SideFile {
+        SideFile { name: CONFIG.into(), bytes: b"{}".to_vec(), mode: Some(0o640) }
+    }
+
     fn layout() -> Layout {
         let list = vec![
             planned("a", Dtype::U8, 3, 0),
@@ -394,7 +405,7 @@ mod tests {
         let sink = Sink::open(&one, layout(), "f", false, Order::Any).unwrap();
         fill(&sink, 1);
         fill(&sink, 0);
-        let first = sink.finish(vec![("config.json".into(), b"{}".to_vec())], |_| Ok(String::new())).unwrap();
+        let first = sink.finish(vec![small()], |_| Ok(String::new())).unwrap();
 
         let two = dir.path().join("two");
         let sink = Sink::open(&two, layout(), "f", false, Order::Any).unwrap();
@@ -406,7 +417,7 @@ mod tests {
         let sink = Sink::open(&two, layout(), "f", false, Order::Any).unwrap();
         assert_eq!(sink.resumed.keys().collect::<Vec<_>>(), [&0]);
         fill(&sink, 1);
-        let second = sink.finish(vec![("config.json".into(), b"{}".to_vec())], |_| Ok(String::new())).unwrap();
+        let second = sink.finish(vec![small()], |_| Ok(String::new())).unwrap();
         assert_eq!(first, second);
         for f in &second {
             assert_eq!(digest::record(&two, &f.name).unwrap(), *f, "the hash made on the way is the file's");

@@ -2,16 +2,22 @@
 //! shard. Everything that a hostile folder can lie about is checked here, so that the loops above need not.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use safetensors::Dtype;
 use serde_json::Value;
 
 use super::header::{self, TensorInfo};
-use super::{CONFIG, INDEX, MANIFEST, digest, gguf};
+use super::files::{self, Stamp};
+use super::map::Mapped;
+use super::{CONFIG, INDEX, MANIFEST, foreign, gguf};
 use crate::error::{Error, Result};
 use crate::model::{self, padding::Padding};
+
+/// Name of the weights of a checkpoint in one file.
+const SINGLE: &str = "model.safetensors";
 
 /// One mapped shard.
 pub struct Shard {
@@ -20,7 +26,7 @@ pub struct Shard {
     /// Full path.
     pub path: PathBuf,
     /// The mapped file.
-    map: Mmap,
+    map: Mapped,
     /// Every tensor of the header.
     tensors: BTreeMap<String, TensorInfo>,
 }
@@ -82,11 +88,25 @@ pub struct Checkpoint {
     padding: Option<Padding>,
     /// What is wrong with the index without making the tensors unreadable; `verify check` reports it.
     pub index_findings: Vec<String>,
+    /// What another reader would understand otherwise, or a user would not expect: notes of every tool that reads it.
+    pub remarks: Vec<String>,
+    /// The small files as they were when it was opened.
+    small: Vec<(String, Stamp)>,
+}
+
+/// A small file that travels with the weights.
+pub struct SideFile {
+    /// Its name.
+    pub name: String,
+    /// Its content.
+    pub bytes: Vec<u8>,
+    /// Its permissions, where it has any that are to be kept.
+    pub mode: Option<u32>,
 }
 
 /// Reads a JSON file that must hold an object.
 pub fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
-    let text = std::fs::read(path).map_err(Error::io("read", path))?;
+    let text = files::read(path)?;
     match serde_json::from_slice(&text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::file(path, "is not a JSON object")),
@@ -109,12 +129,12 @@ pub fn read_config(dir: &Path) -> Result<serde_json::Map<String, Value>> {
         ));
     }
     let path = dir.join(CONFIG);
-    if path.exists() {
+    if files::is_there(&path)? {
         return read_object(&path);
     }
-    match gguf_file(dir)? {
-        Some(file) => model::gguf::config(&file, &gguf::parse(&file, &digest::map(&file)?)?.0),
-        None => Err(Error::file(dir, "has no config.json, so it is no checkpoint")),
+    match gguf_files(dir)?.first() {
+        Some(file) => model::gguf::config(file, &gguf::parse(file, &Mapped::open(file)?)?.0),
+        None => Err(foreign::no_config(dir)?),
     }
 }
 
@@ -125,8 +145,9 @@ impl Checkpoint {
     /// Where a file is missing, truncated or contradicts itself; names the file and, where there is one, the tensor.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = read_config(dir)?;
-        if let Some(path) = gguf_file(dir)? {
-            return Self::open_gguf(dir, config, path);
+        let parts = gguf_files(dir)?;
+        if !parts.is_empty() {
+            return Self::open_gguf(dir, config, &parts);
         }
         let listed = listed_shards(dir)?;
         let names: BTreeSet<&String> = listed.values().collect();
@@ -135,33 +156,46 @@ impl Checkpoint {
             shards.push(open_shard(dir, name)?);
         }
         if listed.is_empty() {
-            shards.push(open_shard(dir, "model.safetensors")?);
+            shards.push(open_shard(dir, SINGLE)?);
         }
-        let (index, index_findings) = join(dir, &listed, &shards)?;
-        Ok(Self { dir: dir.to_path_buf(), config, shards, index, gguf: false, padding: None, index_findings })
+        let Joined { index, findings: index_findings, mut remarks } = join(dir, &listed, &shards)?;
+        if !listed.is_empty() && !listed.values().any(|s| s == SINGLE) && files::is_there(&dir.join(SINGLE))? {
+            remarks.push(format!(
+                "both {INDEX} and {SINGLE} are there: the index was taken and {SINGLE} was not read, as vLLM does; transformers \
+                 would take {SINGLE}, so remove the one that is stale"
+            ));
+        }
+        let small = small_files(dir)?;
+        remarks.extend(links_out(dir, &small)?);
+        let dir = dir.to_path_buf();
+        let mut opened = Self { dir, config, shards, index, gguf: false, padding: None, index_findings, remarks, small };
+        model::contradictions::settle(&mut opened);
+        Ok(opened)
     }
 
-    fn open_gguf(dir: &Path, config: serde_json::Map<String, Value>, path: PathBuf) -> Result<Self> {
-        let map = digest::map(&path)?;
-        let (_, tensors) = gguf::parse(&path, &map)?;
-        let named = |(name, info): (String, TensorInfo)| (model::gguf::to_model(&name).unwrap_or(name), info);
-        let count = tensors.len();
-        let tensors: BTreeMap<String, TensorInfo> = tensors.into_iter().map(named).collect();
-        if tensors.len() != count {
-            return Err(Error::file(path, "has two names for one of the model's tensors"));
+    /// Opens one GGUF file, or all parts of a split one.
+    fn open_gguf(dir: &Path, config: serde_json::Map<String, Value>, parts: &[PathBuf]) -> Result<Self> {
+        let (mut shards, mut index) = (Vec::new(), BTreeMap::new());
+        for (number, path) in parts.iter().enumerate() {
+            let map = Mapped::open(path)?;
+            let (metadata, listed) = gguf::parse(path, &map)?;
+            gguf::check_part(path, &metadata, number, parts.len())?;
+            let mut tensors = BTreeMap::new();
+            for (name, info) in listed {
+                let name = model::gguf::to_model(&name).unwrap_or(name);
+                if index.insert(name.clone(), number).is_some() {
+                    return Err(Error::file(path, format!("has a second tensor {name}")));
+                }
+                tensors.insert(name, info);
+            }
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            shards.push(Shard { name, path: path.clone(), map, tensors });
         }
-        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let index = tensors.keys().map(|t| (t.clone(), 0)).collect();
-        let shards = vec![Shard { name, path, map, tensors }];
-        Ok(Self {
-            dir: dir.to_path_buf(),
-            config,
-            shards,
-            index,
-            gguf: true,
-            padding: None,
-            index_findings: Vec::new(),
-        })
+        let small = small_files(dir)?;
+        let remarks = links_out(dir, &small)?;
+        let dir = dir.to_path_buf();
+        let index_findings = Vec::new();
+        Ok(Self { dir, config, shards, index, gguf: true, padding: None, index_findings, remarks, small })
     }
 
     /// From here on it is read as the wider model that `padding` makes of it. Its tensors stay what they are; what
@@ -197,42 +231,110 @@ impl Checkpoint {
         self.get(name).ok_or_else(|| Error::MissingTensor {
             dir: self.dir.clone(),
             tensor: name.to_owned(),
-            reason: "config.json implies it".into(),
+            reason: format!("config.json implies it{}", self.hint(name)),
         })
+    }
+
+    /// What a missing tensor may be called here, as the end of a sentence; empty where nothing looks like it.
+    pub fn hint(&self, missing: &str) -> String {
+        foreign::hint(missing, self.names()).map(|h| format!("; {h}")).unwrap_or_default()
     }
 
     /// Lets the pages of all shards go that this process has read. They stay in the system's cache while there is room;
     /// what is read again comes back.
     pub fn release(&self) {
-        for shard in &self.shards {
-            // SAFETY: the map is read-only and of a file, so dropped pages are read again with the same content.
-            // A refusal changes nothing but how much memory this process seems to have.
-            let _ = unsafe { shard.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
-        }
+        self.shards.iter().for_each(|shard| shard.map.release());
     }
 
     /// Every tensor's name, in alphabetical order.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
+    pub fn names(&self) -> impl Iterator<Item = &str> + Clone {
         self.index.keys().map(String::as_str)
     }
 
     /// The files beside config, index, shards and manifest that a copy of the model needs: tokenizer, generation
     /// config, chat template, licence.
-    pub fn side_files(&self) -> Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
-            let entry = entry.map_err(Error::io("list", &self.dir))?;
-            // `metadata` follows links: a hub cache's snapshot is made of them.
-            let is_file = std::fs::metadata(entry.path()).is_ok_and(|m| m.is_file());
-            if let (true, Ok(name)) = (is_file, entry.file_name().into_string())
-                && is_side_file(&name)
-            {
-                names.push(name);
+    pub fn side_files(&self) -> impl Iterator<Item = &str> {
+        self.small_files().filter(|name| is_side_file(name))
+    }
+
+    /// Config, index, where they are there, and [`Self::side_files`].
+    pub fn small_files(&self) -> impl Iterator<Item = &str> {
+        self.small.iter().map(|s| s.0.as_str())
+    }
+
+    /// Reads the side files, with their permissions.
+    pub fn read_side_files(&self) -> Result<Vec<SideFile>> {
+        let read = |name: &str| {
+            let path = self.dir.join(name);
+            let mode = std::fs::metadata(&path).map_err(Error::io("look at", &path))?.mode() & 0o777;
+            Ok(SideFile { name: name.to_owned(), bytes: files::read(&path)?, mode: Some(mode) })
+        };
+        self.side_files().map(read).collect()
+    }
+
+    /// Stamps of every file, shards first: what they are known by.
+    pub fn stamps(&self) -> impl Iterator<Item = (&str, Stamp)> {
+        let shards = self.shards.iter().map(|s| (s.name.as_str(), s.map.stamp()));
+        shards.chain(self.small.iter().map(|(name, stamp)| (name.as_str(), *stamp)))
+    }
+
+    /// Checks that no file was written or replaced since the checkpoint was opened: what was read is what is there, and the
+    /// hashes are those of what was read.
+    pub fn unchanged(&self) -> Result<()> {
+        self.shards.iter().try_for_each(|s| s.map.unchanged())?;
+        self.small.iter().try_for_each(|(name, stamp)| stamp.check(&self.dir.join(name)))
+    }
+}
+
+/// Config, index and side files of `dir`, with their stamps.
+///
+/// # Errors
+/// Where one of them cannot be read: a link to nothing, a device, a Git LFS pointer. A copy without it would be another model.
+fn small_files(dir: &Path) -> Result<Vec<(String, Stamp)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let entry = entry.map_err(Error::io("list", dir))?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        if !is_side_file(&name) && ![CONFIG, INDEX].contains(&&*name) {
+            continue;
+        }
+        let path = entry.path();
+        // This follows links: a hub cache's snapshot is made of them.
+        let how = if path.is_symlink() { "follow the link" } else { "look at" };
+        let meta = std::fs::metadata(&path).map_err(Error::io(how, &path))?;
+        if meta.is_dir() {
+            continue;
+        }
+        let file = files::open(&path)?;
+        let mut start = Vec::new();
+        file.take(1024).read_to_end(&mut start).map_err(Error::io("read", &path))?;
+        files::refuse_lfs(&path, &start)?;
+        found.push((name, Stamp::of(&meta)));
+    }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+/// A remark for each side file that is a link out of the checkpoint: an output has the file itself.
+fn links_out(dir: &Path, small: &[(String, Stamp)]) -> Result<Vec<String>> {
+    let whole = dir.canonicalize().map_err(Error::io("resolve", dir))?;
+    // In a hub's cache all are links from snapshots/REVISION to blobs/.
+    let home = match whole.parent() {
+        Some(up) if up.file_name().is_some_and(|n| n == "snapshots") => up.parent().unwrap_or(&whole).to_path_buf(),
+        _ => whole,
+    };
+    let mut remarks = Vec::new();
+    for (name, _) in small.iter().filter(|(name, _)| is_side_file(name)) {
+        let path = dir.join(name);
+        if path.is_symlink() {
+            let target = path.canonicalize().map_err(Error::io("follow the link", &path))?;
+            if !target.starts_with(&home) {
+                let target = target.display();
+                remarks.push(format!("{name} is a link out of the source, to {target}: its content is taken, not the link"));
             }
         }
-        names.sort();
-        Ok(names)
     }
+    Ok(remarks)
 }
 
 /// True for files that travel with the model unchanged.
@@ -257,17 +359,17 @@ pub fn is_side_file(name: &str) -> bool {
 
 /// Whether `dir` holds weights, in whatever files.
 pub fn has_weights(dir: &Path) -> Result<bool> {
-    Ok(dir.is_dir() && (is_safetensors(dir) || gguf_file(dir)?.is_some()))
+    Ok(dir.is_dir() && (is_safetensors(dir)? || !gguf_files(dir)?.is_empty()))
 }
 
-fn is_safetensors(dir: &Path) -> bool {
-    [INDEX, "model.safetensors"].iter().any(|name| dir.join(name).exists())
+fn is_safetensors(dir: &Path) -> Result<bool> {
+    Ok(files::is_there(&dir.join(INDEX))? || files::is_there(&dir.join(SINGLE))?)
 }
 
-/// The GGUF file in `dir`, where that is what holds the weights.
-fn gguf_file(dir: &Path) -> Result<Option<PathBuf>> {
-    if is_safetensors(dir) {
-        return Ok(None);
+/// The GGUF file in `dir`, or the parts of a split one in order, where that is what holds the weights.
+fn gguf_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    if is_safetensors(dir)? {
+        return Ok(Vec::new());
     }
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
@@ -277,21 +379,15 @@ fn gguf_file(dir: &Path) -> Result<Option<PathBuf>> {
         }
     }
     found.sort();
-    match found.len() {
-        0 | 1 => Ok(found.pop()),
-        n => Err(Error::file(dir, format!("holds {n} GGUF files; keep the one that is meant in a folder of its own"))),
-    }
+    gguf::parts(dir, found)
 }
 
 /// Tensor to shard, from the index; empty where there is none and `model.safetensors` is the whole model.
 fn listed_shards(dir: &Path) -> Result<BTreeMap<String, String>> {
     let path = dir.join(INDEX);
-    if !path.exists() {
-        if !dir.join("model.safetensors").exists() {
-            return Err(Error::file(
-                dir,
-                format!("has neither {INDEX} nor model.safetensors: the weights are missing"),
-            ));
+    if !files::is_there(&path)? {
+        if !files::is_there(&dir.join(SINGLE))? {
+            return Err(foreign::no_weights(dir)?);
         }
         return Ok(BTreeMap::new());
     }
@@ -322,26 +418,43 @@ fn is_plain_shard_name(name: &str) -> bool {
 
 fn open_shard(dir: &Path, name: &str) -> Result<Shard> {
     let path = dir.join(name);
-    if !path.exists() {
+    if !files::is_there(&path)? {
         return Err(Error::file(path, format!("is missing, but {INDEX} names it: incomplete download?")));
     }
-    let map = digest::map(&path)?;
+    let map = Mapped::open(&path)?;
     let tensors = header::parse(&path, &map)?;
     Ok(Shard { name: name.to_owned(), path, map, tensors })
 }
 
-type Joined = (BTreeMap<String, usize>, Vec<String>);
+struct Joined {
+    /// Tensor to shard number.
+    index: BTreeMap<String, usize>,
+    findings: Vec<String>,
+    remarks: Vec<String>,
+}
 
-/// Joins index and headers: each listed tensor must be where the index says.
+/// Joins index and headers: each listed tensor must be where the index says. Of two copies the index says which counts.
 fn join(dir: &Path, listed: &BTreeMap<String, String>, shards: &[Shard]) -> Result<Joined> {
-    let mut index = BTreeMap::new();
-    let mut findings = Vec::new();
+    let mut index: BTreeMap<String, usize> = BTreeMap::new();
+    let (mut findings, mut remarks) = (Vec::new(), Vec::new());
     for (number, shard) in shards.iter().enumerate() {
         for name in shard.tensors.keys() {
-            if let Some(first) = index.insert(name.clone(), number) {
-                let first: &Shard = &shards[first];
-                return Err(Error::tensor(&shard.path, name, format!("stands in {} as well", first.name)));
+            let Some(first) = index.insert(name.clone(), number) else { continue };
+            let (one, other) = (&shards[first].name, &shard.name);
+            let named = listed.get(name);
+            match named {
+                Some(n) if n == one => drop(index.insert(name.clone(), first)),
+                Some(n) if n == other => {}
+                _ => {
+                    let reason = format!("stands in {one} and in {other}, and {INDEX} names neither of the two");
+                    return Err(Error::tensor(&shard.path, name, reason));
+                }
             }
+            let named = &listed[name];
+            remarks.push(format!(
+                "{name} stands in {one} and in {other}: the copy in {named} was taken, which {INDEX} names; transformers would \
+                 take the one in the last shard"
+            ));
         }
     }
     for (tensor, shard) in listed {
@@ -369,5 +482,5 @@ fn join(dir: &Path, listed: &BTreeMap<String, String>, shards: &[Shard]) -> Resu
             index.keys().filter(|n| !listed.contains_key(*n)).map(|n| format!("{n} is in a shard but not in {INDEX}")),
         );
     }
-    Ok((index, findings))
+    Ok(Joined { index, findings, remarks })
 }

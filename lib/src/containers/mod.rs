@@ -117,7 +117,10 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linea
     Err(Error::MissingTensor {
         dir: checkpoint.dir.clone(),
         tensor: format!("{}.weight", linear.module()),
-        reason: "config.json implies it, and no container that this tool reads has it".into(),
+        reason: format!(
+            "config.json implies it, and no container that this tool reads has it{}",
+            checkpoint.hint(&format!("{}.weight", linear.module()))
+        ),
     })
 }
 
@@ -155,7 +158,44 @@ pub fn known_names(config: &ModelConfig) -> BTreeSet<String> {
 /// Tensors of a checkpoint that are no part of the model; an output leaves them out.
 pub fn foreign_tensors<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig) -> Vec<&'a str> {
     let known = known_names(config);
-    checkpoint.names().filter(|n| !known.contains(*n)).collect()
+    // Tables that old versions of transformers saved beside the weights, and a head that is the embedding again.
+    let spare = |n: &str| n.ends_with(".rotary_emb.inv_freq") || (config.tied && n == "lm_head.weight");
+    checkpoint.names().filter(|n| !known.contains(*n) && !spare(n)).collect()
+}
+
+/// Refuses a weight that is there in two forms, blocks beside floats say: whichever were read, the other would be lost.
+pub fn refuse_twice(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()> {
+    if checkpoint.is_gguf() {
+        return Ok(());
+    }
+    let one_of = |names: &[String]| {
+        let mut there = names.iter().filter_map(|n| checkpoint.get(n));
+        match (there.next(), there.next()) {
+            (Some(first), Some(second)) => Err(second.error(format!(
+                "is the same weight as {} in another form: only one of the two can be meant, remove the other",
+                first.name
+            ))),
+            _ => Ok(()),
+        }
+    };
+    let forms = |linear: &Linear| ["weight", "weight_packed"].map(|t| format!("{}.{t}", linear.module()));
+    for slot in model::slots(config) {
+        match slot.role {
+            Role::Weight(linear) => one_of(&forms(&linear))?,
+            Role::Experts(fused, layer) => {
+                let whole = fused.name(layer);
+                let whole = [whole.clone(), format!("{whole}_blocks")];
+                one_of(&whole)?;
+                for expert in 0..config.experts {
+                    for &(proj, _, _) in fused.parts() {
+                        one_of(&[&whole[..], &forms(&Linear { proj, layer, expert })].concat())?;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The biases of all experts of a layer, f32 [E, out] with gate and up interleaved, from the fused tensor or from one

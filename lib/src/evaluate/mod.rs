@@ -2,6 +2,7 @@
 //! of any size fits. Then what its logits say about the text, alone or beside another model's.
 
 pub(crate) mod batches;
+mod ranges;
 mod states;
 
 use std::ops::Range;
@@ -15,6 +16,7 @@ use crate::ops::compare::RowFigures;
 use crate::pipeline::progress::{Progress, Unit};
 use crate::text::windows::Sequence;
 
+pub use ranges::half_range;
 pub use states::States;
 
 use batches::{Batch, batches, caches};

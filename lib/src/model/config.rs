@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::checkpoint::foreign::other_layout;
 use crate::error::{Error, Result};
 
 /// Largest extent that is believed.
@@ -43,12 +44,13 @@ pub struct ModelConfig {
 struct Raw {
     model_type: String,
     num_hidden_layers: usize,
+    #[serde(alias = "num_experts")]
     num_local_experts: usize,
     hidden_size: usize,
     intermediate_size: usize,
     num_attention_heads: usize,
     num_key_value_heads: usize,
-    head_dim: usize,
+    head_dim: Option<usize>,
     vocab_size: usize,
     #[serde(default = "yes")]
     attention_bias: bool,
@@ -68,10 +70,19 @@ impl ModelConfig {
         match config.get("model_type") {
             Some(Value::String(t)) if t == "gpt_oss" => {}
             Some(Value::String(t)) => return Err(bad(format!("model_type is {t:?}, this tool knows gpt_oss"))),
-            _ => return Err(bad("has no model_type; a gpt-oss says \"gpt_oss\"".into())),
+            _ => {
+                let other = other_layout(config).map(|o| format!("; {o}")).unwrap_or_default();
+                return Err(bad(format!("has no model_type; a gpt-oss says \"gpt_oss\"{other}")));
+            }
         }
         let raw: Raw = serde_json::from_value(Value::Object(config.clone())).map_err(|e| bad(e.to_string()))?;
         debug_assert_eq!(raw.model_type, "gpt_oss");
+        // As transformers' GptOssConfig has it: 64 where the key is missing, a share of the width where it is null.
+        let head_dim = match (raw.head_dim, config.contains_key("head_dim")) {
+            (Some(n), _) => n,
+            (None, false) => 64,
+            (None, true) => raw.hidden_size / raw.num_attention_heads.max(1),
+        };
         let extents = [
             ("num_hidden_layers", raw.num_hidden_layers),
             ("num_local_experts", raw.num_local_experts),
@@ -79,7 +90,7 @@ impl ModelConfig {
             ("intermediate_size", raw.intermediate_size),
             ("num_attention_heads", raw.num_attention_heads),
             ("num_key_value_heads", raw.num_key_value_heads),
-            ("head_dim", raw.head_dim),
+            ("head_dim", head_dim),
             ("vocab_size", raw.vocab_size),
         ];
         for (name, n) in extents {
@@ -94,7 +105,7 @@ impl ModelConfig {
             intermediate: raw.intermediate_size,
             heads: raw.num_attention_heads,
             kv_heads: raw.num_key_value_heads,
-            head_dim: raw.head_dim,
+            head_dim,
             vocab: raw.vocab_size,
             attention_bias: raw.attention_bias,
             tied: raw.tie_word_embeddings,
@@ -174,7 +185,15 @@ mod tests {
         assert_eq!(e, "m/config.json: model_type is \"llama\", this tool knows gpt_oss");
         let e = parse(|m| drop(m.insert("hidden_size".into(), (1u64 << 60).into()))).unwrap_err().to_string();
         assert!(e.contains("hidden_size is 1152921504606846976"), "{e}");
-        let e = parse(|m| drop(m.remove("head_dim"))).unwrap_err().to_string();
-        assert!(e.contains("head_dim"), "{e}");
+        let e = parse(|m| drop(m.remove("hidden_size"))).unwrap_err().to_string();
+        assert!(e.contains("hidden_size"), "{e}");
+        assert_eq!(parse(|m| drop(m.remove("head_dim"))).unwrap().head_dim, 64);
+        let renamed = |m: &mut Map<String, Value>| {
+            let n = m.remove("num_local_experts").unwrap();
+            m.insert("num_experts".into(), n);
+        };
+        assert_eq!(parse(renamed).unwrap().experts, 32);
+        let both = parse(|m| drop(m.insert("num_experts".into(), 4.into()))).unwrap_err().to_string();
+        assert!(both.contains("duplicate field"), "{both}");
     }
 }

@@ -142,12 +142,16 @@ fn fits(config: &ModelConfig, settings: &Settings) -> Result<()> {
 pub fn config(file: &Path, metadata: &Metadata) -> Result<Map<String, Json>> {
     match metadata.get("general.architecture") {
         Some(Value::Text(a)) if a == ARCHITECTURE => {}
-        other => {
-            return Err(Error::file(
-                file,
-                format!("general.architecture is {other:?}, this tool knows {ARCHITECTURE:?}"),
-            ));
+        Some(Value::Text(a)) if a == "gptoss" => {
+            let reason = "general.architecture is gptoss: this is a file of Ollama's own; take one that llama.cpp made, \
+                          whose architecture is gpt-oss";
+            return Err(Error::file(file, reason));
         }
+        Some(Value::Text(a)) => {
+            let reason = format!("general.architecture is {a:?}, this tool knows {ARCHITECTURE:?}");
+            return Err(Error::file(file, reason));
+        }
+        _ => return Err(Error::file(file, "has no general.architecture in its metadata: it is no model")),
     }
     let key = |name: &str| format!("{ARCHITECTURE}.{name}");
     let number = |name: &str| match metadata.get(&key(name)) {

@@ -5,6 +5,7 @@
 //! head_dim, V vocab_size.
 
 mod config;
+pub(crate) mod contradictions;
 pub mod forward;
 pub mod gguf;
 pub mod padding;

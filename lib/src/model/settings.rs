@@ -141,8 +141,9 @@ impl Settings {
         }
         let window = raw.sliding_window.unwrap_or(WINDOW);
         let windows = windows(raw.layer_types.as_deref(), window, shapes.layers)?;
-        // As transformers does, an absent, null or empty object stands for gpt-oss's own.
-        let rope = raw.rope_parameters.or(raw.rope_scaling).filter(|r| *r != RawRope::default());
+        // As transformers does: rope_scaling before rope_parameters, an absent, null or empty object for gpt-oss's own.
+        let said = |rope: Option<RawRope>| rope.filter(|r| *r != RawRope::default());
+        let rope = said(raw.rope_scaling).or(said(raw.rope_parameters));
         let rope = rope.unwrap_or_else(RawRope::gpt_oss);
         let theta = rope.rope_theta.or(raw.rope_theta).unwrap_or(THETA);
         if !(theta.is_finite() && theta > 1.0) {

@@ -62,9 +62,6 @@ impl Model {
         padding.into_iter().for_each(|p| checkpoint.pad(p));
         let config = ModelConfig::parse(dir, &checkpoint.config)?;
         let settings = Settings::parse(dir, &checkpoint.config, &config)?;
-        if let Some(head) = checkpoint.get("lm_head.weight").filter(|_| config.tied) {
-            return Err(head.error("is here, but config.json says tie_word_embeddings; one of the two is wrong"));
-        }
         Ok(Self { checkpoint, config, settings })
     }
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
-use super::{Paths, Resources, copy, seal, side_files, source_notes};
+use super::{Paths, Resources, copy, half_range, refuse_unknown, seal, side_files, source_notes};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::layout::{Layout, Planned};
 use crate::checkpoint::sink::{Order, Sink};
@@ -29,6 +29,9 @@ use crate::runtimes::{self, ExpertLayout, Facts, MainLayout};
 const CHUNK: usize = 1152 << 10;
 /// Rows that the general path reads at a time.
 const ROWS: usize = 64;
+
+/// The key of `config.json` that says how weights are stored.
+const QUANTIZATION: &str = "quantization_config";
 
 /// What to make.
 #[derive(Debug, Clone, Copy)]
@@ -65,6 +68,8 @@ pub struct Plan<'a> {
     experts: Vec<Option<Experts<'a>>>,
     units: Vec<Unit<Work<'a>>>,
     tensors: Vec<Planned>,
+    /// Whether every weight of the source is stored as floats.
+    all_floats: bool,
 }
 
 impl<'a> Plan<'a> {
@@ -76,10 +81,11 @@ impl<'a> Plan<'a> {
         let config = ModelConfig::parse(&source.dir, &source.config)?;
         let slots = model::slots(&config);
         let mut plan =
-            Self { source, config, options, slots, experts: Vec::new(), units: Vec::new(), tensors: Vec::new() };
+            Self { source, config, options, slots, experts: Vec::new(), units: Vec::new(), tensors: Vec::new(), all_floats: false };
         for i in 0..plan.slots.len() {
             plan.slot(i)?;
         }
+        plan.all_floats = plan.units.iter().all(|u| matches!(u.work, Work::Copy { .. }));
         plan.refuse_pointless()?;
         Ok(plan)
     }
@@ -159,7 +165,7 @@ impl<'a> Plan<'a> {
             Work::Copy { from, .. } => *from == self.options.dtype,
             _ => false,
         };
-        if self.units.iter().all(same) {
+        if self.units.iter().all(same) && !self.source.config.contains_key(QUANTIZATION) {
             let (dir, dtype) = (self.source.dir.display(), self.options.dtype.config_name());
             return Err(Error::Refused(format!("{dir} is plain {dtype} already: there is nothing to dequantize")));
         }
@@ -190,8 +196,12 @@ impl<'a> Plan<'a> {
             layout: Layout::new(std::mem::take(&mut self.tensors), self.options.shard_size),
             units: std::mem::take(&mut self.units),
         };
+        refuse_unknown(self.source, &self.config, paths.drop_unknown)?;
         let done = task::run(&self, task, paths, resources)?;
         let mut manifest = self.manifest(job, &done.groups, done.source)?;
+        if self.options.dtype == Float::F16 {
+            manifest.notes.extend(half_range(self.source, resources)?);
+        }
         let files = side_files(self.source, &self.output_config())?;
         done.sink.finish(files, |files| Ok(seal(&mut manifest, layout_word(self.options.dtype), files)))?;
         Ok((manifest, done.resumed))
@@ -295,7 +305,7 @@ impl<'a> Plan<'a> {
 
     fn output_config(&self) -> serde_json::Map<String, Value> {
         let mut config = self.source.config.clone();
-        config.shift_remove("quantization_config");
+        config.shift_remove(QUANTIZATION);
         config.shift_remove(super::quant::KEPT);
         let dtype = Value::from(self.options.dtype.config_name());
         // Older configs spell it torch_dtype; one that is there must not contradict.
@@ -341,6 +351,11 @@ impl<'a> Plan<'a> {
         if self.source.names().filter_map(|n| self.source.get(n)).any(finer) {
             let dtype = self.options.dtype.config_name();
             manifest.notes.push(format!("the source has F32 numbers, or scales in F16: they were rounded to {dtype}"));
+        }
+        if self.source.config.contains_key(QUANTIZATION) && self.all_floats {
+            manifest.notes.push(format!(
+                "config.json's {QUANTIZATION} announces weights that are not there, all are floats: the output goes without it"
+            ));
         }
         if conversion.overflows > 0 {
             let n = conversion.overflows;

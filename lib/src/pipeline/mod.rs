@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::checkpoint::CONFIG;
 use crate::checkpoint::sink::to_text;
-use crate::checkpoint::source::Checkpoint;
+use crate::checkpoint::source::{Checkpoint, SideFile};
 use crate::error::{Error, Result};
 use crate::manifest::{FileRecord, FileSet, Manifest};
 use progress::Progress;
@@ -56,6 +56,8 @@ pub struct Paths {
     pub dst: PathBuf,
     /// Replace a checkpoint that stands there, or another job's unfinished one.
     pub force: bool,
+    /// Leave tensors out that are no part of the model; without it they are an error.
+    pub drop_unknown: bool,
 }
 
 /// How a checkpoint stores its weights, in a word.
@@ -85,29 +87,64 @@ pub fn layout_name(checkpoint: &Checkpoint) -> String {
 
 /// The name of the source for people: the published model's, or the folder's.
 pub fn model_name(dir: &Path, config: &crate::model::ModelConfig) -> String {
-    let folder = || std::path::absolute(dir).ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let folder = || {
+        let whole = std::path::absolute(dir).ok()?;
+        let name = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned());
+        // A snapshot in a hub's cache lies in models--ORG--NAME/snapshots/COMMIT.
+        let repo = whole.parent().filter(|p| name(p).as_deref() == Some("snapshots")).and_then(Path::parent);
+        let repo = repo.and_then(name).and_then(|n| n.rsplit_once("--").map(|(_, n)| n.to_owned()));
+        repo.or_else(|| name(&whole))
+    };
     config.known_name().map(str::to_owned).or_else(folder).unwrap_or_else(|| "model".into())
+}
+
+/// Refuses a source with tensors that an output would silently lack: such as are no part of the model, and second forms of a
+/// weight.
+///
+/// # Errors
+/// [`Error::BadTensor`] for the first of them; those of the first kind are let pass where `drop_unknown`.
+pub(crate) fn refuse_unknown(source: &Checkpoint, config: &crate::model::ModelConfig, drop_unknown: bool) -> Result<()> {
+    crate::containers::refuse_twice(source, config)?;
+    let foreign = crate::containers::foreign_tensors(source, config);
+    let Some(first) = foreign.first().filter(|_| !drop_unknown) else { return Ok(()) };
+    let first = source.tensor(first)?;
+    let more = match foreign.len() {
+        1 => String::new(),
+        n => format!(" (nor are {} more)", n - 1),
+    };
+    Err(first.error(format!("is no tensor of gpt-oss{more}, and the output would lack it: --drop-unknown-tensors allows that")))
+}
+
+/// What to say of an output that is stored as FP16; see [`crate::evaluate::half_range`].
+pub(crate) fn half_range(source: &Checkpoint, resources: &Resources) -> Result<Option<String>> {
+    use crate::engine::Numerics;
+    use crate::model::{Model, Settings};
+    let device = crate::device::cpu::Cpu::new(resources.threads)?.with(Numerics::Engine);
+    let config = crate::model::ModelConfig::parse(&source.dir, &source.config)?;
+    if let Err(e) = Settings::parse(&source.dir, &source.config, &config) {
+        return Ok(Some(format!("whether hidden states fit in FP16 could not be told: {e}")));
+    }
+    crate::evaluate::half_range(&device, &Model::open_padded(&source.dir, source.padding())?)
 }
 
 /// The small files of the output: the configuration and what travels unchanged.
 pub(crate) fn side_files(
     source: &Checkpoint,
     config: &serde_json::Map<String, Value>,
-) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut files = vec![(CONFIG.to_owned(), to_text(config).into_bytes())];
-    for name in source.side_files()? {
-        let path = source.dir.join(&name);
-        files.push((name, std::fs::read(&path).map_err(Error::io("read", &path))?));
-    }
+) -> Result<Vec<SideFile>> {
+    let mut files = vec![SideFile { name: CONFIG.to_owned(), bytes: to_text(config).into_bytes(), mode: None }];
+    files.extend(source.read_side_files()?);
+    // The last look: everything was read by now.
+    source.unchanged()?;
     Ok(files)
 }
 
 /// What a reader of the output must know of its source.
 pub(crate) fn source_notes(source: &Checkpoint, config: &crate::model::ModelConfig) -> Result<Vec<String>> {
     let foreign = crate::containers::foreign_tensors(source, config);
-    let mut notes: Vec<String> =
-        foreign.iter().map(|n| format!("{n} is no tensor of gpt-oss and was left out")).collect();
-    if !source.side_files()?.iter().any(|n| n.starts_with("tokenizer")) {
+    let mut notes = source.remarks.clone();
+    notes.extend(foreign.iter().map(|n| format!("{n} is no tensor of gpt-oss and was left out")));
+    if !source.side_files().any(|n| n.starts_with("tokenizer")) {
         notes.push(match source.is_gguf() {
             true => {
                 "the source has no tokenizer.json, and so has the output: the tokenizer is not read out of a GGUF file"

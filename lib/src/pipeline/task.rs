@@ -14,7 +14,7 @@ use crate::checkpoint::destination::check_destination;
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::sink::{Order, Sink};
 use crate::checkpoint::source::Checkpoint;
-use crate::checkpoint::{CONFIG, INDEX, digest};
+use crate::checkpoint::{digest, map};
 use crate::error::{Error, Result};
 use crate::manifest::{Coverage, FileRecord, FileSet, Job, NUMERICS, TensorReport};
 use crate::ops::dequantize::HalfCounts;
@@ -113,7 +113,7 @@ impl<'a, W: Sync> Opened<'a, W> {
         let dst = check_destination(&paths.src, &paths.dst, paths.force)?;
         let workers = resources.workers(task.scratch_bytes)?;
         let layout = task.layout;
-        let fingerprint = fingerprint(task.job, task.text, &layout.fingerprint(), task.source)?;
+        let fingerprint = fingerprint(task.job, task.text, &layout.fingerprint(), task.source);
         let sink = Sink::open(&dst, layout, &fingerprint, paths.force, task.order)?;
         if !sink.damaged.is_empty() {
             let n = sink.damaged.len();
@@ -227,7 +227,14 @@ fn work<P: Pipeline>(
                 hashes.compute(source, *shard);
                 Ok(None)
             }
-            Do::Work(work) => pipeline.work(work, scratch, sink).map(Some),
+            Do::Work(work) => {
+                let found = pipeline.work(work, scratch, sink)?;
+                // Nothing that was made of zeros where the source was cut off may be journaled.
+                if map::lost() {
+                    source.unchanged()?;
+                }
+                Ok(Some(found))
+            }
         },
         |group, found: Vec<Option<P::Found>>| close(pipeline, group, found.into_iter().flatten().collect(), closed),
     )
@@ -295,11 +302,8 @@ impl SourceHashes {
             let sha256 = self.compute(source, i).to_owned();
             files.push(FileRecord { name: shard.name.clone(), bytes: shard.bytes().len() as u64, sha256 });
         }
-        let mut small = source.side_files()?;
-        // A GGUF file may be alone.
-        small.extend([CONFIG, INDEX].into_iter().filter(|name| source.dir.join(name).exists()).map(str::to_owned));
-        for name in small {
-            files.push(digest::record(&source.dir, &name)?);
+        for name in source.small_files() {
+            files.push(digest::record(&source.dir, name)?);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(FileSet::new(layout_name(source), files))
@@ -307,15 +311,8 @@ impl SourceHashes {
 }
 
 /// What makes two runs the same job: version, recipe, calibration text, planned layout, and the source's files as the system dates them.
-pub(super) fn fingerprint(job: &Job, text: &str, layout: &str, source: &Checkpoint) -> Result<String> {
-    use std::os::unix::fs::MetadataExt;
-    let mut files = Vec::new();
-    let small =
-        source.side_files()?.into_iter().chain([CONFIG.to_owned()]).map(|n| source.dir.join(n)).filter(|p| p.exists());
-    for path in source.shards.iter().map(|s| s.path.clone()).chain(small) {
-        let m = std::fs::metadata(&path).map_err(Error::io("stat", &path))?;
-        files.push((path.file_name().map(|n| n.to_string_lossy().into_owned()), m.len(), m.mtime(), m.mtime_nsec()));
-    }
+pub(super) fn fingerprint(job: &Job, text: &str, layout: &str, source: &Checkpoint) -> String {
+    let files: Vec<_> = source.stamps().map(|(name, stamp)| (name, stamp.dated())).collect();
     let all = serde_json::json!([env!("CARGO_PKG_VERSION"), NUMERICS, job, text, layout, files]);
-    Ok(digest::sha256(all.to_string().as_bytes()))
+    digest::sha256(all.to_string().as_bytes())
 }

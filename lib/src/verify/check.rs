@@ -37,7 +37,7 @@ impl Findings {
                 self.add("tensor", name(&file), format!("tensor {tensor}: {reason}"))
             }
             Err(Error::MissingTensor { tensor, reason, .. }) => {
-                self.add("missing", INDEX, format!("tensor {tensor} is missing: {reason}"))
+                self.add("missing", CONFIG, format!("tensor {tensor} is missing: {reason}"))
             }
             Err(other) => return Err(other),
         }
@@ -62,12 +62,14 @@ pub fn check(dir: &Path, manifest: Option<&Manifest>, threads: usize) -> Result<
     if let Some(checkpoint) = findings.absorb(Checkpoint::open(dir))? {
         tensors = checkpoint.names().count() as u64;
         checkpoint.index_findings.iter().for_each(|f| findings.add("index", INDEX, f));
+        checkpoint.remarks.iter().for_each(|r| findings.add("ambiguous", "the folder", r));
         total_size(&checkpoint, &mut findings)?;
         let parsed = findings.absorb(ModelConfig::parse(dir, &checkpoint.config))?;
         if let Some(config) = parsed {
             structure(&checkpoint, &config, &mut findings)?;
         }
         values(&checkpoint, manifest, threads, &mut findings)?;
+        checkpoint.unchanged()?;
     }
     let hashes_checked = manifest.is_some_and(|m| m.output.is_some());
     Ok(Verdict { passed: findings.0.is_empty(), tensors, hashes_checked, findings: findings.0, total_error: None })
@@ -112,7 +114,7 @@ fn files(dir: &Path, manifest: &Manifest, threads: usize, findings: &mut Finding
 
 fn total_size(checkpoint: &Checkpoint, findings: &mut Findings) -> Result<()> {
     let path = checkpoint.dir.join(INDEX);
-    if !path.exists() {
+    if !crate::checkpoint::files::is_there(&path)? {
         return Ok(());
     }
     let index = crate::checkpoint::source::read_object(&path)?;

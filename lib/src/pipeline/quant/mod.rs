@@ -21,7 +21,7 @@ mod treat;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
-use super::{Paths, Resources, copy, seal, side_files, source_notes};
+use super::{Paths, Resources, copy, half_range, refuse_unknown, seal, side_files, source_notes};
 use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::gguf as gguf_file;
 use crate::checkpoint::header::TensorSpec;
@@ -329,6 +329,7 @@ impl<'a> Plan<'a> {
             layout: self.layout(),
             units: std::mem::take(&mut self.units),
         };
+        refuse_unknown(source, &self.config, paths.drop_unknown)?;
         let done = match text {
             None => task::run(&self, task, paths, resources)?,
             Some(text) => calibrated::run(&self, task, paths, resources, text)?,
@@ -344,7 +345,11 @@ impl<'a> Plan<'a> {
             manifest.notes.extend(group.notes);
         }
         self.say_what_matters(&mut manifest);
-        let files = side_files(source, &self.output_config())?;
+        let config = self.output_config();
+        if !self.is_gguf() && config.get("dtype").is_some_and(|d| d == Float::F16.config_name()) {
+            manifest.notes.extend(half_range(source, resources)?);
+        }
+        let files = side_files(source, &config)?;
         done.sink.finish(files, |files| Ok(seal(&mut manifest, self.layout_word(), files)))?;
         Ok((manifest, done.resumed))
     }

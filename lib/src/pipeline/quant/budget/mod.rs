@@ -236,7 +236,7 @@ impl<'a> Budget<'a> {
             ..recipe.clone()
         };
         asked.ignore.retain(|p| !APART.contains(&&p[..]));
-        let job = task::fingerprint(&Job::Quantize { recipe: asked }, &calibrated::hash_of(sequences), &rungs, source)?;
+        let job = task::fingerprint(&Job::Quantize { recipe: asked }, &calibrated::hash_of(sequences), &rungs, source);
         let mut found = Sensitivity {
             schema: SCHEMA.into(),
             job,

@@ -1,0 +1,218 @@
+//! However a model is cut into shards, the output is the one of a single shard: calibrated, data-free and dequantized.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use support::random::Random;
+use support::{Shard, command, files, run, synthetic, tiny};
+
+/// Random cuts of the small model.
+const CUTS: usize = 64;
+
+/// Tensors of a checkpoint: type, shape, bytes.
+type Tensors = BTreeMap<String, (Value, Value, Vec<u8>)>;
+
+fn read(dir: &Path) -> Tensors {
+    let mut tensors = Tensors::new();
+    for name in files(dir).into_keys().filter(|n| n.ends_with(".safetensors")) {
+        let mut shard = Shard::read(&dir.join(name));
+        let names: Vec<String> = shard.header.keys().filter(|k| *k != "__metadata__").cloned().collect();
+        for name in names {
+            let bytes = shard.tensor(&name).to_vec();
+            let info = &shard.header[&name];
+            tensors.insert(name, (info["dtype"].clone(), info["shape"].clone(), bytes));
+        }
+    }
+    tensors
+}
+
+/// Writes `tensors` in these shards, with an index, beside the small files of `from`.
+fn write(tensors: &Tensors, shards: &[Vec<&String>], from: &Path, dir: &Path) {
+    std::fs::create_dir_all(dir).unwrap();
+    for (name, bytes) in files(from) {
+        if !name.ends_with(".safetensors") && !name.ends_with("index.json") && name != "gptoss-manifest.json" {
+            std::fs::write(dir.join(name), bytes).unwrap();
+        }
+    }
+    let mut map = Map::new();
+    for (i, names) in shards.iter().enumerate() {
+        let file = format!("model-{i:05}-of-{:05}.safetensors", shards.len() - 1);
+        let mut shard = Shard { header: Map::new(), data: Vec::new() };
+        for &name in names {
+            let (dtype, shape, bytes) = &tensors[name];
+            let start = shard.data.len();
+            shard.data.extend_from_slice(bytes);
+            let offsets = [start, shard.data.len()];
+            shard.header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
+            map.insert(name.clone(), file.clone().into());
+        }
+        shard.write(&dir.join(file));
+    }
+    let total: usize = tensors.values().map(|t| t.2.len()).sum();
+    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+    std::fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+}
+
+/// Shards as they are published: names in alphabetical order, a new shard where the next tensor does not fit.
+fn greedy<'t>(tensors: &'t Tensors, shards: usize) -> Vec<Vec<&'t String>> {
+    let total: usize = tensors.values().map(|t| t.2.len()).sum();
+    let cut = |limit: usize| {
+        let (mut list, mut filled) = (vec![Vec::new()], 0);
+        for (name, (_, _, bytes)) in tensors {
+            if filled > 0 && filled + bytes.len() > limit {
+                list.push(Vec::new());
+                filled = 0;
+            }
+            filled += bytes.len();
+            list.last_mut().unwrap().push(name);
+        }
+        list
+    };
+    (total / shards..total).step_by(total / 1000).map(cut).find(|s| s.len() == shards).expect("some size gives so many")
+}
+
+/// A random cut: in order, or each tensor anywhere.
+fn random<'t>(tensors: &'t Tensors, rng: &mut Random) -> Vec<Vec<&'t String>> {
+    let count = 2 + rng.below(19);
+    let mut shards = vec![Vec::new(); count];
+    let in_order = rng.below(2) == 0;
+    let mut ends: Vec<usize> = (1..count).map(|_| rng.below(tensors.len())).collect();
+    ends.sort_unstable();
+    for (i, name) in tensors.keys().enumerate() {
+        let shard = if in_order { ends.partition_point(|&end| end <= i) } else { rng.below(count) };
+        shards[shard].push(name);
+    }
+    shards.retain(|s| !s.is_empty());
+    shards
+}
+
+/// What is made of each cut: a name and the command but for its source and destination.
+fn jobs(fixture: &Path) -> Vec<(&'static str, String)> {
+    let text = |flags: &str| {
+        let calib = fixture.join("calib.jsonl");
+        format!("gptoss-quant -q --calib-jsonl {} --nsamples 3 --max-seq-length 48 {flags}", calib.display())
+    };
+    vec![
+        ("dequant", "gptoss-dequant -q --dtype fp16 --shard-size 1MB".into()),
+        ("rtn", "gptoss-quant -q --algo rtn --experts w4a16 --mw w8a16".into()),
+        ("gguf", "gptoss-quant -q --algo rtn --experts q4_0 --mw q8_0 --container gguf".into()),
+        ("gptq", text("--experts w4a16 --mw w8a8")),
+        ("gptq with its head", text("--experts w4a8 --mw w4a16 --kernels present --lm-head w8a16")),
+        ("gptq, a head alone", text("--algo gptq --experts keep --mw keep --lm-head w8a16")),
+        ("awq", text("--algo awq --experts w4a16 --mw w4a16")),
+        ("smoothquant", text("--experts w8a8 --mw w8a8 --smoothquant-strength 0.5")),
+        ("sparse", text("--experts w4a16 --mw w8a8 --with-sparse --mask 2:4")),
+        ("pt-bitnet", text("--experts ternary --mw w8a16")),
+        ("source states", text("--experts w4a16 --mw w8a16 --no-sequential-update")),
+        ("padded", text("--experts w4a16 --mw w4a16 --pad-to 128")),
+    ]
+}
+
+/// The output of `job` over `src`, but for what names the source.
+fn output(job: &str, src: &Path, dst: &Path) -> BTreeMap<String, Vec<u8>> {
+    let (source, output) = if job.starts_with("gptoss-dequant") { ("--src", "--dst") } else { ("--model-in", "--output-dir") };
+    let mut c = command(job);
+    run(c.arg(source).arg(src).arg(output).arg(dst)).manifest();
+    let mut made = files(dst);
+    made.remove("gptoss-manifest.json");
+    std::fs::remove_dir_all(dst).unwrap();
+    made
+}
+
+/// Every job over every cut gives what it gives over one shard.
+fn all_cuts_agree(whole: &Path, cuts: &[Vec<Vec<&String>>], tensors: &Tensors, jobs: &[(&str, String)], work: &Path) {
+    let expected: Vec<_> = jobs.iter().map(|(_, job)| output(job, whole, &work.join("expected"))).collect();
+    for (i, shards) in cuts.iter().enumerate() {
+        let src = work.join("cut");
+        write(tensors, shards, whole, &src);
+        for ((name, job), expected) in jobs.iter().zip(&expected) {
+            let made = output(job, &src, &work.join("made"));
+            assert_eq!(made.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+            for (file, bytes) in &made {
+                assert!(bytes == &expected[file], "{name}, cut {i}: {file} differs; cut: {shards:?}");
+            }
+        }
+        std::fs::remove_dir_all(src).unwrap();
+    }
+}
+
+/// A model of four layers that is quick to quantize, with the fixture's tokenizer, in one shard.
+fn small(dir: &Path, layers: usize) -> PathBuf {
+    let sizes = [("hidden_size", 64), ("intermediate_size", 64), ("num_local_experts", 4), ("num_experts_per_tok", 2)];
+    let more = [("num_hidden_layers", layers), ("vocab_size", 2048), ("num_attention_heads", 4), ("num_key_value_heads", 2)];
+    let mut config = synthetic::config(&[sizes.as_slice(), &more].concat());
+    config.insert("head_dim".into(), 32.into());
+    config.insert("experts_per_token".into(), 2.into());
+    let whole = dir.join("whole");
+    synthetic::write(&whole, &config);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tiny().join(name), whole.join(name)).unwrap();
+    }
+    whole
+}
+
+#[test]
+fn random_cuts_give_the_bytes_of_one_shard() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = small(dir.path(), 3);
+    let tensors = read(&whole);
+    let mut rng = Random::from_env("GPTOSS_CUTS_SEED");
+    let cuts: Vec<_> = (0..CUTS).map(|_| random(&tensors, &mut rng)).collect();
+    all_cuts_agree(&whole, &cuts, &tensors, &jobs(&tiny()), dir.path());
+}
+
+/// gpt-oss-20b has 24 layers in 3 shards, gpt-oss-120b 36 in 15, in the alphabetical order of names: a layer lies in two
+/// shards, and layer 10 comes before layer 2.
+#[test]
+fn the_cuts_of_the_published_models_give_the_bytes_of_one_shard() {
+    for (layers, shards) in [(24, 3), (36, 15)] {
+        let dir = tempfile::tempdir().unwrap();
+        let whole = small(dir.path(), layers);
+        let tensors = read(&whole);
+        all_cuts_agree(&whole, &[greedy(&tensors, shards)], &tensors, &jobs(&tiny()), dir.path());
+    }
+}
+
+#[test]
+fn cuts_of_the_trained_fixture_give_its_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = read(&tiny());
+    let whole = dir.path().join("whole");
+    write(&tensors, &[tensors.keys().collect()], &tiny(), &whole);
+    let mut rng = Random::from_env("GPTOSS_CUTS_SEED");
+    let cuts = [greedy(&tensors, 3), greedy(&tensors, 15), random(&tensors, &mut rng)];
+    all_cuts_agree(&whole, &cuts, &tensors, &jobs(&tiny()), dir.path());
+
+    // And what our own tool writes in small shards, BF16 experts in transformers' layout.
+    let dense = |size: &str| {
+        let to = dir.path().join(size);
+        run(command(&format!("gptoss-dequant -q --shard-size {size} --src")).arg(&whole).arg("--dst").arg(&to)).manifest();
+        to
+    };
+    let (one, many) = (dense("5GB"), dense("2MB"));
+    assert!(files(&many).len() > files(&one).len() + 5);
+    for (name, job) in &jobs(&tiny())[1..] {
+        let (a, b) = (output(job, &one, &dir.path().join("a")), output(job, &many, &dir.path().join("b")));
+        assert!(a == b, "{name} over shards of 2 MB");
+    }
+}
+
+/// A target size chooses schemes by measured errors: those depend on no cut either.
+#[test]
+fn a_target_size_is_met_alike_whatever_the_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = read(&tiny());
+    let whole = dir.path().join("whole");
+    write(&tensors, &[tensors.keys().collect()], &tiny(), &whole);
+    let calib = tiny().join("calib.jsonl");
+    let job = format!(
+        "gptoss-quant -q --experts w4a16 --mw w8a16 --target-size 7MB --calib-jsonl {} --nsamples 3 --max-seq-length 48",
+        calib.display()
+    );
+    let mut rng = Random::from_env("GPTOSS_CUTS_SEED");
+    let cuts = [greedy(&tensors, 3), random(&tensors, &mut rng)];
+    all_cuts_agree(&whole, &cuts, &tensors, &[("target size", job)], dir.path());
+}
