@@ -8,6 +8,7 @@ use candle_transformers::generation::{LogitsProcessor, Sampling};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::CONFIG;
+use crate::checkpoint::files;
 use crate::checkpoint::source::read_object;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -91,7 +92,7 @@ impl Defaults {
     /// Reads them from a checkpoint's folder.
     pub fn read(dir: &Path) -> Result<Self> {
         let file = dir.join("generation_config.json");
-        let generation = if file.exists() { read_object(&file)? } else { Map::new() };
+        let generation = if files::is_there(&file)? { read_object(&file)? } else { Map::new() };
         let config = read_object(&dir.join(CONFIG))?;
         let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let ids = |v: &Value| match v {

@@ -31,6 +31,11 @@ fn status(key: &str) -> u64 {
     line.and_then(|l| l.trim_start_matches(':').split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
+/// Anonymous resident memory of this process now; 0 where the system does not say.
+pub fn anonymous() -> u64 {
+    status("RssAnon")
+}
+
 impl Meter {
     /// Starts watching.
     pub fn start() -> Self {

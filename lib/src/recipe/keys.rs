@@ -1,6 +1,7 @@
 //! Objects in the files of other tools, read strictly: a key that nobody knows is refused with the nearest known one, and
 //! every error names the file and the key's path in it.
 
+use std::io::Read;
 use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
@@ -13,11 +14,48 @@ const MAX_BYTES: u64 = 1 << 20;
 
 /// The text of a recipe's file.
 pub fn text(file: &Path) -> Result<String> {
-    let bytes = std::fs::metadata(file).map_err(Error::io("open", file))?.len();
-    if bytes > MAX_BYTES {
-        return Err(Error::file(file, format!("has {bytes} bytes; a recipe has at most {MAX_BYTES}")));
+    let mut text = String::new();
+    // It may be a pipe, whose length nobody knows.
+    let opened = std::fs::File::open(file).map_err(Error::io("open", file))?;
+    opened.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(Error::io("read", file))?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(Error::file(file, format!("has more than {MAX_BYTES} bytes, and no recipe has")));
     }
-    std::fs::read_to_string(file).map_err(Error::io("read", file))
+    Ok(text)
+}
+
+/// Deepest nesting of a recipe in YAML that is read.
+const MAX_DEPTH: usize = 64;
+
+/// Refuses YAML that nests deeper than any recipe: a reader's time grows with the square of the depth. The depth is
+/// estimated from brackets, dashes and indents, so it may come out larger than it is, by what stands in strings.
+pub fn refuse_deep_yaml(file: &Path, text: &str) -> Result<()> {
+    let (mut brackets, mut indents) = (0usize, Vec::<usize>::new());
+    for (number, line) in text.lines().enumerate() {
+        let content = line.trim_start_matches(' ');
+        if content.is_empty() || content.starts_with('#') {
+            continue;
+        }
+        let indent = line.len() - content.len();
+        while indents.last().is_some_and(|&i| i >= indent) {
+            indents.pop();
+        }
+        indents.push(indent);
+        let dashes = content.split(' ').take_while(|w| matches!(*w, "-" | "?" | ":")).count();
+        let mut deepest = brackets;
+        for c in content.chars() {
+            match c {
+                '[' | '{' => brackets += 1,
+                ']' | '}' => brackets = brackets.saturating_sub(1),
+                _ => {}
+            }
+            deepest = deepest.max(brackets);
+        }
+        if deepest + dashes + indents.len() > MAX_DEPTH {
+            return Err(Error::file(file, format!("line {}: nests deeper than {MAX_DEPTH} levels", number + 1)));
+        }
+    }
+    Ok(())
 }
 
 /// A file's JSON; a key that stands twice in one object is an error, not the last of the two.

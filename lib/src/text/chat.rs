@@ -5,6 +5,9 @@
 //! `{% generation %}` and Python's methods of strings, lists and dictionaries. There are no tools and no documents.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
@@ -14,17 +17,28 @@ use serde_json::Value;
 use super::clock::Clock;
 use super::config::{self, SpecialTokens, TOKENIZER_CONFIG};
 use super::python::{self, Dumps};
+use crate::checkpoint::files;
+use crate::pipeline::meter;
 use crate::error::{Error, Result};
 
 /// Name of the file in a checkpoint's folder.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// Steps of a template's program; a long chat takes some ten thousand.
+const FUEL: u64 = 5_000_000;
+/// Time that a chat may take.
+const TIME: Duration = Duration::from_secs(10);
+/// Bytes of stack: what a template may nest is bounded by its own reader, not by this.
+const STACK: usize = 16 << 20;
+/// Bytes by which the process may grow meanwhile.
+const MEMORY: u64 = 512 << 20;
+
 /// Name of the one template in its environment. It has no extension that would switch escaping on.
 const NAME: &str = "chat";
 
 /// A template that is ready to render.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     special: SpecialTokens,
     /// Where the template came from.
     file: PathBuf,
@@ -40,7 +54,7 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, source)
             .map_err(|e| Error::file(&file, format!("is no chat template that can be read: {}", explain(&e))))?;
-        Ok(Some(Self { environment, special: SpecialTokens::read(dir)?, file }))
+        Ok(Some(Self { environment: Arc::new(environment), special: SpecialTokens::read(dir)?, file }))
     }
 
     /// The same, where nothing works without one.
@@ -66,9 +80,41 @@ impl ChatTemplate {
             tools => (), documents => (),
             ..special
         };
-        let template = self.environment.get_template(NAME);
-        let text = template.and_then(|t| t.render(variables));
-        text.map_err(|e| Error::file(&self.file, format!("cannot render a chat: {}", explain(&e))))
+        let environment = self.environment.clone();
+        let text = limited(move || environment.get_template(NAME).and_then(|t| t.render(variables)));
+        let explained = text.map(|r| r.map_err(|e| explain(&e)));
+        let reason = match explained {
+            Ok(Ok(text)) => return Ok(text),
+            Ok(Err(reason)) | Err(reason) => reason,
+        };
+        Err(Error::file(&self.file, format!("cannot render a chat: {reason}")))
+    }
+}
+
+/// Runs a template's program, which came with a checkpoint, to its end or to a limit. Steps are counted inside, but one step
+/// can double a text: time and memory are watched from outside.
+///
+/// # Errors
+/// What was exceeded. The program's thread is left behind then; the error ends the process.
+fn limited<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> std::result::Result<T, String> {
+    let (sender, receiver) = sync_channel(1);
+    let (start, before) = (Instant::now(), meter::anonymous());
+    std::thread::Builder::new()
+        .stack_size(STACK)
+        .spawn(move || drop(sender.send(run())))
+        .map_err(|e| format!("no thread can be started for it: {e}"))?;
+    loop {
+        match receiver.recv_timeout(Duration::from_millis(2)) {
+            Ok(done) => return Ok(done),
+            Err(RecvTimeoutError::Disconnected) => return Err("the template's program broke down".into()),
+            Err(RecvTimeoutError::Timeout) if start.elapsed() > TIME => {
+                return Err(format!("the template takes more than {} s", TIME.as_secs()));
+            }
+            Err(RecvTimeoutError::Timeout) if meter::anonymous().saturating_sub(before) > MEMORY => {
+                return Err(format!("the template takes more than {} MB of memory", MEMORY >> 20));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
     }
 }
 
@@ -95,10 +141,8 @@ pub fn source(dir: &Path) -> Result<Option<String>> {
 /// The template's text and the file that it stands in.
 fn find(dir: &Path) -> Result<Option<(PathBuf, String)>> {
     let file = dir.join(CHAT_TEMPLATE);
-    match std::fs::read_to_string(&file) {
-        Ok(source) => return Ok(Some((file, source))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io("read", file)(e)),
+    if let Some(source) = files::read_text_if_there(&file)? {
+        return Ok(Some((file, source)));
     }
     let file = dir.join(TOKENIZER_CONFIG);
     let config = config::read(dir)?;
@@ -132,6 +176,7 @@ fn generation_as_with(source: &str) -> String {
 
 fn environment(clock: Clock) -> Environment<'static> {
     let mut env = Environment::new();
+    env.set_fuel(Some(FUEL));
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);

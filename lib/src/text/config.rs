@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::checkpoint::files;
 use crate::checkpoint::source::read_object;
 use crate::error::{Error, Result};
 
@@ -53,7 +54,7 @@ impl SpecialTokens {
 /// The whole file; empty where there is none.
 pub(super) fn read(dir: &Path) -> Result<Map<String, Value>> {
     let file = dir.join(TOKENIZER_CONFIG);
-    if file.exists() { read_object(&file) } else { Ok(Map::new()) }
+    if files::is_there(&file)? { read_object(&file) } else { Ok(Map::new()) }
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use self::chat::ChatTemplate;
 use self::clock::Clock;
 use self::dataset::{Choice, Split};
 use self::reader::Documents;
-use self::rows::{Document, Rows};
+use self::rows::{Document, Placed, Rows};
 use self::tokenizer::Tokenizer;
 use self::windows::{Layout, Sequence, Spec, Windows};
 use crate::checkpoint::digest;
@@ -211,7 +211,7 @@ pub fn load_with(
             (source, fetched.path, choice.dataset.rows)
         }
     };
-    let mut texts = Texts { documents: reader::open(&file, rows)?, checkpoint, template: None, empty: 0 };
+    let mut texts = Texts { documents: reader::open(&file, rows)?, file: &file, checkpoint, template: None, empty: 0 };
     let windows = sequences(&mut texts, tokenizer, request)?;
     if windows.sequences.is_empty() {
         let why = match texts.empty {
@@ -220,7 +220,9 @@ pub fn load_with(
         };
         return Err(Error::file(file, format!("there is no text in it: {why}")));
     }
-    Ok(finish(request, source, windows, texts.empty))
+    let mut text = finish(request, source, windows, texts.empty);
+    text.notes.extend(tokenizer.remark());
+    Ok(text)
 }
 
 fn sequences(texts: &mut Texts, tokenizer: &Tokenizer, request: &TextRequest) -> Result<Windows> {
@@ -267,6 +269,8 @@ fn finish(request: &TextRequest, source: TextSource, windows: Windows, empty: us
 /// The text of each document that has one.
 struct Texts<'a> {
     documents: Documents,
+    /// The file that they are from.
+    file: &'a Path,
     /// The folder with the chat template.
     checkpoint: &'a Path,
     /// Opened for the first chat.
@@ -282,21 +286,22 @@ impl Iterator for Texts<'_> {
         loop {
             match self.documents.next()? {
                 Err(e) => return Some(Err(e)),
-                Ok(document) if document.is_empty() => self.empty += 1,
-                Ok(Document::Text(text)) => return Some(Ok(text)),
-                Ok(Document::Chat(messages)) => return Some(self.chat(&messages)),
+                Ok(placed) if placed.document.is_empty() => self.empty += 1,
+                Ok(Placed { document: Document::Text(text), .. }) => return Some(Ok(text)),
+                Ok(Placed { document: Document::Chat(messages), place }) => return Some(self.chat(&messages, &place)),
             }
         }
     }
 }
 
 impl Texts<'_> {
-    fn chat(&mut self, messages: &[serde_json::Value]) -> Result<String> {
+    fn chat(&mut self, messages: &[serde_json::Value], place: &str) -> Result<String> {
         let template = match self.template.take() {
             Some(template) => template,
             None => ChatTemplate::require(self.checkpoint, Clock::FIXED)?,
         };
-        self.template.insert(template).render(messages, false)
+        let rendered = self.template.insert(template).render(messages, false);
+        rendered.map_err(|e| Error::file(self.file, format!("{place}: {e}")))
     }
 }
 

@@ -14,11 +14,11 @@ use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type, TypePtr};
 use serde_json::{Map, Value};
 
 use super::reader::until_error;
-use super::rows::{Document, Rows};
+use super::rows::{Placed, Rows};
 use crate::error::{Error, Result};
 
 /// Opens `file`; its columns and their compression are checked before any row is read.
-pub(super) fn open(file: &Path, rows: Rows) -> Result<impl Iterator<Item = Result<Document>> + use<>> {
+pub(super) fn open(file: &Path, rows: Rows) -> Result<impl Iterator<Item = Result<Placed>> + use<>> {
     let handle = File::open(file).map_err(Error::io("open", file))?;
     let reader = guarded(file, || SerializedFileReader::new(handle))?;
     let columns = wanted_columns(file, reader.metadata().file_metadata().schema_descr(), rows)?;
@@ -103,15 +103,18 @@ struct Records {
 }
 
 impl Records {
-    fn read(&mut self) -> Result<Option<Document>> {
+    fn read(&mut self) -> Result<Option<Placed>> {
         loop {
             let current = &mut self.current;
             let row = guarded(&self.file, || current.as_mut().and_then(Iterator::next).transpose())?;
             if let Some(row) = row {
                 self.row += 1;
                 let document = object(&row).and_then(|row| self.rows.document(row));
-                let bad = |reason| Error::file(&self.file, format!("row {}: {reason}", self.row));
-                return document.map(Some).map_err(bad);
+                let place = format!("row {}", self.row);
+                return match document {
+                    Ok(document) => Ok(Some(Placed { document, place })),
+                    Err(reason) => Err(Error::file(&self.file, format!("{place}: {reason}"))),
+                };
             }
             if self.group == self.reader.num_row_groups() {
                 return Ok(None);
@@ -160,6 +163,7 @@ fn value(name: &str, field: &Field) -> std::result::Result<Value, String> {
 mod tests {
     use super::super::reader;
     use super::*;
+    use crate::text::rows::Document;
     use parquet::data_type::{ByteArray, ByteArrayType};
     use parquet::file::properties::WriterProperties;
     use parquet::file::writer::SerializedFileWriter;
@@ -190,7 +194,7 @@ mod tests {
         optional binary content (UTF8); optional binary role (UTF8); } } } }";
 
     fn read(file: &Path, rows: Rows) -> Result<Vec<Document>> {
-        reader::open(file, rows)?.collect()
+        reader::open(file, rows)?.map(|d| d.map(|d| d.document)).collect()
     }
 
     #[test]

@@ -1,26 +1,32 @@
 //! A file -> its documents, one by one. The name says what it is: `.jsonl` and `.json` hold a JSON object a line, `.parquet`
 //! a row each, everything else is plain text and one document. `.gz` behind the name is unpacked on the way.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use flate2::bufread::MultiGzDecoder;
 use serde_json::Value;
 
-use super::rows::{Document, Rows};
+use super::rows::{Document, Placed, Rows};
+use crate::checkpoint::files;
 use crate::error::{Error, Result};
 
 /// Documents in the order of the file. Nothing is read before it is asked for. The first error ends it.
-pub type Documents = Box<dyn Iterator<Item = Result<Document>>>;
+pub type Documents = Box<dyn Iterator<Item = Result<Placed>>>;
 
 /// The documents of `file`.
 pub fn open(file: &Path, rows: Rows) -> Result<Documents> {
     let name = file.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let unpacked = name.strip_suffix(".gz").unwrap_or(&name);
+    if [".csv", ".tsv"].iter().any(|end| unpacked.ends_with(end)) {
+        let reason = "is a table with separators, which is not read as text: save it as JSON Lines with a field text, as \
+                      Parquet, or as plain text";
+        return Err(Error::file(file, reason));
+    }
     let documents: Documents = if name.ends_with(".parquet") {
         Box::new(super::parquet::open(file, rows)?)
     } else {
-        let plain = BufReader::new(File::open(file).map_err(Error::io("open", file))?);
+        let plain = BufReader::new(files::open(file)?);
         let (name, input): (&str, Box<dyn BufRead>) = match name.strip_suffix(".gz") {
             Some(name) => (name, Box::new(BufReader::new(MultiGzDecoder::new(plain)))),
             None => (&name, Box::new(plain)),
@@ -38,11 +44,11 @@ pub fn open(file: &Path, rows: Rows) -> Result<Documents> {
     })
 }
 
-fn plain_text(file: &Path, mut input: Box<dyn BufRead>) -> Result<Document> {
+fn plain_text(file: &Path, mut input: Box<dyn BufRead>) -> Result<Placed> {
     let mut bytes = Vec::new();
     input.read_to_end(&mut bytes).map_err(Error::io("read", file))?;
     match String::from_utf8(bytes) {
-        Ok(text) => Ok(Document::Text(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))),
+        Ok(text) => Ok(placed(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))),
         Err(e) => Err(Error::file(
             file,
             format!("is no UTF-8 text: byte {} does not belong there", e.utf8_error().valid_up_to()),
@@ -50,24 +56,29 @@ fn plain_text(file: &Path, mut input: Box<dyn BufRead>) -> Result<Document> {
     }
 }
 
-fn joined(documents: Documents) -> Result<Document> {
+/// A text that is a whole file.
+fn placed(text: String) -> Placed {
+    Placed { document: Document::Text(text), place: String::new() }
+}
+
+fn joined(documents: Documents) -> Result<Placed> {
     let mut all = String::new();
     for (i, document) in documents.enumerate() {
         if i > 0 {
             all.push_str(Rows::JOINT);
         }
-        match document? {
+        match document?.document {
             Document::Text(text) => all.push_str(&text),
             Document::Chat(_) => unreachable!("Rows::Joined makes texts"),
         }
     }
-    Ok(Document::Text(all))
+    Ok(placed(all))
 }
 
 /// What `read` gives, to its end or its first error.
 pub(super) fn until_error(
-    mut read: impl FnMut() -> Result<Option<Document>>,
-) -> impl Iterator<Item = Result<Document>> {
+    mut read: impl FnMut() -> Result<Option<Placed>>,
+) -> impl Iterator<Item = Result<Placed>> {
     let mut ended = false;
     std::iter::from_fn(move || {
         let document = if ended { None } else { read().transpose() };
@@ -86,7 +97,7 @@ struct Lines {
 }
 
 impl Lines {
-    fn read(&mut self) -> Result<Option<Document>> {
+    fn read(&mut self) -> Result<Option<Placed>> {
         let mut line = Vec::new();
         loop {
             line.clear();
@@ -96,7 +107,8 @@ impl Lines {
             }
             let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line).trim_ascii();
             if !line.is_empty() {
-                return self.document(line).map(Some);
+                let document = self.document(line)?;
+                return Ok(Some(Placed { document, place: format!("line {}", self.number) }));
             }
         }
     }
@@ -129,7 +141,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join(name);
         std::fs::write(&file, content).unwrap();
-        open(&file, rows)?.collect()
+        open(&file, rows)?.map(|d| d.map(|d| d.document)).collect()
     }
 
     fn texts(documents: &[Document]) -> Vec<&str> {

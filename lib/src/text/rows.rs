@@ -11,6 +11,15 @@ pub enum Document {
     Chat(Vec<Value>),
 }
 
+/// A document and the row that it stands in, for errors: `line 14`, `row 3`, nothing where the file is the document.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Placed {
+    /// The document.
+    pub document: Document,
+    /// Its place.
+    pub place: String,
+}
+
 impl Document {
     /// True where there is nothing to read.
     pub fn is_empty(&self) -> bool {
@@ -24,7 +33,8 @@ impl Document {
 /// How a row becomes a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
-    /// The field `text`, else the chat in `messages`.
+    /// The field `text`, else the chat in `messages`, else what trainers' files have: `conversations` (ShareGPT),
+    /// `instruction`, `input` and `output` (Alpaca), `prompt` and `completion` (TRL).
     TextOrMessages,
     /// A string, or a chat, in the field of this name.
     Field(&'static str),
@@ -44,7 +54,11 @@ impl Rows {
     /// The fields that are read, where a row has them.
     pub(super) fn fields(self) -> Vec<&'static str> {
         match self {
-            Self::TextOrMessages => vec!["text", "messages"],
+            Self::TextOrMessages => {
+                vec![
+                    "text", "messages", "conversations", "instruction", "input", "output", "prompt", "completion",
+                ]
+            }
             Self::Field(name) | Self::Joined(name) => vec![name],
             Self::Alpaca => vec!["instruction", "input", "output"],
             Self::QuestionAnswer => vec!["question", "answer"],
@@ -63,7 +77,7 @@ impl Rows {
             Self::TextOrMessages => match (row.remove("text"), row.remove("messages")) {
                 (None | Some(Value::Null), Some(messages)) => whole("messages", messages),
                 (Some(text), _) => whole("text", text),
-                (None, None) => Err(lacks("field text or messages", &row)),
+                (None, None) => of_trainers(row),
             },
             Self::Field(name) => match row.remove(name) {
                 Some(value) => whole(name, value),
@@ -81,6 +95,47 @@ impl Rows {
             }
         }
     }
+}
+
+/// The document in a row of a file that a trainer reads.
+fn of_trainers(mut row: Map<String, Value>) -> Result<Document, String> {
+    if let Some(conversation) = row.remove("conversations") {
+        return whole("conversations", sharegpt(conversation)?);
+    }
+    if row.contains_key("instruction") && row.contains_key("output") {
+        return Rows::Alpaca.document(row);
+    }
+    match (row.remove("prompt"), row.remove("completion")) {
+        (Some(Value::String(prompt)), Some(Value::String(completion))) => Ok(Document::Text(prompt + &completion)),
+        (Some(Value::Array(mut prompt)), Some(Value::Array(completion))) => {
+            prompt.extend(completion);
+            whole("prompt", Value::Array(prompt))
+        }
+        (Some(_), Some(_)) => Err("prompt and completion are not both strings, or both lists of messages".into()),
+        (prompt, completion) => {
+            let back = [("prompt", prompt), ("completion", completion)];
+            row.extend(back.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v?))));
+            Err(lacks("field text or messages", &row))
+        }
+    }
+}
+
+/// ShareGPT's `{from, value}` as messages; its `human` is a user and its `gpt` an assistant.
+fn sharegpt(conversation: Value) -> Result<Value, String> {
+    let Value::Array(turns) = conversation else { return Ok(conversation) };
+    let message = |turn: Value| match (turn.get("from").and_then(Value::as_str), turn.get("value")) {
+        (Some(from), Some(content)) => {
+            let role = match from {
+                "human" => "user",
+                "gpt" => "assistant",
+                other => other,
+            };
+            serde_json::json!({"role": role, "content": content})
+        }
+        // Some have messages under this name.
+        _ => turn,
+    };
+    Ok(Value::Array(turns.into_iter().map(message).collect()))
 }
 
 fn alpaca(instruction: &str, input: &str, output: &str) -> String {

@@ -1,10 +1,12 @@
 //! `tokenizer.json` through the `tokenizers` crate, used as transformers uses it with `add_special_tokens=False`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use tokenizers::models::ModelWrapper;
 
 use super::config::SpecialTokens;
+use crate::checkpoint::files;
 use crate::error::{Error, Result};
 
 /// Name of the file in a checkpoint's folder.
@@ -33,20 +35,23 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     file: PathBuf,
     special: SpecialTokens,
+    /// Added tokens that the model has no row for, with the number of its rows.
+    beyond: BTreeMap<u32, String>,
+    vocab: usize,
 }
 
 impl Tokenizer {
     /// Opens `dir/tokenizer.json` for a model whose `config.json` says `vocab_size` = `vocab`.
     ///
-    /// A token whose id the model does not have is an error: the two do not belong together.
+    /// A token of the vocabulary whose id the model does not have is an error: the two do not belong together. Added tokens
+    /// beyond the model's rows are common (nobody resized the embedding), and an error only where a text has one.
     pub fn open(dir: &Path, vocab: usize) -> Result<Self> {
         let file = dir.join(TOKENIZER);
-        let bytes = std::fs::read(&file).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::file(&file, "is missing: text needs the model's tokenizer; copy it from the original checkpoint")
-            }
-            _ => Error::io("read", &file)(e),
-        })?;
+        if !files::is_there(&file)? {
+            let reason = "is missing: text needs the model's tokenizer; copy it from the original checkpoint";
+            return Err(Error::file(&file, reason));
+        }
+        let bytes = files::read(&file)?;
         let bad = |reason: String| Error::file(&file, reason);
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|e| bad(format!("is no tokenizer that this version reads: {e}")))?;
@@ -58,7 +63,7 @@ impl Tokenizer {
         {
             return Err(bad("has a BPE dropout, which tokenizes at random; set model.dropout to null".into()));
         }
-        let greatest = inner.get_vocab(true).into_iter().max_by(|a, b| (a.1, &a.0).cmp(&(b.1, &b.0)));
+        let greatest = inner.get_vocab(false).into_iter().max_by(|a, b| (a.1, &a.0).cmp(&(b.1, &b.0)));
         match greatest {
             None => return Err(bad("has no tokens".into())),
             Some((token, id)) if id as usize >= vocab => {
@@ -68,7 +73,9 @@ impl Tokenizer {
             }
             Some(_) => {}
         }
-        Ok(Self { inner, special: SpecialTokens::read(dir)?, file })
+        let added = inner.get_added_tokens_decoder().into_iter();
+        let beyond = added.filter(|(id, _)| *id as usize >= vocab).map(|(id, token)| (id, token.content)).collect();
+        Ok(Self { inner, special: SpecialTokens::read(dir)?, file, beyond, vocab })
     }
 
     /// The ids of `text`. Special tokens that are spelled out in it become their ids; none are added.
@@ -129,7 +136,32 @@ impl Tokenizer {
 
     fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false);
-        Ok(encoding.map_err(|e| Error::file(&self.file, format!("cannot tokenize: {e}")))?.get_ids().to_vec())
+        let encoding = encoding.map_err(|e| Error::file(&self.file, format!("cannot tokenize: {e}")))?;
+        let ids = encoding.get_ids().to_vec();
+        if !self.beyond.is_empty()
+            && let Some(token) = ids.iter().find_map(|id| self.beyond.get(id))
+        {
+            let vocab = self.vocab;
+            return Err(Error::file(
+                &self.file,
+                format!(
+                    "the text has the added token {token:?}, for which the model has no row (vocab_size is {vocab}): take it out \
+                     of the text, or call resize_token_embeddings on the model"
+                ),
+            ));
+        }
+        Ok(ids)
+    }
+
+    /// What to say of added tokens that the model has no rows for.
+    pub fn remark(&self) -> Option<String> {
+        let first = self.beyond.values().next()?;
+        Some(format!(
+            "tokenizer.json has {} added tokens beyond the model's vocab_size {}, {first:?} first: resize_token_embeddings was not \
+             called; no text may have them",
+            self.beyond.len(),
+            self.vocab
+        ))
     }
 
     fn decode_with(&self, ids: &[u32], special: Special) -> Result<String> {
@@ -337,7 +369,19 @@ mod tests {
     fn a_tokenizer_that_does_not_fit_is_refused() {
         let error = |dir: &Path, vocab| Tokenizer::open(dir, vocab).unwrap_err().to_string();
         let e = error(Path::new(TINY), 2000);
-        assert!(e.contains("has id 2047, but config.json's vocab_size is 2000"), "{e}");
+        assert!(e.contains("but config.json's vocab_size is 2000: the tokenizer is another model's"), "{e}");
+        let grown = changed(|t| {
+            let added = t["added_tokens"].as_array_mut().unwrap();
+            let mut new = added.last().unwrap().clone();
+            new["id"] = 2048.into();
+            new["content"] = "<|tool_start|>".into();
+            added.push(new);
+        });
+        let grown = Tokenizer::open(grown.path(), 2048).unwrap();
+        assert!(grown.remark().unwrap().contains("1 added tokens"));
+        assert_eq!(grown.encode("fn").unwrap(), tiny().encode("fn").unwrap());
+        let e = grown.encode("fn <|tool_start|>").unwrap_err().to_string();
+        assert!(e.contains("<|tool_start|>") && e.contains("resize_token_embeddings"), "{e}");
         let e = error(Path::new("nowhere"), 2048);
         assert!(e.starts_with("nowhere/tokenizer.json: is missing"), "{e}");
         let dir = changed(|v| v["model"]["type"] = "XYZ".into());

@@ -32,6 +32,7 @@ pub fn read(file: &Path, config: &ModelConfig) -> Result<Recipe> {
 fn parse(file: &Path, text: &str, config: &ModelConfig) -> Result<Recipe> {
     let bad = |e: String| Error::file(file, format!("is not YAML: {e}"));
     // Through YAML's own type, which refuses keys that stand twice.
+    keys::refuse_deep_yaml(file, text)?;
     let yaml: yaml_serde::Value = yaml_serde::from_str(text).map_err(|e| bad(e.to_string()))?;
     let value: Value = serde_json::to_value(yaml).map_err(|e| bad(e.to_string()))?;
     let root = Object::new(file, "", &value)?;
