@@ -14,7 +14,7 @@ use gptoss::manifest::{Finding, Job, Manifest, Verdict};
 use gptoss::model::ModelConfig;
 use gptoss::pipeline::{Resources, meter::Meter};
 use gptoss::verify::against::{Detail, against};
-use gptoss::verify::check::check;
+use gptoss::verify::check::{check, obstacle};
 use gptoss::verify::env::{Environment, kernel_dir};
 use gptoss_tools::gemm::GemmArgs;
 use gptoss_tools::quality::QualityArgs;
@@ -124,10 +124,16 @@ fn check_folder(dir: &Path, common: &Common) -> Result<ExitCode> {
 
 fn runtimes(dir: &Path, common: &Common) -> Result<ExitCode> {
     let checkpoint = Checkpoint::open(dir)?;
-    let config = ModelConfig::parse(dir, &checkpoint.config)?;
-    let facts = gptoss::runtimes::facts(&checkpoint, &config)?;
     let mut manifest = Manifest::new("gptoss-verify", Job::Runtimes);
-    manifest.runtimes = gptoss::runtimes::report(&facts);
+    manifest.runtimes = match obstacle(&checkpoint)? {
+        Some(obstacle) => gptoss::runtimes::none_loads(&obstacle),
+        None => {
+            let config = ModelConfig::parse(dir, &checkpoint.config)?;
+            gptoss::runtimes::report(&gptoss::runtimes::facts(&checkpoint, &config)?)
+        }
+    };
+    manifest.notes = checkpoint.remarks.clone();
+    checkpoint.unchanged()?;
     common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -126,8 +126,16 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linea
 
 /// Every name that a tensor of this model can have, in any container.
 pub fn known_names(config: &ModelConfig) -> BTreeSet<String> {
-    const OF_A_MODULE: [&str; 6] =
-        ["weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias"];
+    const OF_A_MODULE: [&str; 8] = [
+        "weight",
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_global_scale",
+        "input_scale",
+        "bias",
+    ];
     let mut known = BTreeSet::new();
     let mut module = |linear: Linear| known.extend(OF_A_MODULE.map(|t| format!("{}.{t}", linear.module())));
     let mut others = Vec::new();

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use safetensors::Dtype;
+use serde_json::{Map, Value};
 
 use super::{Rows, Weight};
 use crate::algorithms::rtn::Codes;
@@ -17,6 +18,30 @@ use crate::formats::{MXFP4, Params, mx};
 use crate::model::{self, Fused, Linear, ModelConfig};
 use crate::ops::decode;
 use crate::ops::dequantize::Blocks;
+
+/// Key in config.json that says which tensors have another format than `quantization_config` speaks of.
+pub const KEPT: &str = "gptoss_kept";
+
+/// Name under [`KEPT`] of the blocks or scales of a layer's experts; `*` is every layer.
+pub(crate) fn kept_name(layer: &str, tensor: &str) -> String {
+    format!("model.layers.{layer}.mlp.experts.*_{tensor}")
+}
+
+/// The module that holds all experts of a layer.
+pub(crate) fn experts_module(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.experts")
+}
+
+/// Whether a config.json says that the experts of `layer` are MXFP4 blocks.
+pub fn says_blocks(config: &Map<String, Value>, layer: usize) -> bool {
+    let lists = |list: &Value, name: &str| list.as_array().is_some_and(|l| l.iter().any(|n| n == name));
+    let native = config
+        .get("quantization_config")
+        .is_some_and(|q| q["quant_method"] == "mxfp4" && !lists(&q["modules_to_not_convert"], &experts_module(layer)));
+    let kept =
+        |kept: &Value| ["*", &layer.to_string()].iter().any(|l| lists(&kept["tensors"], &kept_name(l, "blocks")));
+    native || config.get(KEPT).is_some_and(kept)
+}
 
 /// Blocks and scales of all experts of a layer, checked against the config.
 pub struct Experts<'a> {

@@ -306,7 +306,7 @@ impl<'a> Plan<'a> {
     fn output_config(&self) -> serde_json::Map<String, Value> {
         let mut config = self.source.config.clone();
         config.shift_remove(QUANTIZATION);
-        config.shift_remove(super::quant::KEPT);
+        config.shift_remove(crate::containers::openai::KEPT);
         let dtype = Value::from(self.options.dtype.config_name());
         // Older configs spell it torch_dtype; one that is there must not contradict.
         if let Some(old) = config.get_mut("torch_dtype") {
@@ -327,8 +327,7 @@ impl<'a> Plan<'a> {
                 experts: ExpertLayout::Dense,
                 main: MainLayout::Dense,
                 formats: Vec::new(),
-                embedding: false,
-                head: false,
+                features: Default::default(),
                 groups: Vec::new(),
                 hidden: self.config.hidden,
                 eps: runtimes::eps(&self.source.config),

@@ -3,6 +3,7 @@
 
 mod rules;
 
+use std::collections::BTreeSet;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
@@ -11,9 +12,11 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::source::Checkpoint;
 use crate::containers::compressed_tensors::{Format, Scheme, Strategy, config::scheme_of};
+use crate::containers::openai::says_blocks;
 use crate::containers::vllm;
 use crate::error::{Error, Result};
-use crate::formats::NumberFormat;
+use crate::formats::activations::Activations;
+use crate::formats::{FP8, NumberFormat};
 use crate::manifest::{Loads, RuntimeReport};
 use crate::model::{Class, EPS, Fused, Linear, ModelConfig, Proj, linears, mxfp4_specs};
 use crate::recipe::Container;
@@ -110,16 +113,64 @@ pub struct Facts {
     pub main: MainLayout,
     /// compressed-tensors' formats among the other weights.
     pub formats: Vec<Format>,
-    /// Whether the embedding is stored as codes in one of them.
-    pub embedding: bool,
-    /// Whether the output head is.
-    pub head: bool,
+    /// What stands out.
+    pub features: BTreeSet<Feature>,
     /// Group sizes of int4 experts.
     pub groups: Vec<usize>,
     /// hidden_size.
     pub hidden: usize,
     /// rms_norm_eps.
     pub eps: f64,
+}
+
+/// What a checkpoint may have that runtimes mind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Feature {
+    /// The embedding is stored as codes.
+    CodedEmbedding,
+    /// The output head is.
+    CodedHead,
+    /// A router is.
+    CodedRouter,
+    /// FP8 weights beside floating inputs, with a scale for each group of columns.
+    Fp8InGroups,
+    /// int4 weights beside FP8 inputs.
+    Int4Fp8,
+    /// q, k and v of a layer, which some fuse, do not have one scheme.
+    UnequalQkv,
+    /// FP8 experts, a module each.
+    Fp8Modules,
+    /// config.json announces MXFP4 experts that are not there.
+    AnnouncedBlocks,
+}
+
+impl Feature {
+    /// Those of a model whose linear layers are stored as `coded` says; `None` for floats.
+    pub fn of(config: &ModelConfig, coded: impl Fn(&Linear) -> Option<Scheme>) -> BTreeSet<Self> {
+        let mut found = BTreeSet::new();
+        let one = |proj, layer| coded(&Linear { proj, layer, expert: 0 });
+        let mut add = |is: bool, feature: Self| {
+            if is {
+                found.insert(feature);
+            }
+        };
+        add(one(Proj::Embed, 0).is_some(), Self::CodedEmbedding);
+        add(one(Proj::LmHead, 0).is_some(), Self::CodedHead);
+        for layer in 0..config.layers {
+            add(one(Proj::Router, layer).is_some(), Self::CodedRouter);
+            let [q, k, v, o] = [Proj::Q, Proj::K, Proj::V, Proj::O].map(|proj| one(proj, layer));
+            add(q != k || k != v, Self::UnequalQkv);
+            for scheme in [q, k, v, o].into_iter().flatten() {
+                let fp8_inputs = matches!(scheme.activations, Activations::DynamicTokenFp8 | Activations::DynamicGroupFp8);
+                let int4 = matches!(scheme.weights, NumberFormat::Int(int) if int.num_bits == 4);
+                add(int4 && (fp8_inputs || scheme.activations == Activations::StaticFp8), Self::Int4Fp8);
+                let alone = scheme.weights == FP8 && scheme.activations == Activations::Float;
+                add(alone && matches!(scheme.strategy, Strategy::Group(_)), Self::Fp8InGroups);
+            }
+            add(one(Proj::Gate, layer).is_some_and(|s| s.weights == FP8), Self::Fp8Modules);
+        }
+        found
+    }
 }
 
 /// What must be so for a rule to speak.
@@ -131,10 +182,8 @@ pub enum Condition {
     Main(MainLayout),
     /// Some of the other weights have this format.
     MainIs(Format),
-    /// The embedding is stored as codes.
-    EmbeddingIsCoded,
-    /// The output head is stored as codes.
-    HeadIsCoded,
+    /// This stands out.
+    Has(Feature),
     /// Some int4 experts have groups of this size.
     GroupsAre(usize),
     /// This does not divide hidden_size.
@@ -149,8 +198,7 @@ impl Condition {
             Self::Experts(layout) => facts.experts == layout,
             Self::Main(layout) => facts.main == layout,
             Self::MainIs(format) => facts.formats.contains(&format),
-            Self::EmbeddingIsCoded => facts.embedding,
-            Self::HeadIsCoded => facts.head,
+            Self::Has(feature) => facts.features.contains(&feature),
             Self::GroupsAre(n) => facts.groups.contains(&n),
             Self::HiddenIsNoMultiple(n) => !facts.hidden.is_multiple_of(n),
             Self::EpsIsNot(eps) => (facts.eps / eps - 1.0).abs() > 1e-6,
@@ -192,15 +240,23 @@ pub fn facts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Facts> {
             formats.push(format);
         }
     }
-    let coded = |name: &str| checkpoint.get(&format!("{name}.weight_scale")).is_some();
-    let (embedding, head) = (coded("model.embed_tokens"), coded("lm_head"));
+    let coded = |linear: &Linear| {
+        let module = linear.module();
+        checkpoint.get(&format!("{module}.weight_scale"))?;
+        scheme_of(checkpoint, &module).ok().flatten()
+    };
+    let mut features = Feature::of(config, coded);
     let (experts, main) = layouts(checkpoint, config)?;
     let mut schemes = Vec::new();
     for layer in 0..config.layers {
         schemes.extend(scheme_of(checkpoint, &Linear { proj: Proj::Gate, layer, expert: 0 }.module())?);
     }
     let groups = groups(schemes.into_iter());
-    Ok(Facts { experts, main, formats, embedding, head, groups, hidden: config.hidden, eps })
+    let announced = (0..config.layers).any(|layer| says_blocks(&checkpoint.config, layer));
+    if announced && !matches!(experts, Mxfp4 | Mixed) {
+        features.insert(Feature::AnnouncedBlocks);
+    }
+    Ok(Facts { experts, main, formats, features, groups, hidden: config.hidden, eps })
 }
 
 /// rms_norm_eps of a `config.json`, or what a gpt-oss has that does not say.
@@ -279,6 +335,17 @@ pub fn report(facts: &Facts) -> Vec<RuntimeReport> {
     Runtime::ALL.map(one).to_vec()
 }
 
+/// The report of a checkpoint that is not whole: no runtime loads it.
+pub fn none_loads(obstacle: &str) -> Vec<RuntimeReport> {
+    let one = |runtime: Runtime| RuntimeReport {
+        runtime: runtime.name().into(),
+        status: Loads::DoesNotLoad,
+        reason: format!("the checkpoint is not whole, or not one that this tool knows: {obstacle}"),
+        source: "gptoss-verify check".into(),
+    };
+    Runtime::ALL.map(one).to_vec()
+}
+
 /// Why a runtime does not load it, and what comes nearest that it would; `None` where it does.
 pub fn refusal(runtime: Runtime, facts: &Facts) -> Option<String> {
     let rule = deciding(runtime, facts);
@@ -290,12 +357,28 @@ mod tests {
     use super::*;
 
     fn facts(experts: ExpertLayout, main: MainLayout, hidden: usize) -> Facts {
-        let (embedding, head) = (false, false);
-        Facts { experts, main, formats: Vec::new(), embedding, head, groups: Vec::new(), hidden, eps: 1e-5 }
+        let features = BTreeSet::new();
+        Facts { experts, main, formats: Vec::new(), features, groups: Vec::new(), hidden, eps: 1e-5 }
     }
 
     fn statuses(facts: &Facts) -> Vec<Loads> {
         report(facts).into_iter().map(|r| r.status).collect()
+    }
+
+    const FEATURES: [Option<Feature>; 9] = [
+        None,
+        Some(Feature::CodedEmbedding),
+        Some(Feature::CodedHead),
+        Some(Feature::CodedRouter),
+        Some(Feature::Fp8InGroups),
+        Some(Feature::Int4Fp8),
+        Some(Feature::UnequalQkv),
+        Some(Feature::Fp8Modules),
+        Some(Feature::AnnouncedBlocks),
+    ];
+
+    fn with(feature: Feature, facts: Facts) -> Facts {
+        Facts { features: BTreeSet::from([feature]), ..facts }
     }
 
     const LAYOUTS: [ExpertLayout; 7] = [Mxfp4, DenseExperts, Mixed, PerExpert, ExpertLayout::Gguf, VllmInt, VllmFp8];
@@ -308,8 +391,9 @@ mod tests {
                 let of = |format| (2944, vec![format]);
                 let odd = [Format::Mxfp6, Format::Ternary, Format::TernaryBase3].map(of);
                 for (hidden, formats) in [(2880, vec![]), (2944, vec![])].into_iter().chain(odd) {
-                    for (embedding, runtime) in Runtime::ALL.into_iter().flat_map(|r| [(false, r), (true, r)]) {
-                        let facts = Facts { formats: formats.clone(), embedding, ..facts(experts, main, hidden) };
+                    for (feature, runtime) in Runtime::ALL.into_iter().flat_map(|r| FEATURES.map(|f| (f, r))) {
+                        let features = feature.into_iter().collect();
+                        let facts = Facts { formats: formats.clone(), features, ..facts(experts, main, hidden) };
                         assert_eq!(report(&facts).len(), Runtime::ALL.len());
                         let rule = deciding(runtime, &facts);
                         let at = rules::RULES.iter().position(|r| std::ptr::eq(r, rule)).unwrap();
@@ -339,11 +423,21 @@ mod tests {
         assert_eq!(statuses(&facts(DenseExperts, coded, 2880)), [Good, Good, no, Good]);
         assert_eq!(statuses(&facts(PerExpert, coded, 2880)), [LoadsWrongly, LoadsWrongly, no, Good]);
         assert_eq!(statuses(&facts(ExpertLayout::Gguf, MainLayout::Dense, 2880))[2..], [Good, Good]);
-        let embedding = Facts { embedding: true, ..facts(DenseExperts, coded, 2880) };
-        assert_eq!(statuses(&embedding), [no, no, no, Good]);
-        let head = Facts { head: true, ..facts(DenseExperts, coded, 2880) };
-        assert_eq!(statuses(&head), [Good, Good, no, Good]);
-        assert!(report(&head)[0].reason.contains("output head"), "{:?}", report(&head)[0]);
+        // As vLLM 0.32 does it on a CPU.
+        for (feature, vllm, transformers) in [
+            (Feature::CodedEmbedding, LoadsWrongly, no),
+            (Feature::CodedHead, no, Good),
+            (Feature::CodedRouter, LoadsWrongly, LoadsWrongly),
+            (Feature::Fp8InGroups, no, Good),
+            (Feature::Int4Fp8, no, Good),
+            (Feature::UnequalQkv, no, Good),
+        ] {
+            let facts = with(feature, facts(DenseExperts, coded, 2880));
+            assert_eq!(statuses(&facts), [vllm, transformers, no, Good], "{feature:?}");
+        }
+        assert_eq!(statuses(&with(Feature::Fp8Modules, facts(PerExpert, coded, 2880)))[0], no);
+        let announced = with(Feature::AnnouncedBlocks, facts(DenseExperts, MainLayout::Dense, 2880));
+        assert_eq!(statuses(&announced), [no, Good, no, Good]);
         let sixes = Facts { formats: vec![Format::Mxfp6], ..facts(DenseExperts, coded, 2880) };
         assert_eq!(statuses(&sixes), [no, Good, no, Good]);
         assert!(refusal(Runtime::Vllm, &facts(VllmInt, coded, 2880)).unwrap().ends_with("nearest: --pad-to 128"));

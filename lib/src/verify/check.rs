@@ -8,14 +8,14 @@ use safetensors::Dtype;
 use crate::checkpoint::source::{Checkpoint, TensorRef, read_config};
 use crate::checkpoint::{CONFIG, INDEX, MANIFEST, digest};
 use crate::containers::compressed_tensors::config::scheme_of;
+use crate::containers::openai::says_blocks;
 use crate::containers::{self, dense};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::formats::mxfp4::SCALE_NAN;
 use crate::manifest::{FileRecord, Finding, Manifest, Verdict};
-use crate::model::{self, Fused, Linear, ModelConfig, Role};
+use crate::model::{self, Fused, Linear, ModelConfig, Role, Settings};
 use crate::pipeline::executor;
-use crate::pipeline::quant::says_blocks;
 
 /// Gathers what is wrong.
 #[derive(Default)]
@@ -66,6 +66,8 @@ pub fn check(dir: &Path, manifest: Option<&Manifest>, threads: usize) -> Result<
         total_size(&checkpoint, &mut findings)?;
         let parsed = findings.absorb(ModelConfig::parse(dir, &checkpoint.config))?;
         if let Some(config) = parsed {
+            findings.absorb(Settings::parse(dir, &checkpoint.config, &config))?;
+            quantization_method(&checkpoint, &mut findings);
             structure(&checkpoint, &config, &mut findings)?;
         }
         values(&checkpoint, manifest, threads, &mut findings)?;
@@ -73,6 +75,33 @@ pub fn check(dir: &Path, manifest: Option<&Manifest>, threads: usize) -> Result<
     }
     let hashes_checked = manifest.is_some_and(|m| m.output.is_some());
     Ok(Verdict { passed: findings.0.is_empty(), tensors, hashes_checked, findings: findings.0, total_error: None })
+}
+
+/// What stands in the way of a runtime, or of this tool's own forward, whatever the values are: the first tensor that is
+/// missing or has another shape, a config that no model has, a quantization that nobody here reads. `None` where nothing does.
+pub fn obstacle(checkpoint: &Checkpoint) -> Result<Option<String>> {
+    let mut findings = Findings::default();
+    let dir = &checkpoint.dir;
+    if let Some(config) = findings.absorb(ModelConfig::parse(dir, &checkpoint.config))? {
+        findings.absorb(Settings::parse(dir, &checkpoint.config, &config))?;
+        quantization_method(checkpoint, &mut findings);
+        structure(checkpoint, &config, &mut findings)?;
+    }
+    // Announced blocks that are not there are a matter of each runtime's own, and tensors besides are passed over.
+    let counts = |f: &&Finding| !["extra", "announced"].contains(&&*f.kind);
+    Ok(findings.0.iter().find(counts).map(|f| format!("{}: {}", f.file, f.message)))
+}
+
+/// Methods that this tool reads.
+const METHODS: [&str; 3] = ["mxfp4", "compressed-tensors", "quark"];
+
+fn quantization_method(checkpoint: &Checkpoint, findings: &mut Findings) {
+    let Some(said) = checkpoint.config.get("quantization_config").filter(|q| !q.is_null()) else { return };
+    let method = said.get("quant_method").and_then(serde_json::Value::as_str).unwrap_or("none");
+    if !METHODS.contains(&method) {
+        let known = METHODS.join(", ");
+        findings.add("config", CONFIG, format!("quantization_config has the quant_method {method}; known are {known}"));
+    }
 }
 
 /// Every file of the manifest's output: there, of that size, with that hash; and no shard besides.
@@ -183,7 +212,7 @@ fn says_mxfp4(checkpoint: &Checkpoint, config: &ModelConfig, fused: Fused, layer
     let stored = checkpoint.get(blocks).is_some();
     if stored != said {
         let (has, says) = if stored { ("holds", "does not say so") } else { ("does not hold", "says mxfp4") };
-        findings.add("config", CONFIG, format!("the checkpoint {has} {blocks}, and config.json {says}"));
+        findings.add("announced", CONFIG, format!("the checkpoint {has} {blocks}, and config.json {says}"));
     }
 }
 

@@ -377,7 +377,7 @@ mod tests {
             assert_eq!(config["quantization_config"]["quant_method"], "mxfp4");
             let not = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"];
             assert_eq!(config["quantization_config"]["modules_to_not_convert"], json!(not));
-            assert!(!config.contains_key(super::super::KEPT));
+            assert!(!config.contains_key(crate::containers::openai::KEPT));
             assert_eq!((plan.layouts(), loaders(&plan)), ((ExpertLayout::Mxfp4, MainLayout::Dense), 2));
             assert_eq!(plan.layout_word(), "mxfp4");
         }

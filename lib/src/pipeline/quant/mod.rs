@@ -46,7 +46,6 @@ use crate::verify::errors::report;
 use linears::Experts;
 use store::{Store, Values};
 
-pub use output::{KEPT, says_blocks};
 
 /// Which biases have a tensor of their own: experts first, then projections.
 #[derive(Debug, Clone, Copy)]

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::linears::Experts;
 use super::{LinearJob, Plan};
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
+use crate::containers::openai::{KEPT, experts_module, kept_name};
 use crate::containers::vllm::{self, Kind};
 use crate::formats::float::Float;
 use crate::formats::{MXFP4, NumberFormat};
@@ -14,34 +15,12 @@ use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::gguf::TOKENS;
 use crate::model::{Class, Linear, Proj};
 use crate::recipe::{Container, Treatment};
-use crate::runtimes::{self, ExpertLayout, Facts, MainLayout};
+use crate::runtimes::{self, ExpertLayout, Facts, Feature, MainLayout};
 use crate::verify::errors::Family;
-
-/// Key in config.json that says which tensors have another format than `quantization_config` speaks of.
-pub const KEPT: &str = "gptoss_kept";
 
 /// What the published checkpoints do not convert.
 const NOT_CONVERTED: [&str; 4] =
     ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"];
-
-fn kept_name(layer: &str, tensor: &str) -> String {
-    format!("model.layers.{layer}.mlp.experts.*_{tensor}")
-}
-
-fn experts_module(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.experts")
-}
-
-/// Whether a config.json says that the experts of `layer` are MXFP4 blocks.
-pub fn says_blocks(config: &Map<String, Value>, layer: usize) -> bool {
-    let lists = |list: &Value, name: &str| list.as_array().is_some_and(|l| l.iter().any(|n| n == name));
-    let native = config
-        .get("quantization_config")
-        .is_some_and(|q| q["quant_method"] == "mxfp4" && !lists(&q["modules_to_not_convert"], &experts_module(layer)));
-    let kept =
-        |kept: &Value| ["*", &layer.to_string()].iter().any(|l| lists(&kept["tensors"], &kept_name(l, "blocks")));
-    native || config.get(KEPT).is_some_and(kept)
-}
 
 impl Plan<'_> {
     /// True where a layer's experts are MXFP4 blocks in the output.
@@ -90,10 +69,9 @@ impl Plan<'_> {
         let eps = runtimes::eps(&self.raw_config);
         let gates =
             (0..self.config.layers).filter_map(|layer| self.coded(&Linear { proj: Proj::Gate, layer, expert: 0 }));
-        let coded = |proj| self.coded(&Linear { proj, layer: 0, expert: 0 }).is_some_and(|s| s.stored().is_some());
-        let (embedding, head) = (coded(Proj::Embed), coded(Proj::LmHead));
+        let features = Feature::of(&self.config, |l| self.coded(l).filter(|s| s.stored().is_some()));
         let (groups, hidden) = (runtimes::groups(gates), self.config.hidden);
-        Facts { experts, main, formats, embedding, head, groups, hidden, eps }
+        Facts { experts, main, formats, features, groups, hidden, eps }
     }
 
     /// The output's layout in a word.

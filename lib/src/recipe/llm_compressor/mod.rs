@@ -16,10 +16,11 @@ use serde_json::Value;
 use self::modifiers::{MODIFIERS, Reading};
 use self::scheme::Rule;
 use super::keys::{self, Object, suggestion};
+use super::pattern::Patterns;
 use super::simplify::simplify;
 use super::{LayerRecipe, Override, Recipe, SchemeName};
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
+use crate::model::{Linear, ModelConfig, Proj};
 
 /// Reads a file for a model of these shapes.
 ///
@@ -102,14 +103,27 @@ fn assemble(recipe: &mut Recipe, rules: Vec<Rule>) {
         s.ignore = rest(&s.ignore);
     }
     for rule in rules {
-        let (mut targets, ignore) = (rule.targets, rest(&rule.ignore));
-        let linear = targets.iter().any(|t| t == "Linear");
-        if linear {
+        let (mut targets, mut ignore) = (rule.targets, rest(&rule.ignore));
+        if targets.iter().any(|t| t == "Linear") {
             targets = vec!["re:.*".into()];
+            not_linear(&mut ignore, &common);
         }
         recipe.overrides.push(Override { targets, ignore, layer: rule.layer });
     }
     recipe.ignore = ["embed_tokens".to_owned()].into_iter().chain(common).collect();
+}
+
+/// Takes out of a rule for the class `Linear` what is none in transformers' model: GptOssTopKRouter holds bare parameters.
+/// (The experts are none there either; llm-compressor turns them into linear layers before it looks.)
+fn not_linear(ignore: &mut Vec<String>, common: &[String]) {
+    const LAYERS: usize = 512;
+    let said = Patterns::new(&[&ignore[..], common].concat());
+    let router = |layer| Linear { proj: Proj::Router, layer, expert: 0 }.module();
+    // An expression that is none is told where the recipe is checked.
+    let ignored = said.is_ok_and(|p| (0..LAYERS).all(|layer| p.any(&router(layer))));
+    if !ignored {
+        ignore.push("mlp.router".into());
+    }
 }
 
 /// A layer that nothing is said of: floats where zeros are made, untouched otherwise.

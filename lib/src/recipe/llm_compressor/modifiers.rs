@@ -228,7 +228,12 @@ impl Reading {
             (Mask::Unstructured, None) => return Err(o.refuse("has neither sparsity nor mask_structure")),
         };
         let targets = o.texts("targets")?.unwrap_or_else(|| vec!["Linear".into()]);
-        let targets = if targets.iter().any(|t| t == "Linear") { Vec::new() } else { targets };
+        let mut ignore = o.texts("ignore")?.unwrap_or_default();
+        let linear = targets.iter().any(|t| t == "Linear");
+        if linear {
+            super::not_linear(&mut ignore, &[]);
+        }
+        let targets = if linear { Vec::new() } else { targets };
         let default = Gptq::default();
         self.sparsity = Some(Sparsity {
             algorithm,
@@ -237,7 +242,7 @@ impl Reading {
             block_size: o.count("block_size")?.unwrap_or(default.block_size),
             dampening_frac: o.number("dampening_frac")?.unwrap_or(default.dampening_frac),
             targets,
-            ignore: o.texts("ignore")?.unwrap_or_default(),
+            ignore,
         });
         Ok(())
     }
