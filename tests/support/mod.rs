@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: the tools as processes, the fixture, small changes to checkpoints.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod faults;
 pub mod random;
 pub mod synthetic;
 

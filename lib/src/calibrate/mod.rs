@@ -269,8 +269,8 @@ impl<'a> Calibrator<'a> {
         self.x.get(0..self.tokens())
     }
 
-    /// Goes on from hidden states that were kept.
-    pub fn restore(&mut self, read: impl FnOnce(&mut States) -> Result<()>) -> Result<()> {
+    /// Goes on from hidden states that were kept; gives what `read` says of them.
+    pub fn restore<T>(&mut self, read: impl FnOnce(&mut States) -> Result<T>) -> Result<T> {
         read(&mut self.x)
     }
 

@@ -2,7 +2,7 @@
 //! speaks of is never the one that is being written. Nobody waits for the disk: what a killed process wrote is there, and
 //! what a power cut tore is known by its hash.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -52,32 +52,33 @@ impl Saved {
         write().map_err(Error::io("write hidden states to", path))
     }
 
-    /// Reads the states in front of `layer`, a row at a time.
-    ///
-    /// # Errors
-    /// [`Error::Io`] where they are not there as they were kept.
-    pub fn load(&self, layer: usize, states: &mut States) -> Result<()> {
+    /// Reads the states in front of `layer`, a row at a time; false where they are not there as they were kept.
+    pub fn load(&self, layer: usize, states: &mut States) -> Result<bool> {
         let path = &self.files[layer % 2];
-        // No bad input: nothing of the unfinished output may go for it.
-        let gone = |_| {
-            let cause = "the interrupted run's hidden states are not there as it kept them; give the --offload-folder that \
-                         it had, or --force to start over";
-            Error::io("resume from", path)(std::io::Error::other(cause))
-        };
-        let file = File::open(path).map_err(gone)?;
-        if file.metadata().map_err(gone)?.len() != (HEAD + 4 * states.len()) as u64 {
-            return Err(gone(std::io::ErrorKind::InvalidData.into()));
+        if !files::is_there(path)? {
+            return Ok(false);
+        }
+        let file = files::open(path)?;
+        let read = Error::io("read hidden states from", path);
+        if file.metadata().map_err(read)?.len() != (HEAD + 4 * states.len()) as u64 {
+            return Ok(false);
         }
         let mut file = BufReader::new(file);
         let mut head = [0u8; HEAD];
-        file.read_exact(&mut head).map_err(gone)?;
+        file.read_exact(&mut head).map_err(Error::io("read hidden states from", path))?;
         for row in 0..states.rows() {
-            file.read_exact(bytemuck::cast_slice_mut(states.row_mut(row))).map_err(gone)?;
+            let row = bytemuck::cast_slice_mut(states.row_mut(row));
+            file.read_exact(row).map_err(Error::io("read hidden states from", path))?;
         }
-        if head[..8] != (layer as u64).to_le_bytes() || head[8..] != self.hash(states) {
-            return Err(gone(std::io::ErrorKind::InvalidData.into()));
-        }
-        Ok(())
+        Ok(head[..8] == (layer as u64).to_le_bytes() && head[8..] == self.hash(states))
+    }
+
+    /// The error for states that a run needs to go on and does not have.
+    pub fn gone(&self, layer: usize) -> Error {
+        let cause = "the interrupted run's hidden states are not there as it kept them; give the --offload-folder that it \
+                     had, or --force to start over";
+        // No bad input: nothing of the unfinished output may go for it.
+        Error::io("resume from", &self.files[layer % 2])(std::io::Error::other(cause))
     }
 
     /// Bytes that both take of their disk.

@@ -52,15 +52,21 @@ impl OpenShard {
         file.write_all_at(&layout.header, 0).map_err(Error::io("write", &path))?;
         // SAFETY: the folder is locked, so nobody else truncates the file; it is read only where it was written before.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
-        let written = BTreeMap::from([(0, layout.header.len() as u64)]);
         let hash = HashState { hasher: Sha256::new(), at: 0 };
-        let shard = Self { path, file, map, written: Mutex::new(written), hash: Mutex::new(hash) };
+        let mut shard = Self { path, file, map, written: Mutex::default(), hash: Mutex::new(hash) };
+        shard.forget(layout)?;
+        Ok(shard)
+    }
+
+    /// Takes nothing for final but the header and the gaps. Nothing was hashed yet.
+    pub(super) fn forget(&mut self, layout: &ShardLayout) -> Result<()> {
+        self.written = Mutex::new(BTreeMap::from([(0, layout.header.len() as u64)]));
         for &(start, end) in &layout.gaps {
             let zeros = vec![0; (end - start) as usize];
-            shard.file.write_all_at(&zeros, start).map_err(Error::io("write", &shard.path))?;
-            shard.mark(start, end);
+            self.file.write_all_at(&zeros, start).map_err(Error::io("write", &self.path))?;
+            self.mark(start, end);
         }
-        Ok(shard)
+        Ok(())
     }
 
     /// Writes final bytes.

@@ -119,6 +119,13 @@ impl Sink {
         Ok(())
     }
 
+    /// Forgets what an earlier run finished, durably. Only before anything is written.
+    pub fn start_over(&mut self) -> Result<()> {
+        self.journal.get_mut().expect("not shared yet").keep(&[])?;
+        self.resumed.clear();
+        self.shards.iter_mut().zip(&self.layout.shards).try_for_each(|(shard, layout)| shard.forget(layout))
+    }
+
     /// Where the bytes of a group lie: shard and range, in the order of the layout.
     fn ranges(&self, group: usize) -> impl Iterator<Item = (usize, std::ops::Range<u64>)> {
         let tensors = self.layout.tensors.iter().zip(&self.layout.places);
@@ -317,7 +324,13 @@ fn replace_in_steps(partial: &Path, dst: &Path) -> Result<()> {
         std::fs::rename(&aside, dst).map_err(Error::io("move back", &aside))?;
         return Err(Error::io("rename the finished output to", dst)(e));
     }
+    sync_dir(parent(dst))?;
     remove_checkpoint(&aside)
+}
+
+/// The folder that a path without links lies in.
+fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
 }
 
 /// The one moment at which the output appears. An old checkpoint under that name is exchanged in the same step.
@@ -326,7 +339,11 @@ fn put_in_place(partial: &Path, dst: &Path) -> Result<()> {
     let occupied = std::fs::read_dir(dst).is_ok_and(|mut d| d.next().is_some());
     if occupied {
         match rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE) {
-            Ok(()) => remove_checkpoint(partial)?,
+            Ok(()) => {
+                // Before the old files go: a power cut could undo the exchange, and the old checkpoint would be half of one.
+                sync_dir(parent(dst))?;
+                remove_checkpoint(partial)?;
+            }
             // Network file systems have no exchange.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => replace_in_steps(partial, dst)?,
             Err(e) => return Err(Error::io("replace", dst)(e.into())),
@@ -334,7 +351,7 @@ fn put_in_place(partial: &Path, dst: &Path) -> Result<()> {
     } else {
         std::fs::rename(partial, dst).map_err(Error::io("rename the finished output to", dst))?;
     }
-    sync_dir(dst.parent().unwrap_or(Path::new("/")))
+    sync_dir(parent(dst))
 }
 
 #[cfg(test)]

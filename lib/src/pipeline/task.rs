@@ -127,8 +127,7 @@ impl<'a, W: Sync> Opened<'a, W> {
             let n = sink.resumed.len();
             resources.progress.note(&format!("resuming behind {n} finished groups of an interrupted run"));
         }
-        let mut units = task.units;
-        units.retain(|u| !sink.resumed.contains_key(&u.group));
+        let units = task.units;
         Ok(Self { units, verb: task.verb, source: task.source, workers, order: task.order, sink, fingerprint })
     }
 
@@ -139,7 +138,7 @@ impl<'a, W: Sync> Opened<'a, W> {
         resources: &Resources,
     ) -> Result<(Vec<GroupResult>, FileSet)> {
         if self.order == Order::Any {
-            resources.progress.start(self.verb, self.units.iter().map(|u| u.bytes).sum());
+            resources.progress.start(self.verb, self.left().map(|u| u.bytes).sum());
         }
         let hashes = SourceHashes(self.source.shards.iter().map(|_| OnceLock::new()).collect());
         let closed = Mutex::new(self.sink.resumed.clone());
@@ -161,7 +160,7 @@ impl<'a, W: Sync> Opened<'a, W> {
                 }
             }
         } else {
-            let units: Vec<&Unit<W>> = self.units.iter().collect();
+            let units: Vec<&Unit<W>> = self.left().collect();
             let steps = Due::new(&units, shards, |work| pipeline.shard_of(work)).steps(0, &units);
             work(pipeline, &steps, self.workers, &self.sink, resources, &hashes, self.source, &closed)?;
         }
@@ -175,11 +174,16 @@ impl<'a, W: Sync> Opened<'a, W> {
         Ok((groups, hashes.file_set(self.source)?))
     }
 
+    /// The units of groups that no earlier run finished.
+    fn left(&self) -> impl Iterator<Item = &Unit<W>> {
+        self.units.iter().filter(|u| !self.sink.resumed.contains_key(&u.group))
+    }
+
     /// The units that are left, by group. A group is every group of the output: one that calibration alone writes has no
     /// units, and its end is to be noted all the same.
     fn groups(&self) -> BTreeMap<usize, Vec<&Unit<W>>> {
         let mut groups: BTreeMap<usize, Vec<&Unit<W>>> = self.sink.groups_left().map(|g| (g, Vec::new())).collect();
-        self.units.iter().for_each(|unit| groups.entry(unit.group).or_default().push(unit));
+        self.left().for_each(|unit| groups.entry(unit.group).or_default().push(unit));
         groups
     }
 

@@ -297,10 +297,10 @@ impl Iterator for Texts<'_> {
 impl Texts<'_> {
     fn chat(&mut self, messages: &[serde_json::Value], place: &str) -> Result<String> {
         let template = match self.template.take() {
-            Some(template) => template,
-            None => ChatTemplate::require(self.checkpoint, Clock::FIXED)?,
+            Some(template) => Ok(template),
+            None => ChatTemplate::require(self.checkpoint, Clock::FIXED),
         };
-        let rendered = self.template.insert(template).render(messages, false);
+        let rendered = template.and_then(|t| self.template.insert(t).render(messages, false));
         rendered.map_err(|e| Error::file(self.file, format!("{place}: {e}")))
     }
 }

@@ -12,7 +12,7 @@ use crate::checkpoint::destination::{check_free, check_offload};
 use crate::checkpoint::digest;
 use crate::checkpoint::sink::Sink;
 use crate::device::cpu::Cpu;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::activations::Activations;
 use crate::model::{Class, Linear, Model, Proj};
 use crate::pipeline::progress::Unit;
@@ -38,7 +38,7 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
     crate::evaluate::fits(&model, &model, &text.sequences)?;
     let device = Cpu::new(resources.threads)?;
     check_memory(resources.max_memory, &model.config)?;
-    let opened = Opened::new(task, paths, resources)?;
+    let mut opened = Opened::new(task, paths, resources)?;
     if let Some(offload) = &resources.offload {
         check_offload(&paths.src, offload)?;
     }
@@ -52,13 +52,26 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
     };
     let tokens = text.sequences.iter().map(|s| s.real as u64).sum();
     let room_enough = check_free(&offload, room.offloaded(&model, tokens), saved.taken());
+    let calibrator = || Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room);
+    let begun = room_enough.and_then(|()| calibrator()).and_then(|mut calibrator| {
+        let Some(layer) = needed_states(plan, &opened.sink) else { return Ok((calibrator, None)) };
+        if calibrator.restore(|states| saved.load(layer, states))? {
+            return Ok((calibrator, Some(layer)));
+        }
+        // Where they were to be beside the output nobody can have forgotten to say where they are: they are lost.
+        if resources.offload.is_some() && !paths.force {
+            return Err(saved.gone(layer));
+        }
+        resources.progress.note("the interrupted run's hidden states are not there as it kept them: starting over");
+        opened.sink.start_over()?;
+        Ok((calibrator, None))
+    });
     let jobs = plan.jobs.iter().enumerate().map(|(i, j)| (j.linear, i)).collect();
     let taker = Taker { plan, sink: &opened.sink, jobs };
-    let calibrator = || Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room);
-    let outcome = room_enough.and_then(|()| calibrator()).and_then(|calibrator| {
+    let outcome = begun.and_then(|(calibrator, at)| {
         let left = model.config.layers.saturating_sub(opened.sink.resumed.len().saturating_sub(1));
         resources.progress.start_counting("calibrate", calibrator.work_a_layer() * left as u64, Unit::Work);
-        let state = Mutex::new(State { calibrator, at: None, reports: BTreeMap::new() });
+        let state = Mutex::new(State { calibrator, at, reports: BTreeMap::new() });
         let run = Calibrated { plan, taker: &taker, saved: &saved, state };
         opened.work(&run, resources)
     });
@@ -67,6 +80,13 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
         saved.remove()?;
     }
     opened.end(outcome, resources)
+}
+
+/// The layer whose hidden states a run needs to go on: the first one that is left, where that is not the first of all.
+fn needed_states(plan: &Plan, sink: &Sink) -> Option<usize> {
+    let layer = sink.groups_left().min()?.checked_sub(1).filter(|&l| l > 0)?;
+    let head = layer == plan.config.layers;
+    (!head || plan.treated.keys().any(|l| l.proj == Proj::LmHead)).then_some(layer)
 }
 
 /// Writes what calibration makes into the sink.
@@ -142,7 +162,7 @@ impl<'p> Pipeline for Calibrated<'p, '_> {
         match state.at {
             Some(at) => assert_eq!(at, layer, "layers come one after the other"),
             None if layer == 0 => state.calibrator.embed()?,
-            None => state.calibrator.restore(|states| self.saved.load(layer, states))?,
+            None => return Err(Error::Fault(format!("layer {layer} comes first, and nobody has its hidden states"))),
         }
         let report =
             if head { state.calibrator.head(self.taker)? } else { state.calibrator.layer(layer, self.taker)? };

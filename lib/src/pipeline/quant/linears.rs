@@ -399,7 +399,7 @@ mod tests {
         }
         let config = plan.output_config();
         assert_eq!(config["quantization_config"]["format"], "mixed-precision");
-        let said = [0, 1, 2].map(|l| super::super::says_blocks(&config, l));
+        let said = [0, 1, 2].map(|l| crate::containers::openai::says_blocks(&config, l));
         assert_eq!(said, [true, false, true]);
         let Value::Object(quantization) = &config["quantization_config"] else { panic!("an object") };
         let of = |module: &str| crate::containers::compressed_tensors::config::lookup(quantization, module).unwrap();
@@ -432,7 +432,7 @@ mod tests {
             recipe["sparsity"]["ignore"] = json!(["layers.0"]);
         });
         let config = plan.output_config();
-        assert_eq!([0, 1, 2].map(|l| super::super::says_blocks(&config, l)), [true, false, false]);
+        assert_eq!([0, 1, 2].map(|l| crate::containers::openai::says_blocks(&config, l)), [true, false, false]);
         assert_eq!(plan.layouts(), (ExpertLayout::Mixed, MainLayout::Dense));
         assert_eq!(loaders(&plan), 0);
     }

@@ -213,6 +213,8 @@ impl Lane {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::sink::Order;
+    use crate::checkpoint::source::SideFile;
     use crate::algorithms::rtn::{Target, rtn};
     use crate::checkpoint::layout::{Layout, Planned};
     use crate::checkpoint::source::Checkpoint;
@@ -301,10 +303,11 @@ mod tests {
             let (stores, tensors) = stores(&config, native, float);
             let dir = tempfile::tempdir().unwrap();
             let dst = dir.path().join("out");
-            let sink = Sink::open(&dst, Layout::new(tensors, u64::MAX), "f", false).unwrap();
+            let sink = Sink::open(&dst, Layout::new(tensors, u64::MAX), "f", false, Order::Any).unwrap();
             write_all(&stores, native, step * 32, &sink);
             sink.finish_group(0, json!(null)).unwrap();
-            sink.finish(vec![("config.json".into(), b"{}".to_vec())], |_| Ok("{}".into())).unwrap();
+            let small = SideFile { name: "config.json".into(), bytes: b"{}".to_vec(), mode: None };
+            sink.finish(vec![small], |_| Ok("{}".into())).unwrap();
             let checkpoint = Checkpoint::open(&dst).unwrap();
             for (linear, store) in &stores {
                 let rows = containers::open(&checkpoint, &config, linear).unwrap();

@@ -1,0 +1,228 @@
+//! A crash at every point of the work, a power cut there, and every call that fails once: a run after it ends with the same
+//! bytes, or says what is wrong.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use support::faults::{Fault, trace};
+use support::random::Random;
+use support::{command, files, run, synthetic, tiny};
+
+/// A way of writing a folder: what is run in a folder that holds `src`, and its output's name there.
+struct Job {
+    name: &'static str,
+    line: String,
+    /// Whether something stands at the output that is replaced.
+    force: bool,
+    /// Whether its source is the BF16 one.
+    dense: bool,
+}
+
+impl Job {
+    fn command(&self, dir: &Path) -> Command {
+        let mut c = command(&self.line);
+        let dequant = self.line.starts_with("gptoss-dequant");
+        let (source, output) = if dequant { ("--src", "--dst") } else { ("--model-in", "--output-dir") };
+        c.arg(source).arg(dir.join("src")).arg(output).arg(dir.join("work/out"));
+        if self.force {
+            c.arg("--force");
+        }
+        c
+    }
+
+    /// A folder for one run: the source outside of what is watched, and in it what is there before.
+    fn fresh(&self, base: &Path, src: &Path, old: &Path) -> PathBuf {
+        let dir = base.join("run");
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(dir.join("work")).unwrap();
+        std::os::unix::fs::symlink(src, dir.join("src")).unwrap();
+        if self.force {
+            support::copy_folder(old, &dir.join("work/out"));
+        }
+        dir
+    }
+}
+
+fn jobs() -> Vec<Job> {
+    let calib = tiny().join("calib.jsonl").display().to_string();
+    let text = |flags: &str| format!("gptoss-quant -q --threads 1 --calib-jsonl {calib} --nsamples 2 --max-seq-length 32 {flags}");
+    let job = |name, line: String| Job { name, line, force: false, dense: false };
+    vec![
+        job("dequant", "gptoss-dequant -q --threads 1 --shard-size 200KB".into()),
+        job("rtn", "gptoss-quant -q --threads 1 --algo rtn --experts w4a16 --mw w8a16 --shard-size 100KB".into()),
+        job("gptq", text("--experts w4a16 --mw w8a8 --lm-head w8a16 --shard-size 100KB")),
+        job("gguf", "gptoss-quant -q --threads 1 --algo rtn --experts q4_0 --mw q8_0 --container gguf".into()),
+        Job { force: true, ..job("force", "gptoss-quant -q --threads 1 --algo rtn --experts w8a16 --mw w8a16".into()) },
+        Job { dense: true, ..job("target size", text("--experts w4a16 --mw w8a16 --target-size 0.72MB")) },
+    ]
+}
+
+fn small(dir: &Path) -> PathBuf {
+    let sizes = [("hidden_size", 64), ("intermediate_size", 64), ("num_local_experts", 4), ("num_experts_per_tok", 2)];
+    let more = [("num_hidden_layers", 2), ("vocab_size", 2048), ("num_attention_heads", 4), ("num_key_value_heads", 2)];
+    let mut config = synthetic::config(&[sizes.as_slice(), &more].concat());
+    config.insert("head_dim".into(), 32.into());
+    config.insert("experts_per_token".into(), 2.into());
+    let src = dir.join("model");
+    synthetic::write(&src, &config);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tiny().join(name), src.join(name)).unwrap();
+    }
+    src
+}
+
+/// A model, another checkpoint that `--force` replaces, and what a run without faults makes.
+struct Bench {
+    dir: tempfile::TempDir,
+    src: PathBuf,
+    old: PathBuf,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let src = small(dir.path());
+        let old = dir.path().join("old");
+        run(command("gptoss-dequant -q --src").arg(&src).arg("--dst").arg(&old)).manifest();
+        Self { dir, src, old }
+    }
+
+    fn fresh(&self, job: &Job) -> PathBuf {
+        job.fresh(self.dir.path(), if job.dense { &self.old } else { &self.src }, &self.old)
+    }
+}
+
+/// The output's files; what is volatile in the manifest does not lie there.
+fn made(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    files(&dir.join("work/out"))
+}
+
+/// After a fault: the output is not there, or it is the old one, or the whole new one. Then the same command again.
+fn recovers(job: &Job, dir: &Path, expected: &BTreeMap<String, Vec<u8>>, old: &Path, what: &str) {
+    let out = dir.join("work/out");
+    if out.exists() {
+        let there = files(&out);
+        let is_old = job.force && there == files(old);
+        assert!(there == *expected || is_old, "{what}: half an output stands there: {:?}", there.keys());
+        if there == *expected {
+            return;
+        }
+    }
+    let ran = run(&mut job.command(dir));
+    if ran.code != 0 {
+        // A clear error, and the way on that it names works.
+        assert_eq!(ran.code, 2, "{what}: {}", ran.err);
+        assert!(ran.err.contains("--force"), "{what}: {}", ran.err);
+        let again = run(job.command(dir).arg("--force"));
+        assert_eq!(again.code, 0, "{what}: after {} --force says {}", ran.err, again.err);
+    }
+    let there = made(dir);
+    for (name, bytes) in expected {
+        assert!(there.get(name) == Some(bytes), "{what}: {name} differs after the rerun");
+    }
+    assert_eq!(there.len(), expected.len(), "{what}");
+    assert!(!dir.join("work/out.partial").exists(), "{what}: the partial folder stays");
+}
+
+fn in_full() -> bool {
+    std::env::var_os("FULL").is_some()
+}
+
+/// Points that are tried: all of them in full, else a share of them, other ones for each seed.
+fn points(count: usize, rng: &mut Random) -> Vec<usize> {
+    const SOME: usize = 24;
+    if in_full() || count <= SOME {
+        return (0..count).collect();
+    }
+    let stride = count / SOME + 1;
+    let first = rng.below(stride);
+    // The ends are where folders change their names.
+    let mut points: Vec<usize> = (first..count).step_by(stride).chain(count.saturating_sub(10)..count).collect();
+    points.sort_unstable();
+    points.dedup();
+    points
+}
+
+/// Runs once without a fault; gives what it makes and how many calls that takes.
+fn plain(bench: &Bench, job: &Job) -> (BTreeMap<String, Vec<u8>>, usize) {
+    let dir = bench.fresh(job);
+    let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::None);
+    assert_eq!(traced.code, 0, "{}: {}", job.name, traced.err);
+    let names = |n: &str| traced.calls.iter().filter(|c| c.name == n).count();
+    let writes = names("write") + names("pwrite64");
+    assert!(writes > 5 && names("fdatasync") + names("fsync") > 3 && names("ftruncate") > 0, "{:?}", traced.calls);
+    (made(&dir), traced.calls.len())
+}
+
+#[test]
+fn a_kill_at_any_call_loses_nothing() {
+    let bench = Bench::new();
+    let mut rng = Random::from_env("GPTOSS_FAULTS_SEED");
+    for job in jobs() {
+        let (expected, count) = plain(&bench, &job);
+        let (mut hits, mut resumed) = (0, 0);
+        for point in points(count, &mut rng) {
+            let dir = bench.fresh(&job);
+            let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::Kill(point));
+            hits += usize::from(traced.struck);
+            let at = traced.calls.last().cloned();
+            if traced.struck {
+                assert_eq!(traced.code, -1, "{}", job.name);
+                resumed += usize::from(dir.join("work/out.partial/journal.jsonl").exists());
+            }
+            recovers(&job, &dir, &expected, &bench.old, &format!("{}, killed at {point}, {at:?}", job.name));
+        }
+        println!("{}: {count} points, {hits} kills, {resumed} with a journal", job.name);
+        assert!(hits > 10 && resumed > 0, "{}: {hits} kills", job.name);
+    }
+}
+
+#[test]
+fn a_power_cut_at_any_call_loses_nothing_that_was_durable() {
+    let bench = Bench::new();
+    let mut rng = Random::from_env("GPTOSS_FAULTS_SEED");
+    for job in jobs() {
+        let (expected, count) = plain(&bench, &job);
+        for point in points(count, &mut rng) {
+            // All that was not durable is lost, or some of it.
+            for lost in [256, 128] {
+                let dir = bench.fresh(&job);
+                let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::Kill(point));
+                let at = traced.calls.last().cloned();
+                traced.cut_power(&mut rng, lost);
+                let what = format!("{}, power cut at {point} ({lost} of 256 lost), {at:?}", job.name);
+                recovers(&job, &dir, &expected, &bench.old, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_call_that_fails_is_an_error_or_is_tried_again() {
+    let bench = Bench::new();
+    let mut rng = Random::from_env("GPTOSS_FAULTS_SEED");
+    for job in jobs() {
+        let (expected, count) = plain(&bench, &job);
+        for errno in [libc::EIO, libc::ENOSPC, libc::EMFILE, libc::EINTR] {
+            for point in points(count, &mut rng) {
+                let dir = bench.fresh(&job);
+                let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::Fail(point, errno));
+                let what = format!("{}, errno {errno} at {point}, {:?}", job.name, traced.calls.get(point));
+                match traced.code {
+                    0 => assert!(made(&dir) == expected, "{what}: it ends well, with other bytes"),
+                    2 => {
+                        let said = traced.err.trim_end();
+                        assert!(said.contains("error: "), "{what}: {said}");
+                        assert!(!said.contains("panicked"), "{what}: {said}");
+                        recovers(&job, &dir, &expected, &bench.old, &what);
+                    }
+                    code => panic!("{what}: exit code {code}: {}", traced.err),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! Faults of the system, put under a tool from outside: a process is stopped at its system calls by seccomp and ptrace, below
+//! std and rustix alike, and killed there, or the call fails. What it had written and not yet made durable can be taken back
+//! afterwards, as a power cut would.
+//!
+//! x86-64 alone, like the seccomp filter. A crash point is the moment before a call that changes a file of the watched folder,
+//! so the points are all states that the folder goes through.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::c_void;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// System calls that are watched.
+const CALLS: [(&str, i64); 21] = [
+    ("openat", libc::SYS_openat),
+    ("open", libc::SYS_open),
+    ("write", libc::SYS_write),
+    ("pwrite64", libc::SYS_pwrite64),
+    ("writev", libc::SYS_writev),
+    ("pwritev", libc::SYS_pwritev),
+    ("fsync", libc::SYS_fsync),
+    ("fdatasync", libc::SYS_fdatasync),
+    ("rename", libc::SYS_rename),
+    ("renameat", libc::SYS_renameat),
+    ("renameat2", libc::SYS_renameat2),
+    ("unlink", libc::SYS_unlink),
+    ("unlinkat", libc::SYS_unlinkat),
+    ("rmdir", libc::SYS_rmdir),
+    ("mkdir", libc::SYS_mkdir),
+    ("mkdirat", libc::SYS_mkdirat),
+    ("ftruncate", libc::SYS_ftruncate),
+    ("fallocate", libc::SYS_fallocate),
+    ("chmod", libc::SYS_chmod),
+    ("fchmodat", libc::SYS_fchmodat),
+    ("copy_file_range", libc::SYS_copy_file_range),
+];
+
+/// What is done to a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing: the run's calls are listed.
+    None,
+    /// It is killed in front of call number this, from 0.
+    Kill(usize),
+    /// Call number this fails with this errno.
+    Fail(usize, i32),
+}
+
+/// A watched call: its name and the file that it is about, below the watched folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// `pwrite64`.
+    pub name: &'static str,
+    /// The file, or the first of two.
+    pub path: PathBuf,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Traced {
+    /// Exit code; -1 for a signal.
+    pub code: i32,
+    /// Whether the fault came to it; a run may be over before.
+    pub struck: bool,
+    /// The calls that were watched, in order.
+    pub calls: Vec<Call>,
+    /// Standard error.
+    pub err: String,
+    /// What was not durable at the end, oldest first.
+    pending: Vec<Pending>,
+}
+
+/// A change that a power cut may take back.
+#[derive(Debug)]
+enum Pending {
+    /// Bytes of a file: start and length, and the length of the file that was durable.
+    Written { file: PathBuf, start: u64, len: u64 },
+    /// A file or folder that was made.
+    Made { path: PathBuf },
+    /// A name that was changed; exchanged where both were there.
+    Renamed { from: PathBuf, to: PathBuf },
+    /// A file that was removed; it lies here now.
+    Removed { path: PathBuf, grave: PathBuf },
+}
+
+/// Runs `command` with `fault` at the calls that are about files below `folder`.
+pub fn trace(command: &mut Command, folder: &Path, fault: Fault) -> Traced {
+    let folder = folder.canonicalize().expect("the watched folder is there");
+    let graves = tempfile::Builder::new().prefix(".graves-").tempdir_in(folder.parent().expect("it has a parent"));
+    let graves = graves.expect("there is room").keep();
+    let errors = tempfile::NamedTempFile::new().expect("there is room");
+    command.stdout(Stdio::null()).stdin(Stdio::null()).stderr(errors.reopen().expect("it is there"));
+    // SAFETY: between fork and exec it makes system calls alone.
+    unsafe { command.pre_exec(watch_me) };
+    let child = command.spawn().expect("the tool starts");
+    let pid = i32::try_from(child.id()).expect("a pid is an int");
+    let mut tracer = Tracer { pid, folder, fault, graves, calls: Vec::new(), pending: Vec::new(), struck: false };
+    let code = tracer.run();
+    let mut err = String::new();
+    errors.reopen().expect("it is there").read_to_string(&mut err).expect("UTF-8");
+    Traced { code, struck: tracer.struck, calls: tracer.calls, err, pending: tracer.pending }
+}
+
+/// In the child: stop at the watched calls.
+fn watch_me() -> std::io::Result<()> {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let filter = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut program = [filter(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW); CALLS.len() + 3];
+    program[0] = filter(LOAD, 0, 0, 0);
+    for (i, (_, number)) in CALLS.iter().enumerate() {
+        program[i + 1] = filter(EQUAL, (CALLS.len() - i) as u8, 0, *number as u32);
+    }
+    program[CALLS.len() + 2] = filter(RETURN, 0, 0, libc::SECCOMP_RET_TRACE);
+    let list = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the program outlives the call, which copies it.
+    let done = unsafe {
+        libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const list) == 0
+    };
+    if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+struct Tracer {
+    pid: i32,
+    folder: PathBuf,
+    fault: Fault,
+    graves: PathBuf,
+    calls: Vec<Call>,
+    pending: Vec<Pending>,
+    struck: bool,
+}
+
+impl Tracer {
+    fn run(&mut self) -> i32 {
+        let options = libc::PTRACE_O_TRACESECCOMP
+            | libc::PTRACE_O_TRACECLONE
+            | libc::PTRACE_O_TRACEFORK
+            | libc::PTRACE_O_TRACEVFORK
+            | libc::PTRACE_O_EXITKILL;
+        let mut status = 0;
+        // SAFETY: waits for our own child, which stops at its exec.
+        unsafe {
+            assert_eq!(libc::waitpid(self.pid, &mut status, 0), self.pid);
+            assert!(libc::WIFSTOPPED(status), "it stops at exec");
+            assert_eq!(libc::ptrace(libc::PTRACE_SETOPTIONS, self.pid, 0, options), 0, "ptrace is allowed");
+            libc::ptrace(libc::PTRACE_CONT, self.pid, 0, 0);
+        }
+        loop {
+            // SAFETY: any child of this thread is one of the traced process's threads: __WNOTHREAD.
+            let tid = unsafe { libc::waitpid(-1, &mut status, libc::__WALL | libc::__WNOTHREAD) };
+            assert!(tid > 0, "waitpid: {}", std::io::Error::last_os_error());
+            if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+                if tid == self.pid {
+                    return if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -1 };
+                }
+                continue;
+            }
+            let event = status >> 16;
+            let mut signal = 0;
+            if event == libc::PTRACE_EVENT_SECCOMP {
+                if self.stopped(tid) {
+                    // SAFETY: kills our own child.
+                    unsafe { libc::kill(self.pid, libc::SIGKILL) };
+                    continue;
+                }
+            } else if event == 0 {
+                let stop = libc::WSTOPSIG(status);
+                // A new thread begins with a stop that is nobody's signal.
+                signal = if stop == libc::SIGSTOP || stop == libc::SIGTRAP { 0 } else { stop };
+            }
+            // SAFETY: the thread is stopped, or gone, which is an error that does not matter.
+            unsafe { libc::ptrace(libc::PTRACE_CONT, tid, 0, signal) };
+        }
+    }
+
+    /// A thread stands in front of a watched call. True where the process is to be killed.
+    fn stopped(&mut self, tid: i32) -> bool {
+        // SAFETY: the structure is plain numbers, and the thread is stopped.
+        let mut regs: libc::user_regs_struct = unsafe { std::mem::zeroed() };
+        let got = unsafe { libc::ptrace(libc::PTRACE_GETREGS, tid, 0, (&raw mut regs).cast::<c_void>()) };
+        if got != 0 {
+            return false;
+        }
+        let number = regs.orig_rax as i64;
+        let name = CALLS.iter().find(|c| c.1 == number).expect("the filter has no other").0;
+        let Some((path, second)) = self.about(tid, name, &regs) else { return false };
+        let at = self.calls.len();
+        self.calls.push(Call { name, path: path.strip_prefix(&self.folder).unwrap_or(&path).to_path_buf() });
+        match self.fault {
+            Fault::Kill(n) if n == at => {
+                self.struck = true;
+                return true;
+            }
+            Fault::Fail(n, errno) if n == at => {
+                self.struck = true;
+                regs.orig_rax = u64::MAX;
+                regs.rax = (-i64::from(errno)) as u64;
+                // SAFETY: the thread is stopped; without a call number the kernel skips the call.
+                unsafe { libc::ptrace(libc::PTRACE_SETREGS, tid, 0, (&raw mut regs).cast::<c_void>()) };
+            }
+            _ => self.note(name, path, second, &regs),
+        }
+        false
+    }
+
+    /// The file that a call is about, and the second one, where they lie in the folder and the call changes something.
+    fn about(&self, tid: i32, name: &str, r: &libc::user_regs_struct) -> Option<(PathBuf, Option<PathBuf>)> {
+        let fd = |fd: u64| std::fs::read_link(format!("/proc/{tid}/fd/{}", fd as i32)).ok();
+        let text = |at: u64| read_text(tid, at);
+        let under = |dir: u64, at: u64| {
+            let path = PathBuf::from(text(at)?);
+            if path.is_absolute() {
+                return Some(path);
+            }
+            let base = if dir as i32 == libc::AT_FDCWD { std::fs::read_link(format!("/proc/{tid}/cwd")).ok() } else { fd(dir) };
+            Some(base?.join(path))
+        };
+        let cwd = libc::AT_FDCWD as u64;
+        let (path, second) = match name {
+            "openat" if r.rdx as i32 & libc::O_CREAT != 0 => (under(r.rdi, r.rsi)?, None),
+            "open" if r.rsi as i32 & libc::O_CREAT != 0 => (under(cwd, r.rdi)?, None),
+            "openat" | "open" => return None,
+            "rename" => (under(cwd, r.rdi)?, under(cwd, r.rsi)),
+            "renameat" | "renameat2" => (under(r.rdi, r.rsi)?, under(r.rdx, r.r10)),
+            "unlink" | "rmdir" | "mkdir" | "chmod" => (under(cwd, r.rdi)?, None),
+            "unlinkat" | "mkdirat" | "fchmodat" => (under(r.rdi, r.rsi)?, None),
+            "copy_file_range" => (fd(r.rdx)?, None),
+            _ => (fd(r.rdi)?, None),
+        };
+        path.starts_with(&self.folder).then_some((path, second))
+    }
+
+    /// Notes what the call changes, as long as nothing makes it durable.
+    fn note(&mut self, name: &str, path: PathBuf, second: Option<PathBuf>, r: &libc::user_regs_struct) {
+        let length = |p: &Path| std::fs::metadata(p).map_or(0, |m| m.len());
+        match name {
+            "openat" | "open" | "mkdir" | "mkdirat" if !path.exists() => self.pending.push(Pending::Made { path }),
+            // Appends: where the file ends.
+            "write" | "writev" => {
+                let start = length(&path);
+                self.pending.push(Pending::Written { file: path, start, len: r.rdx });
+            }
+            "pwrite64" => self.pending.push(Pending::Written { file: path, start: r.r10, len: r.rdx }),
+            "rename" | "renameat" | "renameat2" => {
+                let to = second.expect("a rename has two names");
+                self.pending.push(Pending::Renamed { from: path, to });
+            }
+            "unlink" | "unlinkat" => {
+                let grave = self.graves.join(self.pending.len().to_string());
+                if std::fs::hard_link(&path, &grave).is_ok() {
+                    self.pending.push(Pending::Removed { path, grave });
+                }
+            }
+            // A file's bytes.
+            "fsync" | "fdatasync" if !path.is_dir() => {
+                self.pending.retain(|p| !matches!(p, Pending::Written { file, .. } if *file == path));
+            }
+            // A folder's names.
+            "fsync" => self.pending.retain(|p| match p {
+                Pending::Made { path: made } => made.parent() != Some(&*path),
+                Pending::Renamed { from, to } => from.parent() != Some(&*path) && to.parent() != Some(&*path),
+                Pending::Removed { path: gone, .. } => gone.parent() != Some(&*path),
+                Pending::Written { .. } => true,
+            }),
+            _ => {}
+        }
+    }
+}
+
+/// A text in the memory of another process.
+fn read_text(tid: i32, at: u64) -> Option<String> {
+    let memory = File::open(format!("/proc/{tid}/mem")).ok()?;
+    let mut bytes = Vec::new();
+    while bytes.len() < 4096 {
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, at + bytes.len() as u64).ok()?;
+        if byte == [0] {
+            return String::from_utf8(bytes).ok();
+        }
+        bytes.push(byte[0]);
+    }
+    None
+}
+
+impl Traced {
+    /// Cuts the power: takes back what was not durable, newest first, each with this probability in 256.
+    pub fn cut_power(self, rng: &mut super::random::Random, lost: usize) {
+        let mut moved: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
+        let mut dropped: BTreeSet<PathBuf> = BTreeSet::new();
+        for change in self.pending.into_iter().rev() {
+            if rng.below(256) >= lost {
+                continue;
+            }
+            match change {
+                Pending::Written { file, start, len } => {
+                    let file = moved_to(&moved, &file);
+                    let Ok(open) = File::options().write(true).open(&file) else { continue };
+                    let end = open.metadata().expect("it is open").len();
+                    // Blocks that were reserved and never written are zeros; an append that never came is no length.
+                    if start + len >= end && !file.extension().is_some_and(|e| e == "safetensors" || e == "gguf") {
+                        open.set_len(start.min(end)).expect("it can be cut");
+                    } else if start < end {
+                        let zeros = vec![0; len.min(end - start) as usize];
+                        open.write_all_at(&zeros, start).expect("it can be written");
+                    }
+                }
+                Pending::Made { path } => {
+                    let path = moved_to(&moved, &path);
+                    if path.is_dir() {
+                        let _ = std::fs::remove_dir_all(&path);
+                    } else {
+                        let _ = std::fs::remove_file(&path);
+                    }
+                    dropped.insert(path);
+                }
+                Pending::Renamed { from, to } => {
+                    if to.exists() && !from.exists() {
+                        std::fs::rename(&to, &from).expect("it can be renamed back");
+                    } else if to.exists() {
+                        // The two were exchanged.
+                        let aside = from.with_extension("aside");
+                        std::fs::rename(&from, &aside).expect("it can be renamed");
+                        std::fs::rename(&to, &from).expect("it can be renamed");
+                        std::fs::rename(&aside, &to).expect("it can be renamed");
+                    }
+                    moved.insert(to, from);
+                }
+                Pending::Removed { path, grave } => {
+                    let path = moved_to(&moved, &path);
+                    if !path.exists() && path.parent().is_some_and(Path::is_dir) {
+                        std::fs::rename(grave, path).expect("it can be put back");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where a path that was noted lies after what was taken back.
+fn moved_to(moved: &BTreeMap<PathBuf, PathBuf>, path: &Path) -> PathBuf {
+    for (to, from) in moved {
+        if let Ok(rest) = path.strip_prefix(to) {
+            return if rest.as_os_str().is_empty() { from.clone() } else { from.join(rest) };
+        }
+    }
+    path.to_path_buf()
+}
