@@ -113,7 +113,8 @@ fn jobs(fixture: &Path) -> Vec<(&'static str, String)> {
 
 /// The output of `job` over `src`, but for what names the source.
 fn output(job: &str, src: &Path, dst: &Path) -> BTreeMap<String, Vec<u8>> {
-    let (source, output) = if job.starts_with("gptoss-dequant") { ("--src", "--dst") } else { ("--model-in", "--output-dir") };
+    let (source, output) =
+        if job.starts_with("gptoss-dequant") { ("--src", "--dst") } else { ("--model-in", "--output-dir") };
     let mut c = command(job);
     run(c.arg(source).arg(src).arg(output).arg(dst)).manifest();
     let mut made = files(dst);
@@ -142,7 +143,8 @@ fn all_cuts_agree(whole: &Path, cuts: &[Vec<Vec<&String>>], tensors: &Tensors, j
 /// A model of four layers that is quick to quantize, with the fixture's tokenizer, in one shard.
 fn small(dir: &Path, layers: usize) -> PathBuf {
     let sizes = [("hidden_size", 64), ("intermediate_size", 64), ("num_local_experts", 4), ("num_experts_per_tok", 2)];
-    let more = [("num_hidden_layers", layers), ("vocab_size", 2048), ("num_attention_heads", 4), ("num_key_value_heads", 2)];
+    let more =
+        [("num_hidden_layers", layers), ("vocab_size", 2048), ("num_attention_heads", 4), ("num_key_value_heads", 2)];
     let mut config = synthetic::config(&[sizes.as_slice(), &more].concat());
     config.insert("head_dim".into(), 32.into());
     config.insert("experts_per_token".into(), 2.into());
@@ -189,7 +191,8 @@ fn cuts_of_the_trained_fixture_give_its_bytes() {
     // And what our own tool writes in small shards, BF16 experts in transformers' layout.
     let dense = |size: &str| {
         let to = dir.path().join(size);
-        run(command(&format!("gptoss-dequant -q --shard-size {size} --src")).arg(&whole).arg("--dst").arg(&to)).manifest();
+        run(command(&format!("gptoss-dequant -q --shard-size {size} --src")).arg(&whole).arg("--dst").arg(&to))
+            .manifest();
         to
     };
     let (one, many) = (dense("5GB"), dense("2MB"));

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use support::faults::{Fault, trace};
+use support::faults::{Fault, once, trace};
 use support::random::Random;
 use support::{command, files, run, synthetic, tiny};
 
@@ -49,7 +49,9 @@ impl Job {
 
 fn jobs() -> Vec<Job> {
     let calib = tiny().join("calib.jsonl").display().to_string();
-    let text = |flags: &str| format!("gptoss-quant -q --threads 1 --calib-jsonl {calib} --nsamples 2 --max-seq-length 32 {flags}");
+    let text = |flags: &str| {
+        format!("gptoss-quant -q --threads 1 --calib-jsonl {calib} --nsamples 2 --max-seq-length 32 {flags}")
+    };
     let job = |name, line: String| Job { name, line, force: false, dense: false };
     vec![
         job("dequant", "gptoss-dequant -q --threads 1 --shard-size 200KB".into()),
@@ -150,12 +152,51 @@ fn points(count: usize, rng: &mut Random) -> Vec<usize> {
 /// Runs once without a fault; gives what it makes and how many calls that takes.
 fn plain(bench: &Bench, job: &Job) -> (BTreeMap<String, Vec<u8>>, usize) {
     let dir = bench.fresh(job);
-    let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::None);
+    let traced = trace(&mut job.command(&dir), &dir.join("work"), |_, _| Fault::None);
     assert_eq!(traced.code, 0, "{}: {}", job.name, traced.err);
     let names = |n: &str| traced.calls.iter().filter(|c| c.name == n).count();
     let writes = names("write") + names("pwrite64");
     assert!(writes > 5 && names("fdatasync") + names("fsync") > 3 && names("ftruncate") > 0, "{:?}", traced.calls);
     (made(&dir), traced.calls.len())
+}
+
+/// Programs with the faults that this file looks for: each is seen, so what it says of the tools means something.
+#[test]
+fn planted_faults_are_seen() {
+    let base = tempfile::tempdir().unwrap();
+    let shell = |script: &str| {
+        let dir = base.path().join("run");
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(dir.join("work")).unwrap();
+        let mut c = Command::new("sh");
+        c.args(["-c", script]).current_dir(dir.join("work"));
+        (c, dir.join("work"))
+    };
+    let text = |path: PathBuf| std::fs::read_to_string(path).ok();
+    // An output that appears under its name before it is whole.
+    let script = "mkdir out; echo one > out/a; echo two > out/b";
+    let (mut c, work) = shell(script);
+    let calls = trace(&mut c, &work, |_, _| Fault::None).calls.len();
+    assert!(calls >= 5, "a folder, two files, two writes: {calls}");
+    let halves = (0..calls).filter(|&point| {
+        let (mut c, work) = shell(script);
+        assert!(trace(&mut c, &work, once(point, Fault::Kill)).struck);
+        work.join("out").exists() && text(work.join("out/b")).as_deref() != Some("two\n")
+    });
+    assert!(halves.count() >= 3);
+    // A rename of what is not on the disk yet: the name is durable and the bytes are not.
+    for (sync, whole) in [("", false), ("sync new; ", true)] {
+        let script = format!("echo whole > new; {sync}mv new out; sync .; echo > end");
+        let (mut c, work) = shell(&script);
+        let traced = trace(&mut c, &work, |_, call| if call.path.ends_with("end") { Fault::Kill } else { Fault::None });
+        assert!(traced.struck, "{:?}", traced.calls);
+        traced.cut_power(&mut Random::new(1), 256);
+        assert_eq!(text(work.join("out")).as_deref() == Some("whole\n"), whole, "{sync}");
+    }
+    // A write whose failure nobody looks at.
+    let (mut c, work) = shell("echo one > out; echo two >> out || true");
+    let traced = trace(&mut c, &work, support::faults::at_file("write", "out", 1, Fault::Fail(libc::ENOSPC)));
+    assert!(traced.struck && traced.code == 0 && text(work.join("out")).as_deref() == Some("one\n"), "{traced:?}");
 }
 
 #[test]
@@ -167,7 +208,7 @@ fn a_kill_at_any_call_loses_nothing() {
         let (mut hits, mut resumed) = (0, 0);
         for point in points(count, &mut rng) {
             let dir = bench.fresh(&job);
-            let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::Kill(point));
+            let traced = trace(&mut job.command(&dir), &dir.join("work"), once(point, Fault::Kill));
             hits += usize::from(traced.struck);
             let at = traced.calls.last().cloned();
             if traced.struck {
@@ -191,7 +232,7 @@ fn a_power_cut_at_any_call_loses_nothing_that_was_durable() {
             // All that was not durable is lost, or some of it.
             for lost in [256, 128] {
                 let dir = bench.fresh(&job);
-                let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::Kill(point));
+                let traced = trace(&mut job.command(&dir), &dir.join("work"), once(point, Fault::Kill));
                 let at = traced.calls.last().cloned();
                 traced.cut_power(&mut rng, lost);
                 let what = format!("{}, power cut at {point} ({lost} of 256 lost), {at:?}", job.name);
@@ -210,7 +251,7 @@ fn a_call_that_fails_is_an_error_or_is_tried_again() {
         for errno in [libc::EIO, libc::ENOSPC, libc::EMFILE, libc::EINTR] {
             for point in points(count, &mut rng) {
                 let dir = bench.fresh(&job);
-                let traced = trace(&mut job.command(&dir), &dir.join("work"), Fault::Fail(point, errno));
+                let traced = trace(&mut job.command(&dir), &dir.join("work"), once(point, Fault::Fail(errno)));
                 let what = format!("{}, errno {errno} at {point}, {:?}", job.name, traced.calls.get(point));
                 match traced.code {
                     0 => assert!(made(&dir) == expected, "{what}: it ends well, with other bytes"),

@@ -15,7 +15,9 @@ fn binaries() -> &'static Path {
 
 fn make(words: &str) -> Ran {
     let mut make = Command::new("make");
-    make.arg("--no-print-directory").args(words.split_whitespace()).current_dir(root()).env_remove("DOCKER");
+    make.arg("--no-print-directory").args(words.split_whitespace()).current_dir(root());
+    // Make takes the caller's environment for its variables.
+    make.env_clear().envs(std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "HOME"));
     run(make.arg(format!("BIN={}", binaries().display())))
 }
 

@@ -1,18 +1,21 @@
 //! What must not change a byte: a kill at any moment, another processor.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod support;
 
-use std::io::{BufRead, BufReader, Read};
-use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
+use support::faults::{Fault, at_file, once, trace};
+use support::random::Random;
 use support::{assert_same, command, files, run, synthetic, tiny};
 
-const KILLS: usize = 10;
+/// Kills a kind of run.
+fn kills() -> usize {
+    if std::env::var_os("FULL").is_some() { 10 } else { 3 }
+}
 
 /// Compares two folders piece by piece: they are too large to hold.
 fn same_bytes(a: &Path, b: &Path) {
@@ -38,49 +41,32 @@ fn same_bytes(a: &Path, b: &Path) {
     }
 }
 
-/// Kills runs at random moments and finishes each. `go` is the run that writes a folder.
+/// Kills runs at random points of their work, with all threads at work, and finishes each. `go` is the run that writes a
+/// folder. tests/faults.rs goes through every point, with one thread and a smaller model.
 fn killed_runs_end_with_the_same_bytes(what: &str, go: impl Fn(&Path) -> Command) {
-    // One at a time: each takes its own time as the measure.
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
-    run(&mut go(&whole)).manifest();
-    // A second run knows the disk: its time is the one that moments are drawn from.
-    let again = dir.path().join("again");
-    let start = Instant::now();
-    run(&mut go(&again)).manifest();
-    let time = start.elapsed();
-    same_bytes(&whole, &again);
-    std::fs::remove_dir_all(&again).unwrap();
-
-    let mut seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos() | 1;
-    let (mut hits, mut misses, mut resumed, mut time) = (0, 0, 0, time);
-    while hits < KILLS {
-        assert!(misses < 2 * KILLS, "only {hits} kills hit a run of about {time:?}");
-        seed ^= seed << 13;
-        seed ^= seed >> 17;
-        seed ^= seed << 5;
-        let moment = time.mul_f64(f64::from(seed % 1000) / 1000.0);
-        let dst = dir.path().join(format!("killed-{hits}-{misses}"));
-        let mut child = go(&dst).stdout(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(moment);
-        child.kill().unwrap();
-        if child.wait().unwrap().signal() == Some(9) {
+    let calls = trace(&mut go(&whole), dir.path(), |_, _| Fault::None).calls.len();
+    let mut rng = Random::from_env("GPTOSS_SURVIVAL_SEED");
+    let (mut hits, mut resumed) = (0, 0);
+    for number in 0..kills() {
+        // One in each part of the work, so that there is something to resume.
+        let point = (number * calls + rng.below(calls)) / kills();
+        let dst = dir.path().join(format!("killed-{number}"));
+        let traced = trace(&mut go(&dst), dir.path(), once(point, Fault::Kill));
+        // With several threads one run has a few calls more than another: it may be over before its last ones.
+        if traced.struck {
             hits += 1;
-            assert!(!dst.exists(), "killed after {moment:?} of {time:?}, but the output stands there");
             let manifest = run(&mut go(&dst)).manifest();
             resumed += manifest["volatile"]["resumed_groups"].as_u64().unwrap();
         } else {
-            // The disk has become faster since the time was taken: the run was over by then.
-            misses += 1;
-            time = moment;
+            assert_eq!(traced.code, 0, "{}", traced.err);
         }
         same_bytes(&whole, &dst);
         std::fs::remove_dir_all(&dst).unwrap();
     }
-    println!("{what}: {hits} kills hit, {misses} came after a run of {time:?}; reruns resumed behind {resumed} groups");
-    assert!(resumed > 0, "no rerun resumed anything");
+    println!("{what}: {hits} kills among {calls} calls; reruns resumed behind {resumed} groups");
+    assert!(hits > 0 && resumed > 0, "{hits} kills, {resumed} groups resumed");
 }
 
 /// Layers of the 20b's shape, so that there are layers to resume behind.
@@ -145,20 +131,15 @@ fn interrupted() -> tempfile::TempDir {
         &src,
         &synthetic::config(&[("num_hidden_layers", 4), ("num_local_experts", 8), ("vocab_size", 512)]),
     );
-    for _ in 0..20 {
-        let mut child = resume(dir.path()).stdout(Stdio::null()).spawn().unwrap();
-        let journal = dir.path().join("out.partial/journal.jsonl");
-        let lines = || std::fs::read_to_string(&journal).unwrap_or_default().lines().count();
-        while lines() < 4 && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        child.kill().unwrap();
-        if child.wait().unwrap().signal() == Some(9) && lines() >= 4 {
-            return dir;
-        }
-        let _ = std::fs::remove_dir_all(dir.path().join("out"));
-    }
-    panic!("no kill hit");
+    // The head of the journal, and three groups.
+    let traced = trace(&mut resume(dir.path()), dir.path(), at_file("write", "journal.jsonl", 4, Fault::Kill));
+    assert!(traced.struck, "{}", traced.err);
+    dir
+}
+
+fn first_shard(partial: &Path) -> PathBuf {
+    let first = files_of(partial).into_iter().find(|n| n.starts_with("model-00001-of-"));
+    partial.join(first.expect("it is there"))
 }
 
 fn files_of(dir: &Path) -> Vec<String> {
@@ -171,6 +152,83 @@ fn resume(dir: &Path) -> Command {
     c
 }
 
+/// Bytes of a finished group that somebody changed, a journal's line, a link in the place of a shard.
+#[test]
+fn what_an_interrupted_run_left_is_believed_only_where_it_is_as_it_was_written() {
+    let whole = tempfile::tempdir().unwrap();
+    let first = interrupted();
+    run(command("gptoss-dequant --quiet --shard-size 300MB --src")
+        .arg(first.path().join("src"))
+        .arg("--dst")
+        .arg(whole.path().join("out")))
+    .manifest();
+    for (what, resumed) in [("a byte", 2), ("a line", 2), ("nothing", 3)] {
+        let dir = interrupted();
+        let partial = dir.path().join("out.partial");
+        match what {
+            "a byte" => {
+                let shard = first_shard(&partial);
+                let mut bytes = std::fs::read(&shard).expect("the first shard");
+                let middle = bytes.len() / 4;
+                bytes[middle] ^= 1;
+                std::fs::write(&shard, bytes).unwrap();
+            }
+            "a line" => {
+                let journal = partial.join("journal.jsonl");
+                let mut bytes = std::fs::read(&journal).unwrap();
+                let last = bytes.len() - 40;
+                bytes[last] ^= 1;
+                std::fs::write(&journal, bytes).unwrap();
+            }
+            _ => {}
+        }
+        let ran = run(&mut resume(dir.path()));
+        assert_eq!(ran.manifest()["volatile"]["resumed_groups"], resumed, "{what}: {}", ran.err);
+        assert_eq!(ran.err.contains("were changed since"), what == "a byte", "{}", ran.err);
+        same_bytes(&whole.path().join("out"), &dir.path().join("out"));
+    }
+    // A link, soft or hard, to a file of the source.
+    for link in ["soft", "hard"] {
+        let dir = interrupted();
+        let shard = first_shard(&dir.path().join("out.partial"));
+        let source = dir.path().join("src/model-00000-of-00001.safetensors");
+        let before = std::fs::metadata(&source).unwrap().len();
+        std::fs::remove_file(&shard).expect("the first shard");
+        match link {
+            "soft" => std::os::unix::fs::symlink(&source, &shard).unwrap(),
+            _ => std::fs::hard_link(&source, &shard).unwrap(),
+        }
+        let ran = run(&mut resume(dir.path()));
+        assert!(ran.code == 2, "{link}: {}", ran.err);
+        assert_eq!(std::fs::metadata(&source).unwrap().len(), before, "{link}: the source is as it was");
+    }
+}
+
+/// The folder for unfinished output as a link: to the source, to somewhere else.
+#[test]
+fn a_partial_folder_that_is_a_link_is_not_followed() {
+    for force in ["", "--force"] {
+        let dir = tempfile::tempdir().unwrap();
+        let src = support::tiny_copy(dir.path());
+        let elsewhere = support::copy_folder(&tiny(), &dir.path().join("elsewhere"));
+        for to in [&src, &elsewhere] {
+            let (dst, partial) = (dir.path().join("out"), dir.path().join("out.partial"));
+            std::os::unix::fs::symlink(to, &partial).unwrap();
+            let line = format!("gptoss-dequant --quiet {force} --src");
+            let ran = run(command(&line).arg(&src).arg("--dst").arg(&dst));
+            assert!(ran.code == 2 && ran.err.contains("out.partial"), "{}", ran.err);
+            assert_same(&tiny(), to);
+            std::fs::remove_file(&partial).unwrap();
+        }
+        // And hidden states do not go into the source.
+        let mut quant = command("gptoss-quant --quiet --nsamples 2 --max-seq-length 32");
+        quant.arg("--calib-jsonl").arg(tiny().join("calib.jsonl")).arg("--model-in").arg(&src);
+        let ran =
+            run(quant.arg("--output-dir").arg(dir.path().join("q")).arg("--offload-folder").arg(src.join("spill")));
+        assert!(ran.code == 2 && ran.err.contains("lies in the source"), "{}", ran.err);
+    }
+}
+
 #[test]
 fn a_shard_that_was_taken_away_is_made_again_and_not_believed() {
     let dir = interrupted();
@@ -181,10 +239,11 @@ fn a_shard_that_was_taken_away_is_made_again_and_not_believed() {
         .arg(&whole))
     .manifest();
     let partial = dir.path().join("out.partial");
-    let first = files_of(&partial).into_iter().find(|n| n.starts_with("model-00001-of-")).unwrap();
-    std::fs::remove_file(partial.join(first)).unwrap();
+    std::fs::remove_file(first_shard(&partial)).unwrap();
     let ran = run(&mut resume(dir.path()));
-    assert_eq!(ran.manifest()["volatile"]["resumed_groups"], 0);
+    // Groups that have nothing in it are kept.
+    let resumed = ran.manifest()["volatile"]["resumed_groups"].as_u64().unwrap();
+    assert!(resumed < 3, "{resumed}");
     same_bytes(&whole, &dir.path().join("out"));
 }
 
@@ -192,15 +251,17 @@ fn a_shard_that_was_taken_away_is_made_again_and_not_believed() {
 fn a_destination_that_fills_up_during_the_run_is_left_alone() {
     let dir = interrupted();
     let dst = dir.path().join("out");
-    let mut child = resume(dir.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut err = BufReader::new(child.stderr.take().unwrap());
-    let mut said = String::new();
-    err.read_line(&mut said).unwrap();
-    assert!(said.starts_with("resuming behind"), "{said}");
-    std::fs::create_dir(&dst).unwrap();
-    std::fs::write(dst.join("thesis.tex"), "years of work").unwrap();
-    err.read_to_string(&mut said).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(2));
+    // Somebody takes the name while the run is at work.
+    let traced = trace(&mut resume(dir.path()), dir.path(), |_, call| {
+        if call.name == "pwrite64" && !dst.exists() {
+            std::fs::create_dir(&dst).unwrap();
+            std::fs::write(dst.join("thesis.tex"), "years of work").unwrap();
+        }
+        Fault::None
+    });
+    let said = traced.err;
+    assert!(said.contains("resuming behind 3 finished groups"), "{said}");
+    assert_eq!(traced.code, 2);
     assert!(said.contains("exists and is not empty"), "{said}");
     assert_eq!(std::fs::read_to_string(dst.join("thesis.tex")).unwrap(), "years of work");
     // And nothing is lost: once it is out of the way, all layers are there.
@@ -225,14 +286,15 @@ fn two_runs_into_one_folder_are_not_both_let_in() {
         c.arg(&src).arg("--dst").arg(&dst);
         c
     };
-    let mut first = go().stdout(Stdio::null()).spawn().unwrap();
-    let partial = dir.path().join("out.partial");
-    let start = Instant::now();
-    while !partial.join("journal.jsonl").exists() && start.elapsed() < Duration::from_secs(20) {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let second = run(&mut go());
-    assert!(first.wait().unwrap().success());
+    let mut second = None;
+    let first = trace(&mut go(), dir.path(), |_, call| {
+        if call.name == "pwrite64" && second.is_none() {
+            second = Some(run(&mut go()));
+        }
+        Fault::None
+    });
+    assert_eq!(first.code, 0, "{}", first.err);
+    let second = second.expect("the first one wrote");
     assert!(second.code == 2 && second.err.contains("another run is writing"), "{second:?}");
 }
 
@@ -241,8 +303,12 @@ fn an_unfinished_run_with_other_settings_is_not_mixed_in() {
     let dir = tempfile::tempdir().unwrap();
     let dst = dir.path().join("out");
     let partial = dir.path().join("out.partial");
-    std::fs::create_dir(&partial).unwrap();
-    std::fs::write(partial.join("journal.jsonl"), "{\"fingerprint\":\"another job\"}\n").unwrap();
+    let other = trace(
+        command("gptoss-dequant --quiet --dtype fp16").arg("--src").arg(tiny()).arg("--dst").arg(&dst),
+        dir.path(),
+        at_file("write", "journal.jsonl", 2, Fault::Kill),
+    );
+    assert!(other.struck && partial.join("journal.jsonl").exists());
     let ran = run(command("gptoss-dequant --quiet").arg("--src").arg(tiny()).arg("--dst").arg(&dst));
     assert!(ran.code == 2 && ran.err.contains("holds an unfinished run with another source"), "{}", ran.err);
     assert!(partial.join("journal.jsonl").exists());
@@ -385,16 +451,8 @@ fn a_calibration_resumes_only_where_its_hidden_states_are_and_loses_nothing_else
         c
     };
     run(&mut go("whole", "a")).manifest();
-    let mut child = go("killed", "a").stdout(Stdio::null()).spawn().unwrap();
-    let journal = dir.path().join("killed.partial/journal.jsonl");
-    let finished = || std::fs::read_to_string(&journal).map_or(0, |t| t.lines().count());
-    let start = Instant::now();
-    while finished() < 4 {
-        assert!(start.elapsed() < Duration::from_secs(120), "two layers are done by now");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    assert_eq!(child.wait().unwrap().signal(), Some(9));
+    let killed = at_file("write", "journal.jsonl", 4, Fault::Kill);
+    assert!(trace(&mut go("killed", "a"), dir.path(), killed).struck);
     let elsewhere = run(&mut go("killed", "b"));
     assert_eq!(elsewhere.code, 2);
     assert!(elsewhere.err.contains("give the --offload-folder that it had"), "{}", elsewhere.err);

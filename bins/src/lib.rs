@@ -1,5 +1,6 @@
 //! What the command lines share: exit codes, sizes, where manifests come from and go to.
 
+pub mod device;
 pub mod gemm;
 pub mod plot;
 pub mod quality;

@@ -182,13 +182,15 @@ API cuCtxSynchronize() { return SUCCESS; }
 API cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
   if (bytes == 0) return INVALID_VALUE;
   size_t page = size_t(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
-  void* pages = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  // So far behind an array nothing else lies, wherever the system puts it: an index that is thousands of rows off is seen too.
+  const size_t guard = size_t(1) << 28;
+  void* pages = mmap(nullptr, whole + guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (pages == MAP_FAILED) return OUT_OF_MEMORY;
-  mprotect(static_cast<char*>(pages) + whole, page, PROT_NONE);
+  if (mprotect(pages, whole, PROT_READ | PROT_WRITE) != 0) return OUT_OF_MEMORY;
   memset(pages, 0xa5, whole);
   // As near to its end as alignment lets it.
   char* begin = static_cast<char*>(pages) + (whole - bytes) / 16 * 16;
-  allocations[begin] = {static_cast<char*>(pages), whole + page};
+  allocations[begin] = {static_cast<char*>(pages), whole + guard};
   simt::ranges.push_back({begin, begin + bytes});
   *at = reinterpret_cast<uintptr_t>(begin);
   return SUCCESS;

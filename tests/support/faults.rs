@@ -6,7 +6,7 @@
 //! so the points are all states that the folder goes through.
 #![allow(dead_code, reason = "each test file uses its part")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fs::File;
 use std::io::Read;
@@ -40,15 +40,30 @@ const CALLS: [(&str, i64); 21] = [
     ("copy_file_range", libc::SYS_copy_file_range),
 ];
 
-/// What is done to a run.
+/// What is done to a run at a watched call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// Nothing: the run's calls are listed.
+    /// Nothing: the call is made.
     None,
-    /// It is killed in front of call number this, from 0.
-    Kill(usize),
-    /// Call number this fails with this errno.
-    Fail(usize, i32),
+    /// The process is killed in front of it.
+    Kill,
+    /// It fails with this errno.
+    Fail(i32),
+}
+
+/// `fault` at call number `at`, from 0.
+pub fn once(at: usize, fault: Fault) -> impl FnMut(usize, &Call) -> Fault {
+    move |number, _| if number == at { fault } else { Fault::None }
+}
+
+/// `fault` at the call of this name that is about a file of this name for the `nth` time, from 0.
+pub fn at_file(name: &'static str, file: &'static str, nth: usize, fault: Fault) -> impl FnMut(usize, &Call) -> Fault {
+    let mut seen = 0;
+    move |_, call| {
+        let is = call.name == name && call.path.ends_with(file);
+        seen += usize::from(is);
+        if is && seen == nth + 1 { fault } else { Fault::None }
+    }
 }
 
 /// A watched call: its name and the file that it is about, below the watched folder.
@@ -73,6 +88,8 @@ pub struct Traced {
     pub err: String,
     /// What was not durable at the end, oldest first.
     pending: Vec<Pending>,
+    /// Where removed files lie until then.
+    graves: tempfile::TempDir,
 }
 
 /// A change that a power cut may take back.
@@ -88,22 +105,30 @@ enum Pending {
     Removed { path: PathBuf, grave: PathBuf },
 }
 
-/// Runs `command` with `fault` at the calls that are about files below `folder`.
-pub fn trace(command: &mut Command, folder: &Path, fault: Fault) -> Traced {
+/// Runs `command`; before each call that is about files below `folder`, `fault` says what is done there. The process stands
+/// still meanwhile.
+pub fn trace(command: &mut Command, folder: &Path, mut fault: impl FnMut(usize, &Call) -> Fault) -> Traced {
     let folder = folder.canonicalize().expect("the watched folder is there");
     let graves = tempfile::Builder::new().prefix(".graves-").tempdir_in(folder.parent().expect("it has a parent"));
-    let graves = graves.expect("there is room").keep();
+    let graves = graves.expect("there is room");
     let errors = tempfile::NamedTempFile::new().expect("there is room");
     command.stdout(Stdio::null()).stdin(Stdio::null()).stderr(errors.reopen().expect("it is there"));
     // SAFETY: between fork and exec it makes system calls alone.
     unsafe { command.pre_exec(watch_me) };
     let child = command.spawn().expect("the tool starts");
     let pid = i32::try_from(child.id()).expect("a pid is an int");
-    let mut tracer = Tracer { pid, folder, fault, graves, calls: Vec::new(), pending: Vec::new(), struck: false };
-    let code = tracer.run();
+    let mut tracer = Tracer {
+        pid,
+        folder,
+        graves: graves.path().to_path_buf(),
+        calls: Vec::new(),
+        pending: Vec::new(),
+        struck: false,
+    };
+    let code = tracer.run(&mut fault);
     let mut err = String::new();
     errors.reopen().expect("it is there").read_to_string(&mut err).expect("UTF-8");
-    Traced { code, struck: tracer.struck, calls: tracer.calls, err, pending: tracer.pending }
+    Traced { code, struck: tracer.struck, calls: tracer.calls, err, pending: tracer.pending, graves }
 }
 
 /// In the child: stop at the watched calls.
@@ -131,7 +156,6 @@ fn watch_me() -> std::io::Result<()> {
 struct Tracer {
     pid: i32,
     folder: PathBuf,
-    fault: Fault,
     graves: PathBuf,
     calls: Vec<Call>,
     pending: Vec<Pending>,
@@ -139,7 +163,7 @@ struct Tracer {
 }
 
 impl Tracer {
-    fn run(&mut self) -> i32 {
+    fn run(&mut self, fault: &mut dyn FnMut(usize, &Call) -> Fault) -> i32 {
         let options = libc::PTRACE_O_TRACESECCOMP
             | libc::PTRACE_O_TRACECLONE
             | libc::PTRACE_O_TRACEFORK
@@ -166,7 +190,7 @@ impl Tracer {
             let event = status >> 16;
             let mut signal = 0;
             if event == libc::PTRACE_EVENT_SECCOMP {
-                if self.stopped(tid) {
+                if self.stopped(tid, fault) {
                     // SAFETY: kills our own child.
                     unsafe { libc::kill(self.pid, libc::SIGKILL) };
                     continue;
@@ -182,7 +206,7 @@ impl Tracer {
     }
 
     /// A thread stands in front of a watched call. True where the process is to be killed.
-    fn stopped(&mut self, tid: i32) -> bool {
+    fn stopped(&mut self, tid: i32, fault: &mut dyn FnMut(usize, &Call) -> Fault) -> bool {
         // SAFETY: the structure is plain numbers, and the thread is stopped.
         let mut regs: libc::user_regs_struct = unsafe { std::mem::zeroed() };
         let got = unsafe { libc::ptrace(libc::PTRACE_GETREGS, tid, 0, (&raw mut regs).cast::<c_void>()) };
@@ -194,19 +218,19 @@ impl Tracer {
         let Some((path, second)) = self.about(tid, name, &regs) else { return false };
         let at = self.calls.len();
         self.calls.push(Call { name, path: path.strip_prefix(&self.folder).unwrap_or(&path).to_path_buf() });
-        match self.fault {
-            Fault::Kill(n) if n == at => {
+        match fault(at, &self.calls[at]) {
+            Fault::Kill => {
                 self.struck = true;
                 return true;
             }
-            Fault::Fail(n, errno) if n == at => {
+            Fault::Fail(errno) => {
                 self.struck = true;
                 regs.orig_rax = u64::MAX;
                 regs.rax = (-i64::from(errno)) as u64;
                 // SAFETY: the thread is stopped; without a call number the kernel skips the call.
                 unsafe { libc::ptrace(libc::PTRACE_SETREGS, tid, 0, (&raw mut regs).cast::<c_void>()) };
             }
-            _ => self.note(name, path, second, &regs),
+            Fault::None => self.note(name, path, second, &regs),
         }
         false
     }
@@ -220,7 +244,11 @@ impl Tracer {
             if path.is_absolute() {
                 return Some(path);
             }
-            let base = if dir as i32 == libc::AT_FDCWD { std::fs::read_link(format!("/proc/{tid}/cwd")).ok() } else { fd(dir) };
+            let base = if dir as i32 == libc::AT_FDCWD {
+                std::fs::read_link(format!("/proc/{tid}/cwd")).ok()
+            } else {
+                fd(dir)
+            };
             Some(base?.join(path))
         };
         let cwd = libc::AT_FDCWD as u64;
@@ -238,6 +266,26 @@ impl Tracer {
         path.starts_with(&self.folder).then_some((path, second))
     }
 
+    /// What is pending of a file goes with its name.
+    fn follow(&mut self, from: &Path, to: &Path, exchanged: bool) {
+        let moved = |path: &mut PathBuf| {
+            for (a, b) in [(from, to), (to, from)].into_iter().take(1 + usize::from(exchanged)) {
+                if let Ok(rest) = path.strip_prefix(a) {
+                    *path = if rest.as_os_str().is_empty() { b.to_path_buf() } else { b.join(rest) };
+                    return;
+                }
+            }
+        };
+        for change in &mut self.pending {
+            match change {
+                Pending::Written { file: path, .. } | Pending::Made { path } | Pending::Removed { path, .. } => {
+                    moved(path)
+                }
+                Pending::Renamed { .. } => {}
+            }
+        }
+    }
+
     /// Notes what the call changes, as long as nothing makes it durable.
     fn note(&mut self, name: &str, path: PathBuf, second: Option<PathBuf>, r: &libc::user_regs_struct) {
         let length = |p: &Path| std::fs::metadata(p).map_or(0, |m| m.len());
@@ -251,6 +299,8 @@ impl Tracer {
             "pwrite64" => self.pending.push(Pending::Written { file: path, start: r.r10, len: r.rdx }),
             "rename" | "renameat" | "renameat2" => {
                 let to = second.expect("a rename has two names");
+                let exchanged = name == "renameat2" && r.r8 as u32 & libc::RENAME_EXCHANGE != 0;
+                self.follow(&path, &to, exchanged);
                 self.pending.push(Pending::Renamed { from: path, to });
             }
             "unlink" | "unlinkat" => {
@@ -293,8 +343,8 @@ fn read_text(tid: i32, at: u64) -> Option<String> {
 impl Traced {
     /// Cuts the power: takes back what was not durable, newest first, each with this probability in 256.
     pub fn cut_power(self, rng: &mut super::random::Random, lost: usize) {
+        let _graves = self.graves;
         let mut moved: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
-        let mut dropped: BTreeSet<PathBuf> = BTreeSet::new();
         for change in self.pending.into_iter().rev() {
             if rng.below(256) >= lost {
                 continue;
@@ -319,7 +369,6 @@ impl Traced {
                     } else {
                         let _ = std::fs::remove_file(&path);
                     }
-                    dropped.insert(path);
                 }
                 Pending::Renamed { from, to } => {
                     if to.exists() && !from.exists() {

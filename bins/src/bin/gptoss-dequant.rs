@@ -11,6 +11,7 @@ use gptoss::checkpoint::source::Checkpoint;
 use gptoss::formats::float::Float;
 use gptoss::pipeline::dequant::{Options, Plan};
 use gptoss::pipeline::{Paths, meter::Meter};
+use gptoss_tools::device::DeviceArgs;
 use gptoss_tools::{Common, parse_size, run, source, volatile};
 
 /// Dequantize a gpt-oss checkpoint to BF16 or FP16, streaming.
@@ -44,10 +45,8 @@ struct Args {
     /// Go on where the source has tensors that are no part of the model, and leave them out; without it they are an error
     #[arg(long)]
     drop_unknown_tensors: bool,
-    /// Where the work is done. Dequantization is bound by the disk, so all three stream through the processor and write
-    /// the same bits; the choice is recorded
-    #[arg(long, value_enum, default_value = "sequential", help_heading = "Resources")]
-    device_map: DeviceMap,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Folder for what outgrows memory. Dequantization holds a few megabytes and spills nothing; the flag is there for
     /// command lines that have it
     #[arg(long, value_name = "DIR", help_heading = "Resources")]
@@ -62,16 +61,6 @@ enum Dtype {
     Bf16,
     /// IEEE half: large scales overflow, small ones lose bits; both are counted
     Fp16,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceMap {
-    /// As sequential: there is nothing here for a GPU to do
-    Auto,
-    /// Stream
-    Sequential,
-    /// As sequential
-    CpuOnly,
 }
 
 fn main() -> ExitCode {
@@ -97,7 +86,12 @@ fn dequantize(args: &Args) -> Result<ExitCode> {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot create the offload folder {}", folder.display()))?;
     }
-    let paths = Paths { src: located.dir.clone(), dst: args.dst.clone(), force: args.force, drop_unknown: args.drop_unknown_tensors };
+    let paths = Paths {
+        src: located.dir.clone(),
+        dst: args.dst.clone(),
+        force: args.force,
+        drop_unknown: args.drop_unknown_tensors,
+    };
     let (mut manifest, resumed) = plan.run(&paths, &resources)?;
 
     if let Some(c) = manifest.conversion.filter(|c| c.overflows + c.subnormals + c.underflows > 0) {
@@ -108,8 +102,7 @@ fn dequantize(args: &Args) -> Result<ExitCode> {
     }
     manifest.notes.iter().for_each(|n| resources.progress.note(&format!("note: {n}")));
     let mut run = volatile(&located, Some(&args.dst), meter.read(), resources.threads, resumed);
-    let map = args.device_map.to_possible_value().map(|v| v.get_name().to_owned());
-    run.settings = BTreeMap::from([("device_map".to_owned(), map.unwrap_or_default())]);
+    run.settings = BTreeMap::from([args.device.setting()]);
     manifest.volatile = Some(run);
     args.common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,6 @@
 //! Applies a quantization recipe to a gpt-oss checkpoint.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,6 +18,7 @@ use gptoss::pipeline::quant::{Plan, budget::Budget, target};
 use gptoss::pipeline::{Paths, meter::Meter, model_name};
 use gptoss::recipe::Recipe;
 use gptoss::text::{Text, TextRequest, dataset::Split, load, tokenizer::Tokenizer};
+use gptoss_tools::device::DeviceArgs;
 use gptoss_tools::recipe::RecipeArgs;
 use gptoss_tools::text::TextArgs;
 use gptoss_tools::{Common, run, source, volatile};
@@ -47,7 +49,8 @@ const PUBLISHED: &str = "gpt-oss-120b";
 Schemes: w2a16 to w8a16 (integer weights), w8a8 (int8 weights a channel, int8 inputs a token), w4a8 (int4 weights, int8 inputs; needs kernels), w4afp8 (FP8 inputs a token), fp8 (weights a channel, inputs a token), fp8_static (a scale a tensor, inputs' from the text), fp8_block (128 by 128, inputs in groups of 128), fp8a16, mxfp4, mxfp6, mxfp8, nvfp4 (weights alone), bf16, fp16, dense (floats, for zeros alone), keep (as in the source, bit for bit); in GGUF q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, mxfp4. AWQ goes with w4a16, w4a8 with gptq or rtn.
 Text: gptq, awq, smoothquant and sparsity need one. Without a flag it is 256 sequences of open_platypus, each of at most 2048 tokens.
 Without --model-in and a manifest on standard input, --dry-run plans for gpt-oss-120b.
-Containers: where vLLM loads one, that is taken; --target names another runtime, --container the container. The manifest says which runtimes load the output, and why others do not.
+Without any flag of a recipe or a text: of an MXFP4 checkpoint --preset gguf-q8, of another one w4a16 experts and w8a16 by GPTQ with --target vllm.
+Containers: where a public runtime loads one, with padding if need be, that is taken; --target names a runtime, --container the container. The manifest says which runtimes load the output, and why others do not.
 Exit codes: 0 done, 2 an error."
 )]
 struct Args {
@@ -72,16 +75,18 @@ struct Args {
     #[command(flatten)]
     text: TextArgs,
     #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
     common: Common,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let args = Args { recipe: args.recipe.with_preset(), ..args };
-    run("gptoss-quant", || quantize(&args))
+    run("gptoss-quant", || quantize(args))
 }
 
-fn quantize(args: &Args) -> Result<ExitCode> {
+fn quantize(args: Args) -> Result<ExitCode> {
     args.recipe.check()?;
     if args.recipe.keeps_codes() && args.text.is_given() {
         bail!("--keep-codes rounds nothing: leave out the text");
@@ -98,6 +103,7 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     let mut located = source(args.model_in.as_deref(), "--model-in", Wanted::ConfigOnly, progress)?;
     let raw_config = read_config(&located.dir)?;
     let config = ModelConfig::parse(&located.dir, &raw_config)?;
+    let args = &args.with_default(&raw_config);
     let mut recipe = args.recipe.resolve(&config, false, progress)?;
     target::settle(&located.dir, &raw_config, &mut recipe, args.recipe.wish())?;
     let mut measures = false;
@@ -117,7 +123,12 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     }
     let mut plan = Plan::new(&located.dir, &checkpoint.config, recipe.clone(), Some(&checkpoint))?;
     let dst = args.destination(&recipe, &located.dir, &config);
-    let paths = Paths { src: located.dir.clone(), dst: dst.clone(), force: args.force, drop_unknown: args.drop_unknown_tensors };
+    let paths = Paths {
+        src: located.dir.clone(),
+        dst: dst.clone(),
+        force: args.force,
+        drop_unknown: args.drop_unknown_tensors,
+    };
     // Before a text is fetched for nothing; the run looks again.
     let whole = check_destination(&located.dir, &dst, args.force)?;
     if let Some(bytes) = recipe.target_size.filter(|_| measures) {
@@ -141,16 +152,19 @@ fn quantize(args: &Args) -> Result<ExitCode> {
     }
     let (mut manifest, resumed) = plan.run(&paths, &resources, text.as_ref())?;
     manifest.notes.iter().for_each(|n| progress.note(&format!("note: {n}")));
-    manifest.volatile = Some(volatile(&located, Some(&dst), meter.read(), resources.threads, resumed));
+    let mut run = volatile(&located, Some(&dst), meter.read(), resources.threads, resumed);
+    run.settings = BTreeMap::from([args.device.setting()]);
+    manifest.volatile = Some(run);
     args.common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Plans from headers where weights are there (and then checks destination and room as a run would), from the config
 /// alone where they are not.
-fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
+fn dry_run(args: Args, progress: &Progress) -> Result<ExitCode> {
     let Some(located) = args.model_of_dry_run(progress)? else {
         let (dir, config) = (Path::new(PUBLISHED), ModelConfig::published(PUBLISHED).expect("it is published"));
+        let args = &args.with_default(&config);
         let mut recipe = args.recipe.resolve(&ModelConfig::parse(dir, &config)?, true, progress)?;
         target::settle(dir, &config, &mut recipe, args.recipe.wish())?;
         let mut manifest = args.preview(dir, &config, recipe, None)?;
@@ -167,6 +181,7 @@ fn dry_run(args: &Args, progress: &Progress) -> Result<ExitCode> {
     let dir = if file { path.parent().unwrap_or(path) } else { path };
     let raw_config = if file { read_object(path)? } else { read_config(path)? };
     let config = ModelConfig::parse(dir, &raw_config)?;
+    let args = &args.with_default(&raw_config);
     let mut recipe = args.recipe.resolve(&config, true, progress)?;
     target::settle(dir, &raw_config, &mut recipe, args.recipe.wish())?;
     args.check_resources(&recipe, args.recipe.target_size().is_some(), &config)?;
@@ -199,6 +214,12 @@ fn padding(recipe: &Recipe, config: &ModelConfig) -> Result<Option<Padding>> {
 }
 
 impl Args {
+    /// With a recipe where no flag says anything of one.
+    fn with_default(self, config: &Map<String, Value>) -> Self {
+        let text = self.text.is_given();
+        Self { recipe: self.recipe.with_default(config, text), ..self }
+    }
+
     /// What a calibration needs besides the model, as far as it can be told without reading it.
     fn check_resources(&self, recipe: &Recipe, measures: bool, config: &ModelConfig) -> Result<()> {
         if let Some(folder) = self.recipe.statistics().offload_folder.as_ref().filter(|f| !f.is_dir()) {

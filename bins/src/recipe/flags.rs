@@ -39,11 +39,11 @@ pub struct LayerArgs {
     /// Algorithm for the other weights [default: --algo]
     #[arg(long, value_name = "NAME", help_heading = "Recipe")]
     pub mw_algo: Option<Algorithm>,
-    /// Scheme of the experts [default: w4a16]
-    #[arg(long, visible_alias = "experts-scheme", value_name = "SCHEME", help_heading = "Recipe")]
+    /// Scheme of the experts; int4 and int8 mean w4a16 and w8a8 [default: w4a16]
+    #[arg(long, visible_alias = "experts-scheme", value_name = "SCHEME", value_parser = scheme_or_type, help_heading = "Recipe")]
     pub experts: Option<SchemeName>,
-    /// Scheme of the other weights [default: w8a16]
-    #[arg(long, visible_alias = "mw-scheme", value_name = "SCHEME", help_heading = "Recipe")]
+    /// Scheme of the other weights; int4 and int8 mean w4a16 and w8a8 [default: w8a16]
+    #[arg(long, visible_alias = "mw-scheme", value_name = "SCHEME", value_parser = scheme_or_type, help_heading = "Recipe")]
     pub mw: Option<SchemeName>,
     /// Type of the experts' weights: int2 to int8, fp8, mxfp4; alone it means the scheme with floating inputs
     #[arg(long, value_name = "TYPE", value_parser = WeightType::parse, help_heading = "Recipe")]
@@ -109,6 +109,10 @@ pub enum Preset {
     /// MXFP4 experts as they are, Q4_0, and Q8_0 for embedding and head, in a GGUF file: 11.8 GB, KL 0.003; llama.cpp and
     /// gptoss-run. Of a BF16 checkpoint add --experts q4_0: 12.4 GB, KL 0.006
     Snapdragon,
+    /// MXFP4 experts as they are, Q8_0 otherwise, to nearest, in a GGUF file: 12.1 GB, no calibration; llama.cpp and
+    /// gptoss-run. What a run without flags makes of an MXFP4 checkpoint
+    #[value(name = "gguf-q8")]
+    GgufQ8,
     /// Experts of -1, 0 and 1 in base 3, a scale a row, int8 otherwise: 5.7 GB, KL 0.20; gptoss-run alone
     Ternary,
     /// Experts of 2 bits, int4 otherwise: 6.3 GB, KL 0.14; gptoss-run alone
@@ -125,6 +129,10 @@ impl Preset {
                 let eight = SchemeName::Ggml(Ggml::Q8_0);
                 [SchemeName::Keep, SchemeName::Ggml(Ggml::Q4_0), eight, eight]
             }
+            Self::GgufQ8 => {
+                let eight = SchemeName::Ggml(Ggml::Q8_0);
+                [SchemeName::Keep, eight, eight, eight]
+            }
             Self::Ternary => [SchemeName::Ternary(Trits::Fifths), int(8), int(8), int(8)],
             Self::Mobile2bit => [int(2), int(4), int(4), int(4)],
         }
@@ -132,7 +140,7 @@ impl Preset {
 
     /// The container, where it is no matter of taste.
     pub fn container(self) -> Option<Container> {
-        (self == Self::Snapdragon).then_some(Container::Gguf)
+        matches!(self, Self::Snapdragon | Self::GgufQ8).then_some(Container::Gguf)
     }
 
     /// Lays itself under the flags that were given.
@@ -145,6 +153,9 @@ impl Preset {
         }
         if l.mw_type.is_none() {
             l.mw.get_or_insert(mw);
+        }
+        if self == Self::GgufQ8 {
+            l.algo.get_or_insert(Algorithm::Rtn);
         }
         l.lm_head.get_or_insert(head);
         l.embed_tokens.get_or_insert(embedding);
@@ -309,6 +320,16 @@ pub enum Symmetry {
     Symmetric,
     /// A zero point for each group
     Asymmetric,
+}
+
+/// A scheme, or a type of weights as a shortcut for the scheme that it is mostly used in: int8 beside int8 inputs, narrower
+/// integers beside floating ones.
+fn scheme_or_type(text: &str) -> Result<SchemeName, String> {
+    text.parse().map_err(|e: gptoss::Error| e.to_string()).or_else(|e| match text {
+        "int8" => Ok(SchemeName::Int { bits: 8, int8_activations: true }),
+        _ if text.starts_with("int") => WeightType::parse(text).map(WeightType::alone),
+        _ => Err(e),
+    })
 }
 
 fn pruner(name: String) -> Pruner {

@@ -17,6 +17,7 @@ use gptoss::recipe::{
     alphaquant, llm_compressor, settings, simplify,
 };
 use gptoss::runtimes::Runtime;
+use serde_json::{Map, Value};
 
 pub use self::flags::{
     AlgorithmArgs, FileArgs, Installed, KernelArgs, LayerArgs, Preset, StatisticsArgs, Symmetry, WeightType,
@@ -80,6 +81,28 @@ impl RecipeArgs {
             self.container = self.container.or(preset.container().filter(|_| self.target.is_none()));
         }
         self
+    }
+
+    /// The recipe for a run that says nothing of one: an output that is smaller than its source and that a public runtime
+    /// loads. MXFP4 experts have lost nothing at 4 bits, so they stay, and the rest goes to 8 bits in a GGUF file; another
+    /// checkpoint gets the default schemes, as vLLM reads them. `text` says that a calibration text is given.
+    pub fn with_default(mut self, config: &Map<String, Value>, text: bool) -> Self {
+        if self.says_something() {
+            return self;
+        }
+        if config.get("quantization_config").is_some_and(|q| q["quant_method"] == "mxfp4") && !text {
+            self.preset = Some(Preset::GgufQ8);
+            return self.with_preset();
+        }
+        self.target = Some(Runtime::Vllm);
+        self
+    }
+
+    fn says_something(&self) -> bool {
+        let flags = self.of_classes().chain(self.of_modifiers()).chain(self.of_both()).any(|f| f.1);
+        let files = self.files.config.is_some() || self.files.recipe.is_some() || self.preset.is_some();
+        let output = self.container.is_some() || self.target.is_some() || self.pad_to.is_some();
+        flags || files || output || self.keep_codes || self.target_size.is_some()
     }
 
     /// Finds what contradicts itself, before anything is looked at.

@@ -45,7 +45,8 @@ fn adapter(dir: &Path) -> Result<Option<Error>> {
     let text = |key: &str| config.get(key).and_then(Value::as_str);
     let kind = text("peft_type").map_or("an".into(), |k| format!("a {k}"));
     let base = text("base_model_name_or_path").map(|b| format!(" of {b}")).unwrap_or_default();
-    let reason = format!("holds {kind} adapter{base}, not a model: merge it first (peft: merge_and_unload, save_pretrained)");
+    let reason =
+        format!("holds {kind} adapter{base}, not a model: merge it first (peft: merge_and_unload, save_pretrained)");
     Ok(Some(Error::file(dir, reason)))
 }
 
@@ -79,7 +80,8 @@ pub(super) fn hint<'a>(missing: &str, mut there: impl Iterator<Item = &'a str> +
         ));
     }
     let unsloth = [module.replace(".mlp.router", ".mlp.router.linear"), by_expert(module)];
-    if let Some(found) = there.clone().find(|n| unsloth.iter().any(|u| u != module && n.starts_with(&format!("{u}.")))) {
+    if let Some(found) = there.clone().find(|n| unsloth.iter().any(|u| u != module && n.starts_with(&format!("{u}."))))
+    {
         return Some(format!(
             "{found} is there: such names come from a model that unsloth loaded in 4 bits and merged; save it again as merged \
              16 bits of a model that was loaded in BF16"

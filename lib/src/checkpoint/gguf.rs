@@ -415,7 +415,8 @@ pub(super) fn parts(dir: &Path, found: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
         };
     };
     if let Some(other) = names.iter().find(|n| part_of(n).is_none_or(|(s, _, c)| (s, c) != (stem, count))) {
-        let reason = format!("holds parts of the split file {stem} and {other} beside them; keep one model in a folder");
+        let reason =
+            format!("holds parts of the split file {stem} and {other} beside them; keep one model in a folder");
         return Err(Error::file(dir, reason));
     }
     for number in 1..=count {

@@ -181,7 +181,11 @@ mod tests {
         let path = dir.path().join("f");
         std::fs::write(&path, "one").unwrap();
         let map = Mapped::open(&path).unwrap();
-        let stamp = |secs| std::fs::File::open(&path).unwrap().set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(secs));
+        let stamp = |secs| {
+            std::fs::File::open(&path)
+                .unwrap()
+                .set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(secs))
+        };
         stamp(1).unwrap();
         assert!(map.unchanged().unwrap_err().to_string().contains("was changed while it was read"));
         std::fs::remove_file(&path).unwrap();

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::header::{self, TensorInfo};
 use super::files::{self, Stamp};
+use super::header::{self, TensorInfo};
 use super::map::Mapped;
 use super::{CONFIG, INDEX, MANIFEST, foreign, gguf};
 use crate::error::{Error, Result};
@@ -168,7 +168,8 @@ impl Checkpoint {
         let small = small_files(dir)?;
         remarks.extend(links_out(dir, &small)?);
         let dir = dir.to_path_buf();
-        let mut opened = Self { dir, config, shards, index, gguf: false, padding: None, index_findings, remarks, small };
+        let mut opened =
+            Self { dir, config, shards, index, gguf: false, padding: None, index_findings, remarks, small };
         model::contradictions::settle(&mut opened);
         Ok(opened)
     }
@@ -330,7 +331,9 @@ fn links_out(dir: &Path, small: &[(String, Stamp)]) -> Result<Vec<String>> {
             let target = path.canonicalize().map_err(Error::io("follow the link", &path))?;
             if !target.starts_with(&home) {
                 let target = target.display();
-                remarks.push(format!("{name} is a link out of the source, to {target}: its content is taken, not the link"));
+                remarks.push(format!(
+                    "{name} is a link out of the source, to {target}: its content is taken, not the link"
+                ));
             }
         }
     }

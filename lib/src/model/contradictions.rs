@@ -40,8 +40,9 @@ fn rope_twice(checkpoint: &mut Checkpoint) {
         _ => None,
     };
     let (Some(scaling), Some(parameters)) = (said("rope_scaling"), said("rope_parameters")) else { return };
-    let differs = parameters.iter().any(|(key, value)| key != "rope_theta" && scaling.get(key).is_some_and(|s| s != value))
-        || scaling.keys().any(|key| !parameters.contains_key(key));
+    let differs =
+        parameters.iter().any(|(key, value)| key != "rope_theta" && scaling.get(key).is_some_and(|s| s != value))
+            || scaling.keys().any(|key| !parameters.contains_key(key));
     if differs {
         checkpoint.remarks.push(
             "config.json has rope_scaling and rope_parameters, and they differ: rope_scaling was taken, as transformers does; \

@@ -80,8 +80,16 @@ impl<'a> Plan<'a> {
         }
         let config = ModelConfig::parse(&source.dir, &source.config)?;
         let slots = model::slots(&config);
-        let mut plan =
-            Self { source, config, options, slots, experts: Vec::new(), units: Vec::new(), tensors: Vec::new(), all_floats: false };
+        let mut plan = Self {
+            source,
+            config,
+            options,
+            slots,
+            experts: Vec::new(),
+            units: Vec::new(),
+            tensors: Vec::new(),
+            all_floats: false,
+        };
         for i in 0..plan.slots.len() {
             plan.slot(i)?;
         }

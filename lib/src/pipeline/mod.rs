@@ -103,7 +103,11 @@ pub fn model_name(dir: &Path, config: &crate::model::ModelConfig) -> String {
 ///
 /// # Errors
 /// [`Error::BadTensor`] for the first of them; those of the first kind are let pass where `drop_unknown`.
-pub(crate) fn refuse_unknown(source: &Checkpoint, config: &crate::model::ModelConfig, drop_unknown: bool) -> Result<()> {
+pub(crate) fn refuse_unknown(
+    source: &Checkpoint,
+    config: &crate::model::ModelConfig,
+    drop_unknown: bool,
+) -> Result<()> {
     crate::containers::refuse_twice(source, config)?;
     let foreign = crate::containers::foreign_tensors(source, config);
     let Some(first) = foreign.first().filter(|_| !drop_unknown) else { return Ok(()) };
@@ -112,7 +116,9 @@ pub(crate) fn refuse_unknown(source: &Checkpoint, config: &crate::model::ModelCo
         1 => String::new(),
         n => format!(" (nor are {} more)", n - 1),
     };
-    Err(first.error(format!("is no tensor of gpt-oss{more}, and the output would lack it: --drop-unknown-tensors allows that")))
+    Err(first.error(format!(
+        "is no tensor of gpt-oss{more}, and the output would lack it: --drop-unknown-tensors allows that"
+    )))
 }
 
 /// What to say of an output that is stored as FP16; see [`crate::evaluate::half_range`].
@@ -128,10 +134,7 @@ pub(crate) fn half_range(source: &Checkpoint, resources: &Resources) -> Result<O
 }
 
 /// The small files of the output: the configuration and what travels unchanged.
-pub(crate) fn side_files(
-    source: &Checkpoint,
-    config: &serde_json::Map<String, Value>,
-) -> Result<Vec<SideFile>> {
+pub(crate) fn side_files(source: &Checkpoint, config: &serde_json::Map<String, Value>) -> Result<Vec<SideFile>> {
     let mut files = vec![SideFile { name: CONFIG.to_owned(), bytes: to_text(config).into_bytes(), mode: None }];
     files.extend(source.read_side_files()?);
     // The last look: everything was read by now.

@@ -161,7 +161,8 @@ impl Feature {
             let [q, k, v, o] = [Proj::Q, Proj::K, Proj::V, Proj::O].map(|proj| one(proj, layer));
             add(q != k || k != v, Self::UnequalQkv);
             for scheme in [q, k, v, o].into_iter().flatten() {
-                let fp8_inputs = matches!(scheme.activations, Activations::DynamicTokenFp8 | Activations::DynamicGroupFp8);
+                let fp8_inputs =
+                    matches!(scheme.activations, Activations::DynamicTokenFp8 | Activations::DynamicGroupFp8);
                 let int4 = matches!(scheme.weights, NumberFormat::Int(int) if int.num_bits == 4);
                 add(int4 && (fp8_inputs || scheme.activations == Activations::StaticFp8), Self::Int4Fp8);
                 let alone = scheme.weights == FP8 && scheme.activations == Activations::Float;
@@ -344,6 +345,17 @@ pub fn none_loads(obstacle: &str) -> Vec<RuntimeReport> {
         source: "gptoss-verify check".into(),
     };
     Runtime::ALL.map(one).to_vec()
+}
+
+/// What to say where no runtime but this project's own loads it; `None` where one does.
+pub fn nowhere(facts: &Facts) -> Option<String> {
+    let public = Runtime::ALL.into_iter().filter(|r| *r != Runtime::Native);
+    let refused: Vec<String> = public.map(|r| refusal(r, facts)).collect::<Option<_>>()?;
+    let nearest = deciding(Runtime::Vllm, facts).instead;
+    Some(format!(
+        "no public runtime loads this output ({} were asked); the nearest that vLLM loads: {nearest}",
+        refused.len()
+    ))
 }
 
 /// Why a runtime does not load it, and what comes nearest that it would; `None` where it does.

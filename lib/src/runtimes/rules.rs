@@ -1,8 +1,6 @@
 //! The rules themselves: for each runtime the first line whose conditions all hold decides; remarks are added to it.
 
-use super::Condition::{
-    self, EpsIsNot, Experts, GroupsAre, Has, HiddenIsNoMultiple, Main, MainIs,
-};
+use super::Condition::{self, EpsIsNot, Experts, GroupsAre, Has, HiddenIsNoMultiple, Main, MainIs};
 use super::ExpertLayout::{Dense as DenseExperts, Gguf, Mixed, Mxfp4, PerExpert, VllmFp8, VllmInt};
 use super::MainLayout::{CompressedTensors as Coded, Dense};
 use super::{Feature, Remark, Rule, Runtime};

@@ -18,8 +18,8 @@ use super::clock::Clock;
 use super::config::{self, SpecialTokens, TOKENIZER_CONFIG};
 use super::python::{self, Dumps};
 use crate::checkpoint::files;
-use crate::pipeline::meter;
 use crate::error::{Error, Result};
+use crate::pipeline::meter;
 
 /// Name of the file in a checkpoint's folder.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";

@@ -76,9 +76,7 @@ fn joined(documents: Documents) -> Result<Placed> {
 }
 
 /// What `read` gives, to its end or its first error.
-pub(super) fn until_error(
-    mut read: impl FnMut() -> Result<Option<Placed>>,
-) -> impl Iterator<Item = Result<Placed>> {
+pub(super) fn until_error(mut read: impl FnMut() -> Result<Option<Placed>>) -> impl Iterator<Item = Result<Placed>> {
     let mut ended = false;
     std::iter::from_fn(move || {
         let document = if ended { None } else { read().transpose() };

@@ -55,9 +55,7 @@ impl Rows {
     pub(super) fn fields(self) -> Vec<&'static str> {
         match self {
             Self::TextOrMessages => {
-                vec![
-                    "text", "messages", "conversations", "instruction", "input", "output", "prompt", "completion",
-                ]
+                vec!["text", "messages", "conversations", "instruction", "input", "output", "prompt", "completion"]
             }
             Self::Field(name) | Self::Joined(name) => vec![name],
             Self::Alpaca => vec!["instruction", "input", "output"],

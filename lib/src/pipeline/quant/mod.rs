@@ -46,7 +46,6 @@ use crate::verify::errors::report;
 use linears::Experts;
 use store::{Store, Values};
 
-
 /// Which biases have a tensor of their own: experts first, then projections.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Split {
@@ -275,11 +274,7 @@ impl<'a> Plan<'a> {
         let tensor = source.tensor(&name)?;
         tensor.expect(dtypes, &shape)?;
         for range in copy::pieces(tensor.bytes.len(), 8) {
-            self.units.push(Unit {
-                group,
-                bytes: range.len() as u64,
-                work: Work::Copy { to, tensor, range },
-            });
+            self.units.push(Unit { group, bytes: range.len() as u64, work: Work::Copy { to, tensor, range } });
         }
         Ok(())
     }

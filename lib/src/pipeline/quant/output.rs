@@ -13,7 +13,7 @@ use crate::formats::float::Float;
 use crate::formats::{MXFP4, NumberFormat};
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::gguf::TOKENS;
-use crate::model::{Class, Linear, Proj};
+use crate::model::{self, Class, Linear, Proj, Role, Slot};
 use crate::recipe::{Container, Treatment};
 use crate::runtimes::{self, ExpertLayout, Facts, Feature, MainLayout};
 use crate::verify::errors::Family;
@@ -281,15 +281,38 @@ impl Plan<'_> {
         if self.recipe.pad_to.is_some() {
             manifest.notes.push(self.said_of_padding());
         }
+        let (size, source) = (self.layout().total_bytes(), self.source_bytes());
+        if size >= source {
+            manifest.notes.push(format!(
+                "the output is not smaller than its source: {size} bytes of weights, the source has {source}"
+            ));
+        }
         if self.layout_word() == "compressed-tensors+mxfp4" {
             manifest.notes.push(format!(
                 "experts are MXFP4 blocks and scales beside compressed-tensors modules; a runtime must read {KEPT} in config.json"
             ));
         }
+        manifest.notes.extend(runtimes::nowhere(&self.facts()));
     }
 }
 
 impl Plan<'_> {
+    /// Bytes of the source's shards; where only a config is there, of the tensors that it implies.
+    fn source_bytes(&self) -> u64 {
+        if let Some(source) = self.source {
+            return source.shards.iter().map(|s| s.bytes().len() as u64).sum();
+        }
+        let narrow = self.padding.map(|p| p.narrow(&self.config));
+        let config = narrow.as_ref().unwrap_or(&self.config);
+        let bytes = |slot: &Slot| match slot.role {
+            Role::Experts(fused, layer) if self.mxfp4 => {
+                model::mxfp4_specs(fused, layer, config).iter().map(|s| s.byte_len()).sum()
+            }
+            _ => 2 * slot.shape.iter().product::<usize>(),
+        };
+        model::slots(config).iter().map(|s| bytes(s) as u64).sum()
+    }
+
     fn said_of_padding(&self) -> String {
         let (h, i) = (self.config.hidden, self.config.intermediate);
         match self.padding {

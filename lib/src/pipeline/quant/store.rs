@@ -213,11 +213,11 @@ impl Lane {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::sink::Order;
-    use crate::checkpoint::source::SideFile;
     use crate::algorithms::rtn::{Target, rtn};
     use crate::checkpoint::layout::{Layout, Planned};
+    use crate::checkpoint::sink::Order;
     use crate::checkpoint::source::Checkpoint;
+    use crate::checkpoint::source::SideFile;
     use crate::containers;
     use crate::formats::MXFP4;
     use crate::model::{Fused, Linear, ModelConfig, mxfp4_specs};

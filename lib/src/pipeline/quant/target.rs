@@ -13,6 +13,9 @@ use crate::runtimes::{self, Runtime};
 /// The multiples to which a target may pad where nobody said: vLLM's kernels want the first, ggml's wide blocks the second.
 const PADS: [usize; 2] = [128, 256];
 
+/// Runtimes that people have, in the order in which one is looked for.
+const PUBLIC: [Runtime; 3] = [Runtime::Vllm, Runtime::Transformers, Runtime::LlamaCpp];
+
 /// What a user says of where the output goes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Wish {
@@ -37,8 +40,8 @@ pub fn check(plan: &Plan, wish: Wish) -> Result<()> {
     }
 }
 
-/// Settles the container of `recipe` for the model of `raw_config` in `dir`. Without a wish it is what vLLM loads, where
-/// something does; else compressed-tensors, and the plan says which runtimes are lost.
+/// Settles the container of `recipe` for the model of `raw_config` in `dir`. Without a wish it is the first that a public
+/// runtime loads, padded where that is what it takes; else compressed-tensors, and the plan says which runtimes are lost.
 ///
 /// # Errors
 /// [`Error::Refused`] where the target cannot load the recipe's output, with the rule and what comes nearest.
@@ -53,13 +56,21 @@ pub fn settle(dir: &Path, raw_config: &Map<String, Value>, recipe: &mut Recipe, 
     }
     let pad_to = recipe.pad_to;
     let Some(target) = wish.target else {
-        recipe.container = wish.container.unwrap_or_else(|| {
-            let loads = |c: &Container| plan(*c, pad_to).is_ok_and(|f| runtimes::refusal(Runtime::Vllm, &f).is_none());
-            // Nothing else holds ggml's types.
-            let ggml = recipe.layers().any(|(_, l)| matches!(l.scheme, SchemeName::Ggml(_)));
-            let other = if ggml { Container::Gguf } else { Container::CompressedTensors };
-            Runtime::Vllm.containers().iter().copied().find(loads).unwrap_or(other)
+        if let Some(container) = wish.container {
+            recipe.container = container;
+            return Ok(());
+        }
+        // Nothing else holds ggml's types.
+        let ggml = recipe.layers().any(|(_, l)| matches!(l.scheme, SchemeName::Ggml(_)));
+        let other = if ggml { Container::Gguf } else { Container::CompressedTensors };
+        let widths = if pad_to.is_some() { vec![pad_to] } else { vec![None, Some(PADS[0])] };
+        let found = widths.into_iter().find_map(|pad_to| {
+            PUBLIC.into_iter().find_map(|runtime| {
+                let loads = |c: &&Container| plan(**c, pad_to).is_ok_and(|f| runtimes::refusal(runtime, &f).is_none());
+                runtime.containers().iter().find(loads).map(|c| (*c, pad_to))
+            })
         });
+        (recipe.container, recipe.pad_to) = found.unwrap_or((other, pad_to));
         return Ok(());
     };
     let containers = wish.container.map_or(target.containers().to_vec(), |c| vec![c]);
