@@ -7,7 +7,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use server::{COMMIT, Faults, Hub};
+use server::{COMMIT, Faults, Hub, Lie};
 use support::{Ran, assert_same, command, files, run, tiny};
 
 struct Place {
@@ -28,7 +28,8 @@ impl Place {
         c.args(["--src", id, "--dst"])
             .arg(self.path(dst))
             .env("HF_ENDPOINT", &hub.endpoint)
-            .env("HF_HOME", self.path("home"));
+            .env("HF_HOME", self.path("home"))
+            .env("XDG_CACHE_HOME", self.path("own"));
         c
     }
 
@@ -193,4 +194,70 @@ fn a_dry_run_asks_for_the_config_alone() {
     let plan = run(quant.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", place.path("home"))).manifest();
     assert_eq!(plan["plan"]["weights_read"], false);
     assert!(hub.log().iter().all(|(p, _)| p.starts_with("/api/") || p.ends_with("/config.json")), "{:?}", hub.log());
+}
+
+/// The token is for the hub: a store on another host does not get it.
+#[test]
+fn a_token_goes_to_the_hub_alone() {
+    let place = Place::new();
+    let secret = Faults { token: Some("hf_secret".into()), ..Faults::default() };
+    let (hub, store) = (Hub::serve(&tiny(), secret), Hub::serve(&tiny(), Faults::default()));
+    hub.store_at(&store);
+    run(place.dequant(&hub, "org/model", "a").env("HF_TOKEN", "hf_secret")).manifest();
+    assert_same(&place.path("a"), &place.expected());
+    assert!(store.log().iter().any(|(p, _)| p.contains(SHARD)), "the store was asked");
+    assert_eq!(store.tokens(), Vec::<String>::new());
+    assert!(hub.tokens().len() >= 4);
+}
+
+#[test]
+fn answers_that_cannot_be_end_soon_and_fill_no_disk() {
+    for (lie, want) in [
+        (Lie::NotModified, "the hub answers 304"),
+        (Lie::Nowhere, "redirects to nowhere"),
+        (Lie::Circle, "redirects lead to no end"),
+        (Lie::Stall, "nothing arrived for 0.3 s"),
+        (Lie::Endless, "more arrives than the 5138744 bytes that were announced"),
+        (Lie::Inflated, "more arrives than the 5138744 bytes that were announced"),
+    ] {
+        let place = Place::new();
+        let hub = Hub::serve(&tiny(), Faults { lie: Some(lie), ..Faults::default() });
+        let ran = run(place.dequant(&hub, "org/model", "a").env("HF_HUB_DOWNLOAD_TIMEOUT", "0.3"));
+        refused(ran, want, &place.path("a"));
+        let blobs = place.path("home/hub/models--org--model/blobs");
+        let bytes: usize = files(&blobs).values().map(Vec::len).sum();
+        assert!(bytes < 12 << 20, "{lie:?}: {bytes} bytes on the disk");
+    }
+}
+
+/// The right size and wrong bytes: fetched again where the hub can be asked, an error where it cannot.
+#[test]
+fn a_damaged_file_in_the_cache_is_known() {
+    let place = Place::new();
+    let hub = Hub::serve(&tiny(), Faults::default());
+    run(&mut place.dequant(&hub, "org/model", "a")).manifest();
+    let pointer = place.path(&format!("home/hub/models--org--model/snapshots/{COMMIT}/{SHARD}"));
+    let damage = || {
+        let blob = pointer.canonicalize().unwrap();
+        let mut bytes = std::fs::read(&blob).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&blob, bytes).unwrap();
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+        std::fs::File::open(&blob).unwrap().set_modified(later).unwrap();
+    };
+    damage();
+    let offline = run(place.dequant(&hub, "org/model", "b").env("HF_HUB_OFFLINE", "1"));
+    refused(offline, "in the cache is damaged", &place.path("b"));
+    let again = run(&mut place.dequant(&hub, "org/model", "c"));
+    again.manifest();
+    assert!(again.err.contains("in the cache is damaged") && again.err.contains("fetched again"), "{}", again.err);
+    assert_same(&place.path("a"), &place.path("c"));
+    // A pipe in its place is not waited for.
+    let blob = pointer.canonicalize().unwrap();
+    std::fs::remove_file(&blob).unwrap();
+    let made = Command::new("mkfifo").arg(&blob).status().unwrap();
+    assert!(made.success());
+    let pipe = run(place.dequant(&hub, "org/model", "d").env("HF_HUB_OFFLINE", "1"));
+    refused(pipe, "a device or pipe", &place.path("d"));
 }

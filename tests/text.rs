@@ -7,6 +7,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use gptoss::Error;
@@ -31,6 +32,11 @@ fn tokenizer() -> Tokenizer {
 
 fn request(source: Source) -> TextRequest {
     TextRequest { source, samples: None, max_seq_length: 256, layout: Layout::Pack, pad: false, seed: None }
+}
+
+fn settings(cache: PathBuf, endpoint: &str, offline: bool) -> Settings {
+    let patience = std::time::Duration::from_secs(30);
+    Settings { cache, token: None, endpoint: endpoint.to_owned(), offline, patience, verified: None }
 }
 
 #[test]
@@ -70,8 +76,7 @@ impl Place {
     fn load(&self, name: &str, config: Option<&str>, split: Split, offline: bool) -> Result<Text, Error> {
         let source = Source::Dataset { name: name.into(), config: config.map(str::to_owned), split };
         let request = TextRequest { layout: Layout::Truncate, ..request(source) };
-        let settings =
-            Settings { cache: self.dir.path().join("hub"), token: None, endpoint: self.hub.endpoint.clone(), offline };
+        let settings = settings(self.dir.path().join("hub"), &self.hub.endpoint, offline);
         let checkpoint = self.dir.path().join("checkpoint");
         std::fs::create_dir_all(&checkpoint).unwrap();
         if let Some(template) = self.template {
@@ -223,7 +228,7 @@ fn a_dataset_is_downloaded_once_and_then_found_offline() {
     // What a manifest says of a text is enough to have it again.
     let again = online.report.request(None).unwrap();
     let cache = place.dir.path().join("hub");
-    let settings = Settings { cache, token: None, endpoint: place.hub.endpoint.clone(), offline: true };
+    let settings = settings(cache, &place.hub.endpoint, true);
     let checkpoint = place.dir.path().join("checkpoint");
     assert_eq!(load_with(&again, &tokenizer(), &checkpoint, &Progress::new(true), || Ok(settings)).unwrap(), online);
     let e = place.load("gsm8k", Some("socratic"), Split::Train, true).unwrap_err().to_string();

@@ -28,6 +28,25 @@ pub struct Faults {
     pub etag: Option<String>,
     /// More names in the file list.
     pub extra: Vec<String>,
+    /// How it answers for large files.
+    pub lie: Option<Lie>,
+}
+
+/// Answers that a hub does not give.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lie {
+    /// 304 for what nobody has.
+    NotModified,
+    /// A redirect without an address.
+    Nowhere,
+    /// Relative redirects, each to the next.
+    Circle,
+    /// It begins and never goes on.
+    Stall,
+    /// Zeros without end.
+    Endless,
+    /// More bytes than it announces.
+    Inflated,
 }
 
 struct State {
@@ -37,7 +56,11 @@ struct State {
     faults: Faults,
     /// Path and range of every request.
     log: Vec<(String, Option<String>)>,
+    /// Tokens that came with them.
+    tokens: Vec<Option<String>>,
     address: String,
+    /// Who has the content of large files.
+    store: String,
 }
 
 /// A running server; it ends with the test.
@@ -58,7 +81,15 @@ impl Hub {
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
         let address = listener.local_addr().expect("bound").to_string();
         let endpoint = format!("http://{address}");
-        let state = State { repo: repo.to_owned(), files, faults, log: Vec::new(), address };
+        let state = State {
+            repo: repo.to_owned(),
+            files,
+            faults,
+            log: Vec::new(),
+            tokens: Vec::new(),
+            store: address.clone(),
+            address,
+        };
         let state = Arc::new(Mutex::new(state));
         let shared = state.clone();
         std::thread::spawn(move || {
@@ -68,6 +99,18 @@ impl Hub {
             }
         });
         Self { state, endpoint }
+    }
+
+    /// Large files are redirected to the store of `other`, another host.
+    pub fn store_at(&self, other: &Self) {
+        let there = other.state.lock().expect("the server does not panic").address.clone();
+        self.state.lock().expect("the server does not panic").store = there;
+    }
+
+    /// Tokens that came with requests so far.
+    pub fn tokens(&self) -> Vec<String> {
+        let state = self.state.lock().expect("the server does not panic");
+        state.tokens.iter().flatten().cloned().collect()
     }
 
     /// Path and range of every request so far.
@@ -106,9 +149,35 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) {
     let reply = {
         let mut state = state.lock().expect("no handler panics");
         state.log.push((request.path.clone(), request.range.clone()));
-        reply(&request, &mut state)
+        state.tokens.push(request.token.clone());
+        let lie = state.faults.lie.filter(|_| request.path.contains(".safetensors"));
+        (lie, reply(&request, &mut state))
     };
-    let _ = stream.write_all(&reply);
+    let (lie, reply) = reply;
+    let content = request.range.as_deref().is_some_and(|r| r != "bytes=0-0");
+    match lie {
+        Some(Lie::NotModified) => drop(stream.write_all(&head("304 Not Modified", &[], 0))),
+        Some(Lie::Nowhere) => drop(stream.write_all(&head("302 Found", &[], 0))),
+        Some(Lie::Circle) => {
+            let next = format!("{}a", request.path);
+            drop(stream.write_all(&head("302 Found", &[("location", next)], 0)));
+        }
+        Some(Lie::Stall) if content && request.path.starts_with("/store/") => {
+            let begin = reply.windows(4).position(|w| w == b"\r\n\r\n").expect("a reply has a head") + 4;
+            let _ = stream.write_all(&reply[..begin]);
+            std::thread::sleep(std::time::Duration::from_secs(20));
+        }
+        Some(Lie::Endless | Lie::Inflated) if content && request.path.starts_with("/store/") => {
+            let begin = b"HTTP/1.1 206 Partial Content\r\nconnection: close\r\ncontent-range: bytes 0-9/10\r\n\r\n";
+            let _ = stream.write_all(begin);
+            let mut left = if lie == Some(Lie::Endless) { u64::MAX } else { 16 << 20 };
+            let zeros = vec![0; 1 << 16];
+            while left > 0 && stream.write_all(&zeros).is_ok() {
+                left = left.saturating_sub(zeros.len() as u64);
+            }
+        }
+        _ => drop(stream.write_all(&reply)),
+    }
 }
 
 fn head(status: &str, headers: &[(&str, String)], length: usize) -> Vec<u8> {
@@ -154,7 +223,7 @@ fn reply(request: &Request, state: &mut State) -> Vec<u8> {
             ("x-repo-commit", commit),
             ("x-linked-etag", etag),
             ("x-linked-size", body.len().to_string()),
-            ("location", format!("http://{}/store/{name}", state.address)),
+            ("location", format!("http://{}/store/{name}", state.store)),
         ];
         return head("302 Found", &headers, 0);
     }

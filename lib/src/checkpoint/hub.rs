@@ -4,6 +4,7 @@
 //! (SHA-256 of large files, git's SHA-1 of small ones) are checked before it is used.
 
 mod client;
+mod http;
 
 use std::path::{Path, PathBuf};
 

@@ -4,13 +4,15 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::HubId;
+use super::http::{Failure, Http, PATIENCE, encoded};
+use crate::checkpoint::destination::{check_free, taken};
 use crate::checkpoint::digest::hex;
+use crate::checkpoint::files::{self, Stamp};
 use crate::error::{Error, Result};
 use crate::pipeline::progress::Progress;
 
@@ -28,6 +30,10 @@ pub struct Settings {
     pub endpoint: String,
     /// HF_HUB_OFFLINE: only the cache is asked.
     pub offline: bool,
+    /// HF_HUB_DOWNLOAD_TIMEOUT, in seconds: how long nobody is waited for longer, for a connection, an answer, the next byte.
+    pub patience: Duration,
+    /// Where it is noted which files of the cache have the hash that they are named by.
+    pub verified: Option<PathBuf>,
 }
 
 impl Settings {
@@ -49,7 +55,15 @@ impl Settings {
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         let offline =
             var("HF_HUB_OFFLINE").is_some_and(|v| !["0", "false", "no", "off"].contains(&v.to_lowercase().as_str()));
-        Ok(Self { cache, token, endpoint: endpoint.trim_end_matches('/').into(), offline })
+        let patience = match var("HF_HUB_DOWNLOAD_TIMEOUT").map(|s| s.parse::<f64>()) {
+            None => PATIENCE,
+            Some(Ok(s)) if s > 0.0 && s < 1e6 => Duration::from_secs_f64(s),
+            Some(_) => return Err(Error::Refused("HF_HUB_DOWNLOAD_TIMEOUT is no number of seconds".into())),
+        };
+        let own = var("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(Path::new(&var("HOME")?).join(".cache")));
+        let verified = own.map(|dir| dir.join("gptoss/verified"));
+        let endpoint = endpoint.trim_end_matches('/').into();
+        Ok(Self { cache, token, endpoint, offline, patience, verified })
     }
 }
 
@@ -66,64 +80,42 @@ pub(super) struct Hub<'a> {
 
 /// A repository at one commit.
 pub(super) struct Listing {
-    api: Api,
     pub(super) commit: String,
     /// Its files, as the hub names them: not to be trusted as paths.
     pub(super) names: Vec<String>,
 }
 
-/// Passes hf-hub's progress on.
-struct Watch<'a> {
-    progress: &'a Progress,
-}
-
-impl hf_hub::api::Progress for Watch<'_> {
-    fn init(&mut self, size: usize, filename: &str) {
-        self.progress.start(filename, size as u64);
-    }
-    fn update(&mut self, size: usize) {
-        self.progress.advance(size as u64);
-    }
-    fn finish(&mut self) {
-        self.progress.finish();
-    }
-}
-
 impl Hub<'_> {
     /// The files of the revision, and the commit that it is.
     pub(super) fn list(&self) -> Result<Listing> {
-        let settings = self.settings;
-        let api = ApiBuilder::from_cache(Cache::new(settings.cache.clone()))
-            .with_token(settings.token.clone())
-            .with_endpoint(settings.endpoint.clone())
-            // Its own retry appends to the wrong place after a cut at zero bytes; `download` below tries again instead.
-            .with_retries(0)
-            .with_progress(false)
-            .with_user_agent("gptoss", env!("CARGO_PKG_VERSION"))
-            .build()
-            .map_err(|e| self.explain(e, "the repository"))?;
-        let named = self.repo(&self.id.revision);
-        let info = self.patiently(|| api.repo(named.clone()).info()).map_err(|e| self.explain(e, "the repository"))?;
-        if !is_hash(&info.sha, &[40, 64]) {
-            return Err(self.error(format!("the hub calls its commit {:?}, which is no hash", info.sha)));
+        let http = Http::new(self.settings);
+        let kind = if matches!(self.kind, RepoType::Dataset) { "datasets" } else { "models" };
+        let revision = encoded(&self.id.revision).replace('/', "%2F");
+        let url = format!("{}/api/{kind}/{}/revision/{revision}", self.settings.endpoint, self.id.repo);
+        let info = self.patiently(|| http.json(&url)).map_err(|e| self.explain(e, "the repository"))?;
+        let commit = info["sha"].as_str().unwrap_or_default().to_owned();
+        if !is_hash(&commit, &[40, 64]) {
+            return Err(self.error(format!("the hub calls its commit {commit:?}, which is no hash")));
         }
-        let names = info.siblings.into_iter().map(|s| s.rfilename).collect();
-        Ok(Listing { api, commit: info.sha, names })
+        let siblings = info["siblings"].as_array().into_iter().flatten();
+        let names = siblings.filter_map(|s| s["rfilename"].as_str().map(str::to_owned)).collect();
+        Ok(Listing { commit, names })
     }
 
     /// Downloads `names`, which must be safe as paths, and gives the folder in which they lie.
     pub(super) fn get(&self, listing: &Listing, names: &[&str], progress: &Progress) -> Result<PathBuf> {
-        let Listing { api, commit, .. } = listing;
+        let Listing { commit, .. } = listing;
+        let http = Http::new(self.settings);
         let cache = Cache::new(self.settings.cache.clone());
-        let repo = self.repo(commit);
+        let repo = cache.repo(self.repo(commit));
         progress.note(&format!("{}: {} files of commit {commit}", self.id.repo, names.len()));
         for name in names {
-            self.download(api, &api.repo(repo.clone()), &cache.repo(repo.clone()), commit, name, progress)?;
+            self.download(&http, &repo, commit, name, progress)?;
         }
         // Beside the commit, remember the name, so that the next run finds it offline.
         let named = cache.repo(self.repo(&self.id.revision));
         named.create_ref(commit).map_err(Error::io("write a reference in", &self.settings.cache))?;
-        Ok(cache.repo(repo).pointer_path(commit))
+        Ok(repo.pointer_path(commit))
     }
 
     /// The snapshot that the cache has, and its commit.
@@ -136,6 +128,7 @@ impl Hub<'_> {
         if commit.contains("..") || !dir.is_dir() {
             return Err(self.not_cached("it"));
         }
+        self.check_snapshot(&dir)?;
         Ok((dir, commit))
     }
 
@@ -153,40 +146,79 @@ impl Hub<'_> {
         Error::Hub { repo: format!("{}@{}", self.id.repo, self.id.revision), reason: reason.into() }
     }
 
-    /// What an error of the client means for the user.
-    fn explain(&self, error: ApiError, what: &str) -> Error {
+    /// Checks the files of a snapshot that are links to blobs named by their hash, each once.
+    ///
+    /// # Errors
+    /// [`Error::Hub`] for one that has other bytes.
+    fn check_snapshot(&self, dir: &Path) -> Result<()> {
+        for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
+            let path = entry.map_err(Error::io("list", dir))?.path();
+            let Ok(target) = std::fs::read_link(&path) else { continue };
+            let hash = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !is_hash(&hash, &[40, 64]) {
+                continue;
+            }
+            let size = std::fs::metadata(&path).map_err(Error::io("follow the link", &path))?.len();
+            if let Err(reason) = self.verify_once(&path, size, &hash) {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                return Err(self.error(format!(
+                    "{name} in the cache is damaged: {reason}; remove {} and run once without HF_HUB_OFFLINE",
+                    target.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Self::verify`], where nobody did it yet for a file of this size and time.
+    fn verify_once(&self, blob: &Path, size: u64, etag: &str) -> std::result::Result<(), String> {
+        let stamp = Stamp::at(blob).map_err(|e| e.to_string())?;
+        let (bytes, seconds, nanos) = stamp.dated();
+        let said = format!("{bytes} {seconds} {nanos}\n");
+        let record = self.settings.verified.as_ref().map(|dir| dir.join(etag));
+        let known = record.as_ref().is_some_and(|r| std::fs::read_to_string(r).is_ok_and(|t| t == said));
+        if known && bytes == size {
+            return Ok(());
+        }
+        self.verify(blob, size, etag)?;
+        if let Some(record) = record {
+            // Without a record it is done again next time.
+            let _ = std::fs::create_dir_all(record.parent().expect("it lies in a folder"));
+            let _ = files::replace(&record, said.as_bytes());
+        }
+        Ok(())
+    }
+
+    /// What a failure means for the user.
+    fn explain(&self, failure: Failure, what: &str) -> Error {
         let endpoint = &self.settings.endpoint;
         let token = if self.settings.token.is_some() {
             "the token that was sent does not open it"
         } else {
             "no token was sent; set HF_TOKEN"
         };
-        self.error(match status(&error) {
-            Some(code @ (401 | 403)) => {
+        self.error(match failure {
+            Failure::Status(code @ (401 | 403)) => {
                 format!("the hub refuses {what} with status {code}: it is private or gated, or does not exist; {token}")
             }
-            Some(404) => {
+            Failure::Status(404) => {
                 format!("the hub does not have {what} (status 404): check the spelling of repository and revision")
             }
-            Some(code) => format!("the hub answers {code} for {what}; try again later"),
-            None => match error {
-                ApiError::LockAcquisition(path) => format!("another program is downloading {}", path.display()),
-                other => {
-                    format!("cannot get {what} from {endpoint}: {other}; a cached copy loads with HF_HUB_OFFLINE=1")
-                }
-            },
+            Failure::Status(code) => format!("the hub answers {code} for {what}; try again later"),
+            Failure::Passing(reason) => {
+                format!("cannot get {what} from {endpoint}: {reason}; a cached copy loads with HF_HUB_OFFLINE=1")
+            }
+            Failure::Wrong(reason) => format!("the hub's answer for {what} cannot be: {reason}"),
+            Failure::Ours(error) => return error,
         })
     }
 
     /// Tries again while the failure looks like the network's.
-    fn patiently<T>(
-        &self,
-        mut f: impl FnMut() -> std::result::Result<T, ApiError>,
-    ) -> std::result::Result<T, ApiError> {
+    fn patiently<T>(&self, mut f: impl FnMut() -> std::result::Result<T, Failure>) -> std::result::Result<T, Failure> {
         let mut tries = 0;
         loop {
             match f() {
-                Err(e) if is_passing(&e) && tries + 1 < TRIES => tries += 1,
+                Err(e) if e.is_passing() && tries + 1 < TRIES => tries += 1,
                 other => return other,
             }
             std::thread::sleep(Duration::from_millis(200 << tries));
@@ -195,48 +227,63 @@ impl Hub<'_> {
 
     fn download(
         &self,
-        api: &Api,
-        repo: &ApiRepo,
+        http: &Http,
         cache: &hf_hub::CacheRepo,
         commit: &str,
         name: &str,
         progress: &Progress,
     ) -> Result<()> {
-        let meta = self.patiently(|| api.metadata(&repo.url(name))).map_err(|e| self.explain(e, name))?;
-        if meta.commit_hash() != commit {
-            return Err(self.error(format!("the hub gives {name} of commit {}, wanted {commit}", meta.commit_hash())));
+        let prefix = if matches!(self.kind, RepoType::Dataset) { "datasets/" } else { "" };
+        let url = format!("{}/{prefix}{}/resolve/{commit}/{}", self.settings.endpoint, self.id.repo, encoded(name));
+        let meta = self.patiently(|| http.meta(&url)).map_err(|e| self.explain(e, name))?;
+        if meta.commit != commit {
+            return Err(self.error(format!("the hub gives {name} of commit {}, wanted {commit}", meta.commit)));
         }
-        if !is_hash(meta.etag(), &[40, 64]) {
-            return Err(self.error(format!("the hub names {name} by {:?}, which is no hash", meta.etag())));
+        if !is_hash(&meta.etag, &[40, 64]) {
+            return Err(self.error(format!("the hub names {name} by {:?}, which is no hash", meta.etag)));
         }
-        let (size, blob, pointer) =
-            (meta.size() as u64, cache.blob_path(meta.etag()), cache.pointer_path(commit).join(name));
+        let (size, blob, pointer) = (meta.size, cache.blob_path(&meta.etag), cache.pointer_path(commit).join(name));
         let length = |p: &Path| std::fs::metadata(p).map(|m| m.len()).ok();
-        if length(&pointer) == Some(size) && length(&blob) == Some(size) {
-            return Ok(());
+        if length(&blob) == Some(size) {
+            match self.verify_once(&blob, size, &meta.etag) {
+                Ok(()) => return link(&pointer, &meta.etag, name),
+                Err(reason) => {
+                    progress.note(&format!("{name} in the cache is damaged ({reason}); it is fetched again"))
+                }
+            }
         }
+        remove(&blob)?;
         let part = blob.with_extension("part");
+        for dir in [blob.parent(), pointer.parent()].into_iter().flatten() {
+            std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        }
+        check_free(blob.parent().expect("it lies in a folder"), size, taken(&part))?;
+        // A part that is longer than the file, or exactly as long, is not trusted.
+        if length(&part).is_some_and(|n| n >= size) {
+            remove(&part)?;
+        }
         let (mut tries, mut damaged) = (0, false);
         loop {
-            // A dangling or wrong pointer, and a part that is longer than the file or exactly as long, would trip hf-hub.
-            remove(&pointer)?;
             let before = length(&part).unwrap_or(0);
-            if before >= size && before > 0 {
-                remove(&part)?;
-            }
-            match repo.download_with_progress(name, Watch { progress }) {
-                Ok(_) => match self.verify(&blob, size, meta.etag()) {
-                    Ok(()) => return Ok(()),
+            progress.start(name, size);
+            match http.download(&url, &part, size, progress) {
+                Ok(()) => match self.verify(&part, size, &meta.etag) {
+                    Ok(()) => {
+                        progress.finish();
+                        std::fs::rename(&part, &blob).map_err(Error::io("rename the download to", &blob))?;
+                        // What was just checked is known from here on.
+                        self.verify_once(&blob, size, &meta.etag).map_err(|e| self.error(format!("{name}: {e}")))?;
+                        return link(&pointer, &meta.etag, name);
+                    }
                     Err(reason) => {
-                        remove(&pointer)?;
-                        remove(&blob)?;
+                        remove(&part)?;
                         if std::mem::replace(&mut damaged, true) {
                             return Err(self.error(format!("{name} arrived damaged twice: {reason}")));
                         }
                         progress.note(&format!("{name} arrived damaged ({reason}); once more from the start"));
                     }
                 },
-                Err(e) if is_passing(&e) => {
+                Err(e) if e.is_passing() => {
                     let now = length(&part).unwrap_or(0);
                     tries = if now > before { 0 } else { tries + 1 };
                     if tries >= TRIES {
@@ -252,7 +299,7 @@ impl Hub<'_> {
 
     /// Size, and the hash by which the hub names the file: SHA-256 (64 digits), or git's blob SHA-1 (40).
     fn verify(&self, blob: &Path, size: u64, etag: &str) -> std::result::Result<(), String> {
-        let open = || std::fs::File::open(blob).map_err(|e| e.to_string());
+        let open = || files::open(blob).map_err(|e| e.to_string());
         let have = open()?.metadata().map_err(|e| e.to_string())?.len();
         if have != size {
             return Err(format!("it has {have} bytes, wanted {size}"));
@@ -286,21 +333,16 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-fn status(error: &ApiError) -> Option<u16> {
-    match error {
-        ApiError::RequestError(e) => match **e {
-            ureq::Error::StatusCode(code) => Some(code),
-            _ => None,
-        },
-        _ => None,
+/// Gives the blob `etag` its name in a snapshot: a relative link, as the hub's own tools make it.
+fn link(pointer: &Path, etag: &str, name: &str) -> Result<()> {
+    let up = "../".repeat(2 + name.matches('/').count());
+    let target = PathBuf::from(format!("{up}blobs/{etag}"));
+    if std::fs::read_link(pointer).is_ok_and(|t| t == target) {
+        return Ok(());
     }
-}
-
-/// True for what may go away: a cut connection, a busy server. Not for a refusal.
-fn is_passing(error: &ApiError) -> bool {
-    match (status(error), error) {
-        (Some(code), _) => code == 429 || code >= 500,
-        (None, ApiError::RequestError(_) | ApiError::IoError(_)) => true,
-        _ => false,
+    remove(pointer)?;
+    if let Some(dir) = pointer.parent() {
+        std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     }
+    std::os::unix::fs::symlink(&target, pointer).map_err(Error::io("link", pointer))
 }
