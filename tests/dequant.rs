@@ -221,7 +221,11 @@ fn what_is_no_part_of_the_model_is_named_when_it_is_left_out() {
     let both =
         [("gptoss-dequant --quiet --src", "--dst"), ("gptoss-quant --quiet --algo rtn --model-in", "--output-dir")];
     for (i, (tool, to)) in both.into_iter().enumerate() {
-        let manifest = run(command(tool).arg(&src).arg(to).arg(dir.path().join(i.to_string()))).manifest();
+        let dst = dir.path().join(i.to_string());
+        let refused = run(command(tool).arg(&src).arg(to).arg(&dst));
+        assert!(refused.code == 2 && refused.err.contains("--drop-unknown-tensors allows that"), "{}", refused.err);
+        assert!(refused.err.contains(name) && !dst.exists(), "{}", refused.err);
+        let manifest = run(command(tool).arg(&src).arg(to).arg(&dst).arg("--drop-unknown-tensors")).manifest();
         let notes = manifest["notes"].to_string();
         assert!(notes.contains(&format!("{name} is no tensor of gpt-oss and was left out")), "{notes}");
         assert!(notes.contains("the source has no tokenizer"), "{notes}");

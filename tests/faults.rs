@@ -59,7 +59,10 @@ fn jobs() -> Vec<Job> {
         job("gptq", text("--experts w4a16 --mw w8a8 --lm-head w8a16 --shard-size 100KB")),
         job("gguf", "gptoss-quant -q --threads 1 --algo rtn --experts q4_0 --mw q8_0 --container gguf".into()),
         Job { force: true, ..job("force", "gptoss-quant -q --threads 1 --algo rtn --experts w8a16 --mw w8a16".into()) },
-        Job { dense: true, ..job("target size", text("--experts w4a16 --mw w8a16 --target-size 0.72MB")) },
+        Job {
+            dense: true,
+            ..job("target size", text("--experts w4a16 --mw w8a16 --target-size 0.72MB --container compressed-tensors"))
+        },
     ]
 }
 

@@ -85,7 +85,7 @@ fn cases() -> Vec<(&'static str, Change, Vec<&'static str>)> {
                 std::fs::remove_file(d.join("config.json")).unwrap();
                 std::fs::create_dir(d.join("config.json")).unwrap();
             }),
-            vec!["config.json", "directory"],
+            vec!["config.json", "is a folder"],
         ),
         (
             "config is not JSON",
@@ -189,7 +189,7 @@ fn cases() -> Vec<(&'static str, Change, Vec<&'static str>)> {
                 std::fs::remove_file(d.join(S0)).unwrap();
                 std::os::unix::fs::symlink(S0, d.join(S0)).unwrap();
             }),
-            vec![S0, "is missing"],
+            vec![S0, "cannot follow the link"],
         ),
         (
             "a header of 2^64 bytes",

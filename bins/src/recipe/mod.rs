@@ -201,7 +201,7 @@ impl RecipeArgs {
 
     /// Where the output is to go.
     pub fn wish(&self) -> Wish {
-        Wish { target: self.target, container: self.container }
+        Wish { target: self.target, container: self.container, narrow: self.target_size.is_some() }
     }
 
     /// The recipe for a model of these shapes. What depends on the machine, the kernels, is settled here.

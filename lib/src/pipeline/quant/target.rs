@@ -13,8 +13,9 @@ use crate::runtimes::{self, Runtime};
 /// The multiples to which a target may pad where nobody said: vLLM's kernels want the first, ggml's wide blocks the second.
 const PADS: [usize; 2] = [128, 256];
 
-/// Runtimes that people have, in the order in which one is looked for.
-const PUBLIC: [Runtime; 3] = [Runtime::Vllm, Runtime::Transformers, Runtime::LlamaCpp];
+/// Runtimes for which a container is looked for that nobody asked for, in this order. Not llama.cpp: ggml's types round by rules of
+/// their own, so another container would be other numbers.
+const PUBLIC: [Runtime; 2] = [Runtime::Vllm, Runtime::Transformers];
 
 /// What a user says of where the output goes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -23,6 +24,8 @@ pub struct Wish {
     pub target: Option<Runtime>,
     /// The container.
     pub container: Option<Container>,
+    /// No padding that nobody asked for: it takes bytes, and a size is to be met.
+    pub narrow: bool,
 }
 
 /// Looks again at a plan whose schemes were chosen after its container was.
@@ -63,7 +66,7 @@ pub fn settle(dir: &Path, raw_config: &Map<String, Value>, recipe: &mut Recipe, 
         // Nothing else holds ggml's types.
         let ggml = recipe.layers().any(|(_, l)| matches!(l.scheme, SchemeName::Ggml(_)));
         let other = if ggml { Container::Gguf } else { Container::CompressedTensors };
-        let widths = if pad_to.is_some() { vec![pad_to] } else { vec![None, Some(PADS[0])] };
+        let widths = if pad_to.is_some() || wish.narrow { vec![pad_to] } else { vec![None, Some(PADS[0])] };
         let found = widths.into_iter().find_map(|pad_to| {
             PUBLIC.into_iter().find_map(|runtime| {
                 let loads = |c: &&Container| plan(**c, pad_to).is_ok_and(|f| runtimes::refusal(runtime, &f).is_none());
