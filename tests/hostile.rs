@@ -255,7 +255,7 @@ fn cases() -> Vec<(&'static str, Change, Vec<&'static str>)> {
             Box::new(|d| {
                 std::fs::copy(d.join(S0), d.join(S1)).unwrap();
             }),
-            vec![S1, "stands in", S0],
+            vec![S1, "is not in the file"],
         ),
         ("integers for floats", entry(Q, "dtype", json!("I16")), vec![S0, Q, "I16"]),
         ("signed blocks", entry(BLOCKS, "dtype", json!("I8")), vec![S0, BLOCKS, "has type I8, wanted U8"]),

@@ -138,12 +138,16 @@ fn kept_experts_are_the_source_s_bytes_and_config_and_manifest_say_so() {
 fn a_group_that_does_not_divide_2880_is_refused_before_any_data() {
     for model in ["20b", "120b"] {
         let config = root().join(format!("tests/fixtures/configs/gpt-oss-{model}.json"));
-        let ran = run(command("gptoss-quant --dry-run --group-size 128").arg("--model-in").arg(&config));
+        let ran = run(command("gptoss-quant --dry-run --container compressed-tensors --group-size 128")
+            .arg("--model-in")
+            .arg(&config));
         assert_eq!(ran.code, 2);
         insta::assert_snapshot!("group-128-on-2880", ran.err);
-        let plan = run(command("gptoss-quant --dry-run --quiet --algo rtn --experts w4a16 --mw w4a16")
-            .arg("--model-in")
-            .arg(&config))
+        let plan = run(command(
+            "gptoss-quant --dry-run --quiet --algo rtn --container compressed-tensors --experts w4a16 --mw w4a16",
+        )
+        .arg("--model-in")
+        .arg(&config))
         .manifest();
         let stored = |name: &str| {
             let tensors = plan["tensors"].as_array().unwrap();

@@ -254,7 +254,7 @@ fn without_a_model_the_plan_is_for_the_120b() {
     let planned = run(&mut quant).manifest();
     let named = plan(flags, &config("120b"));
     assert_eq!((&planned["plan"], &planned["tensors"]), (&named["plan"], &named["tensors"]));
-    assert!(planned["notes"][0].as_str().unwrap().contains("no model was given"));
+    assert!(planned["notes"].to_string().contains("no model was given"));
     // A manifest on standard input still names one.
     let err = run_with(&mut command("gptoss-quant --dry-run --quiet"), "{}").err;
     assert!(err.contains("is not a manifest"), "{err}");
@@ -268,7 +268,7 @@ fn an_algorithm_that_needs_text_says_what_would_do_without() {
         c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir.path().join("out"));
         run(c.env("HF_HOME", dir.path()).env("HF_HUB_OFFLINE", "1"))
     };
-    let none = go("");
+    let none = go("--experts w4a16");
     assert_eq!(none.code, 2);
     for part in ["open_platypus", "--calib-jsonl FILE", "--algo rtn", "garage-bAInd/Open-Platypus"] {
         assert!(none.err.contains(part), "{part}: {}", none.err);
@@ -361,7 +361,7 @@ fn group_sizes_of_a_file_give_way_to_the_flag() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("r.yaml");
     std::fs::write(&file, yaml).unwrap();
-    let mut quant = command("gptoss-quant --dry-run --quiet --recipe");
+    let mut quant = command("gptoss-quant --dry-run --quiet --container compressed-tensors --recipe");
     let ran = run(quant.arg(&file).arg("--model-in").arg(config("20b")));
     assert!(ran.code == 2 && ran.err.contains("group_size 128 does not divide in_features 2880"), "{}", ran.err);
 }
