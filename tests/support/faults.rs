@@ -115,6 +115,7 @@ pub fn trace(command: &mut Command, folder: &Path, mut fault: impl FnMut(usize, 
     command.stdout(Stdio::null()).stdin(Stdio::null()).stderr(errors.reopen().expect("it is there"));
     // SAFETY: between fork and exec it makes system calls alone.
     unsafe { command.pre_exec(watch_me) };
+    #[allow(clippy::zombie_processes, reason = "the tracer waits for it, and for its threads")]
     let child = command.spawn().expect("the tool starts");
     let pid = i32::try_from(child.id()).expect("a pid is an int");
     let mut tracer = Tracer {
@@ -209,6 +210,7 @@ impl Tracer {
     fn stopped(&mut self, tid: i32, fault: &mut dyn FnMut(usize, &Call) -> Fault) -> bool {
         // SAFETY: the structure is plain numbers, and the thread is stopped.
         let mut regs: libc::user_regs_struct = unsafe { std::mem::zeroed() };
+        // SAFETY: it is as large as what the call writes.
         let got = unsafe { libc::ptrace(libc::PTRACE_GETREGS, tid, 0, (&raw mut regs).cast::<c_void>()) };
         if got != 0 {
             return false;

@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(map[0], 7);
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
         assert_eq!(map[2 << 20], 0);
-        assert_eq!(map[3 << 20 - 1], 0);
+        assert_eq!(map[(3 << 20) - 1], 0);
         assert!(lost());
         let said = map.unchanged().unwrap_err().to_string();
         assert!(said.contains("was truncated while it was read"), "{said}");
