@@ -57,7 +57,7 @@ fn write(tensors: &Tensors, shards: &[Vec<&String>], from: &Path, dir: &Path) {
 }
 
 /// Shards as they are published: names in alphabetical order, a new shard where the next tensor does not fit.
-fn greedy<'t>(tensors: &'t Tensors, shards: usize) -> Vec<Vec<&'t String>> {
+fn greedy(tensors: &Tensors, shards: usize) -> Vec<Vec<&String>> {
     let total: usize = tensors.values().map(|t| t.2.len()).sum();
     let cut = |limit: usize| {
         let (mut list, mut filled) = (vec![Vec::new()], 0);
