@@ -3,58 +3,15 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde_json::{Map, Value, json};
 use support::random::Random;
-use support::{Shard, command, files, run, synthetic, tiny};
+use support::synthetic::small;
+use support::tensors::{Tensors, read, write};
+use support::{command, files, run, tiny};
 
 /// Random cuts of the small model.
 const CUTS: usize = 64;
-
-/// Tensors of a checkpoint: type, shape, bytes.
-type Tensors = BTreeMap<String, (Value, Value, Vec<u8>)>;
-
-fn read(dir: &Path) -> Tensors {
-    let mut tensors = Tensors::new();
-    for name in files(dir).into_keys().filter(|n| n.ends_with(".safetensors")) {
-        let mut shard = Shard::read(&dir.join(name));
-        let names: Vec<String> = shard.header.keys().filter(|k| *k != "__metadata__").cloned().collect();
-        for name in names {
-            let bytes = shard.tensor(&name).to_vec();
-            let info = &shard.header[&name];
-            tensors.insert(name, (info["dtype"].clone(), info["shape"].clone(), bytes));
-        }
-    }
-    tensors
-}
-
-/// Writes `tensors` in these shards, with an index, beside the small files of `from`.
-fn write(tensors: &Tensors, shards: &[Vec<&String>], from: &Path, dir: &Path) {
-    std::fs::create_dir_all(dir).unwrap();
-    for (name, bytes) in files(from) {
-        if !name.ends_with(".safetensors") && !name.ends_with("index.json") && name != "gptoss-manifest.json" {
-            std::fs::write(dir.join(name), bytes).unwrap();
-        }
-    }
-    let mut map = Map::new();
-    for (i, names) in shards.iter().enumerate() {
-        let file = format!("model-{i:05}-of-{:05}.safetensors", shards.len() - 1);
-        let mut shard = Shard { header: Map::new(), data: Vec::new() };
-        for &name in names {
-            let (dtype, shape, bytes) = &tensors[name];
-            let start = shard.data.len();
-            shard.data.extend_from_slice(bytes);
-            let offsets = [start, shard.data.len()];
-            shard.header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
-            map.insert(name.clone(), file.clone().into());
-        }
-        shard.write(&dir.join(file));
-    }
-    let total: usize = tensors.values().map(|t| t.2.len()).sum();
-    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-    std::fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
-}
 
 /// Shards as they are published: names in alphabetical order, a new shard where the next tensor does not fit.
 fn greedy(tensors: &Tensors, shards: usize) -> Vec<Vec<&String>> {
@@ -140,22 +97,6 @@ fn all_cuts_agree(whole: &Path, cuts: &[Vec<Vec<&String>>], tensors: &Tensors, j
         }
         std::fs::remove_dir_all(src).unwrap();
     }
-}
-
-/// A model of four layers that is quick to quantize, with the fixture's tokenizer, in one shard.
-fn small(dir: &Path, layers: usize) -> PathBuf {
-    let sizes = [("hidden_size", 64), ("intermediate_size", 64), ("num_local_experts", 4), ("num_experts_per_tok", 2)];
-    let more =
-        [("num_hidden_layers", layers), ("vocab_size", 2048), ("num_attention_heads", 4), ("num_key_value_heads", 2)];
-    let mut config = synthetic::config(&[sizes.as_slice(), &more].concat());
-    config.insert("head_dim".into(), 32.into());
-    config.insert("experts_per_token".into(), 2.into());
-    let whole = dir.join("whole");
-    synthetic::write(&whole, &config);
-    for name in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(tiny().join(name), whole.join(name)).unwrap();
-    }
-    whole
 }
 
 #[test]

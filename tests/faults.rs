@@ -66,20 +66,6 @@ fn jobs() -> Vec<Job> {
     ]
 }
 
-fn small(dir: &Path) -> PathBuf {
-    let sizes = [("hidden_size", 64), ("intermediate_size", 64), ("num_local_experts", 4), ("num_experts_per_tok", 2)];
-    let more = [("num_hidden_layers", 2), ("vocab_size", 2048), ("num_attention_heads", 4), ("num_key_value_heads", 2)];
-    let mut config = synthetic::config(&[sizes.as_slice(), &more].concat());
-    config.insert("head_dim".into(), 32.into());
-    config.insert("experts_per_token".into(), 2.into());
-    let src = dir.join("model");
-    synthetic::write(&src, &config);
-    for name in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(tiny().join(name), src.join(name)).unwrap();
-    }
-    src
-}
-
 /// A model, another checkpoint that `--force` replaces, and what a run without faults makes.
 struct Bench {
     dir: tempfile::TempDir,
@@ -90,7 +76,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let src = small(dir.path());
+        let src = synthetic::small(dir.path(), 2);
         let old = dir.path().join("old");
         run(command("gptoss-dequant -q --src").arg(&src).arg("--dst").arg(&old)).manifest();
         Self { dir, src, old }

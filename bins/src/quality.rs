@@ -56,12 +56,14 @@ impl QualityArgs {
         let room = Room { memory: resources.max_memory, offload: &offload, progress: &resources.progress };
         let report = device.enter(|| quality(&device, self.numerics, &model, reference.as_ref(), &text, &room))?;
 
+        std::iter::once(&model).chain(&reference).try_for_each(|m| m.checkpoint.unchanged())?;
         let job = Job::Quality { against: reference.is_some() };
         let mut manifest = Manifest::new("gptoss-verify", job).with(self.numerics);
         manifest.source = source_at.as_ref().map(|s| crate::file_set(&s.dir, resources.threads)).transpose()?;
         manifest.output = Some(crate::file_set(&model_at.dir, resources.threads)?);
         manifest.quality = Some(report);
-        manifest.notes = text.notes;
+        manifest.notes = model.checkpoint.remarks.clone();
+        manifest.notes.extend(text.notes);
         let judged = source_at.as_ref().unwrap_or(&model_at);
         let mut run = volatile(judged, Some(&model_at.dir), meter.read(), resources.threads, 0);
         if source_at.is_none() {

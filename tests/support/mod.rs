@@ -5,6 +5,7 @@
 pub mod faults;
 pub mod random;
 pub mod synthetic;
+pub mod tensors;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use gptoss::checkpoint::header::{TensorSpec, encode};
 use gptoss::model::{ModelConfig, Role, mxfp4_specs, slots};
@@ -82,4 +82,20 @@ fn fill(file: &mut impl Write, spec: &TensorSpec, seed: &mut u64) {
         file.write_all(&buffer[..n]).expect("there is room");
         left -= n;
     }
+}
+
+/// A model of `layers` layers that is quick to quantize, with the fixture's tokenizer, in one shard of `dir/whole`.
+pub fn small(dir: &Path, layers: usize) -> PathBuf {
+    let sizes = [("hidden_size", 64), ("intermediate_size", 64), ("num_local_experts", 4), ("num_experts_per_tok", 2)];
+    let more =
+        [("num_hidden_layers", layers), ("vocab_size", 2048), ("num_attention_heads", 4), ("num_key_value_heads", 2)];
+    let mut shapes = config(&[sizes.as_slice(), &more].concat());
+    shapes.insert("head_dim".into(), 32.into());
+    shapes.insert("experts_per_token".into(), 2.into());
+    let whole = dir.join("whole");
+    write(&whole, &shapes);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(super::tiny().join(name), whole.join(name)).unwrap();
+    }
+    whole
 }

@@ -50,26 +50,22 @@ pub fn check_destination(src: &Path, dst: &Path, force: bool) -> Result<PathBuf>
         return Err(Error::Refused(format!("{} cannot be a destination: it has no name of its own", dst.display())));
     }
     for written in [&target, &partial_path(&target)] {
-        if source.starts_with(written) || written.starts_with(&source) {
+        if source.starts_with(written) || written.starts_with(&source) || same_folder(&source, written) {
             let (s, d) = (source.display(), written.display());
             return Err(Error::Refused(format!(
                 "the destination {d} and the source {s} lie in one another; the source is never written"
             )));
         }
     }
-    let is_source = |p: &Path| std::fs::metadata(p).is_ok_and(|m| same_file(&source, &m));
-    if is_source(&target) {
-        let d = target.display();
-        return Err(Error::Refused(format!("the destination {d} is the source under another name")));
-    }
     check_partial(&partial_path(&target))?;
     check_occupant(&target, force)?;
     Ok(target)
 }
 
-/// Whether `path` is the file or folder that `meta` is of: two names of one folder (a bind mount) show only so.
-fn same_file(path: &Path, meta: &std::fs::Metadata) -> bool {
-    std::fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()))
+/// Whether two paths name one folder: with a bind mount they may, without one of them leading through the other.
+fn same_folder(a: &Path, b: &Path) -> bool {
+    let inode = |p: &Path| std::fs::metadata(p).ok().map(|m| (m.dev(), m.ino()));
+    inode(a).is_some_and(|found| inode(b) == Some(found))
 }
 
 /// What may stand where unfinished output goes: nothing, or a folder that is there itself.

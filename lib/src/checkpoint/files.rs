@@ -85,7 +85,7 @@ impl Stamp {
     /// Checks that `path` is still the file that this was taken of.
     pub fn check(&self, path: &Path) -> Result<()> {
         let changed =
-            |how: &str| Error::file(path, format!("{how} while it was read; nothing that was made of it is kept"));
+            |how: &str| Error::file(path, format!("{how} while it was read: start again once nobody writes there"));
         match std::fs::metadata(path) {
             Ok(meta) if Self::of(&meta) == *self => Ok(()),
             Ok(_) => Err(changed("was changed")),

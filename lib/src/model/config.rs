@@ -114,6 +114,26 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Which fields differ, for people: `hidden_size 2880 and 2944, ...`.
+    pub fn differences(&self, other: &Self) -> String {
+        let numbers = |c: &Self| {
+            [
+                ("num_hidden_layers", c.layers),
+                ("num_local_experts", c.experts),
+                ("hidden_size", c.hidden),
+                ("intermediate_size", c.intermediate),
+                ("num_attention_heads", c.heads),
+                ("num_key_value_heads", c.kv_heads),
+                ("head_dim", c.head_dim),
+                ("vocab_size", c.vocab),
+                ("attention_bias", usize::from(c.attention_bias)),
+                ("tie_word_embeddings", usize::from(c.tied)),
+            ]
+        };
+        let both = numbers(self).into_iter().zip(numbers(other)).filter(|(a, b)| a != b);
+        both.map(|((name, a), (_, b))| format!("{name} {a} and {b}")).collect::<Vec<_>>().join(", ")
+    }
+
     /// Products of extents, each of which is at most 2^20.
     fn check_products(&self) -> std::result::Result<(), String> {
         if self.layers * self.experts > MAX_EXPERTS {

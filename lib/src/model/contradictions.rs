@@ -1,5 +1,7 @@
 //! Checkpoints whose parts contradict each other: read as transformers reads them, with a remark that says so.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use crate::checkpoint::source::Checkpoint;
@@ -40,10 +42,17 @@ fn rope_twice(checkpoint: &mut Checkpoint) {
         _ => None,
     };
     let (Some(scaling), Some(parameters)) = (said("rope_scaling"), said("rope_parameters")) else { return };
-    let differs =
-        parameters.iter().any(|(key, value)| key != "rope_theta" && scaling.get(key).is_some_and(|s| s != value))
-            || scaling.keys().any(|key| !parameters.contains_key(key));
-    if differs {
+    // One spelling for each key, and the theta that stands outside where there is none inside.
+    let theta = checkpoint.config.get("rope_theta").cloned();
+    let plain = |map: &serde_json::Map<String, Value>| {
+        let key = |k: &String| if k == "type" { "rope_type".to_owned() } else { k.clone() };
+        let mut all: BTreeMap<String, Value> = map.iter().map(|(k, v)| (key(k), v.clone())).collect();
+        if let Some(theta) = &theta {
+            all.entry("rope_theta".into()).or_insert_with(|| theta.clone());
+        }
+        all
+    };
+    if plain(scaling) != plain(parameters) {
         checkpoint.remarks.push(
             "config.json has rope_scaling and rope_parameters, and they differ: rope_scaling was taken, as transformers does; \
              remove the other"

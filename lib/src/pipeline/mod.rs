@@ -127,10 +127,14 @@ pub(crate) fn half_range(source: &Checkpoint, resources: &Resources) -> Result<O
     use crate::model::{Model, Settings};
     let device = crate::device::cpu::Cpu::new(resources.threads)?.with(Numerics::Engine);
     let config = crate::model::ModelConfig::parse(&source.dir, &source.config)?;
-    if let Err(e) = Settings::parse(&source.dir, &source.config, &config) {
-        return Ok(Some(format!("whether hidden states fit in FP16 could not be told: {e}")));
+    let looked = Settings::parse(&source.dir, &source.config, &config)
+        .and_then(|_| Model::open_padded(&source.dir, source.padding()))
+        .and_then(|model| crate::evaluate::half_range(&device, &model));
+    match looked {
+        // The weights are converted; a config that no forward can run takes nothing from that.
+        Err(e) if !e.is_transient() => Ok(Some(format!("whether hidden states fit in FP16 could not be told: {e}"))),
+        other => other,
     }
-    crate::evaluate::half_range(&device, &Model::open_padded(&source.dir, source.padding())?)
 }
 
 /// The small files of the output: the configuration and what travels unchanged.

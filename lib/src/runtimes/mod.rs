@@ -350,11 +350,13 @@ pub fn none_loads(obstacle: &str) -> Vec<RuntimeReport> {
 /// What to say where no runtime but this project's own loads it; `None` where one does.
 pub fn nowhere(facts: &Facts) -> Option<String> {
     let public = Runtime::ALL.into_iter().filter(|r| *r != Runtime::Native);
-    let refused: Vec<String> = public.map(|r| refusal(r, facts)).collect::<Option<_>>()?;
+    if public.into_iter().any(|r| refusal(r, facts).is_none()) {
+        return None;
+    }
     let nearest = deciding(Runtime::Vllm, facts).instead;
     Some(format!(
-        "no public runtime loads this output ({} were asked); the nearest that vLLM loads: {nearest}",
-        refused.len()
+        "no public runtime loads this output: neither vLLM nor transformers nor llama.cpp; what comes nearest and loads in \
+         vLLM: {nearest}"
     ))
 }
 

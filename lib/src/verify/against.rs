@@ -64,7 +64,8 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
     }
     if config != other {
         let (s, d) = (src.display(), dir.display());
-        return Err(Error::Refused(format!("{s} and {d} are of different shapes ({config:?} and {other:?})")));
+        let differ = config.differences(&other);
+        return Err(Error::Refused(format!("{s} and {d} are of different shapes: {differ}")));
     }
     let moved = moved(&a, &b, &config)?;
     let mut pairs = Vec::new();
@@ -89,6 +90,8 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
         Ok(sums)
     })?;
     progress.finish();
+    a.unchanged()?;
+    b.unchanged()?;
     let mut total = ErrorSums::default();
     sums.iter().for_each(|s| total.merge(s));
     let matrices = pairs.iter().zip(&sums).filter_map(|(p, s)| match p {
@@ -108,10 +111,11 @@ pub fn against(src: &Path, dir: &Path, detail: Detail, threads: usize, progress:
         let stored = b.get(&name).map_or_else(|| "split".into(), |t| t.info.dtype.to_string().to_lowercase());
         tensors.push(TensorReport { name, tensors: 1, parameters: s.count, stored, error: Some(summary(s, None)) });
     }
-    let mut notes: Vec<String> = padding.iter().map(|p| {
+    let mut notes: Vec<String> = a.remarks.iter().chain(&b.remarks).cloned().collect();
+    notes.extend(padding.iter().map(|p| {
         let ((h, wide_h), (i, wide_i)) = (p.hidden, p.intermediate);
         format!("the source is compared as the wider model that it was padded to: hidden size {h} as {wide_h}, intermediate size {i} as {wide_i}")
-    }).collect();
+    }));
     notes.extend((!moved.is_empty()).then(|| {
         let names: Vec<&str> = moved.keys().map(String::as_str).collect();
         format!(

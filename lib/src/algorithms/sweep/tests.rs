@@ -96,6 +96,20 @@ proptest! {
         prop_assert!(a <= b, "{} > {}", a, b);
     }
 
+    /// Not in every row, for it looks at one column after the other, but over some dozens.
+    #[test]
+    fn choosing_zeros_with_what_the_others_make_up_for_beats_choosing_by_size(seed: u64, rows in 24usize..60, n in 1usize..16) {
+        let (n, tokens) = (n * 16, 300);
+        let (w, gram) = (noise(seed ^ 5, rows * n), gram(seed, tokens, n, 0));
+        let factor = Factor::new(&gram, tokens as u64, n, ActOrder::Off, 0.01).unwrap();
+        let mask = Mask::Structured { zeros: 2, of: 4 };
+        let sparse = sweep(&w, &factor, Rounding::Floats(Float::F32), Zeros::Choose(mask, 0.5, 128));
+        let cut = crate::algorithms::wanda::zeros(&w, n, None, mask, 0.5);
+        let kept: Vec<f32> = w.iter().zip(&cut).map(|(w, z)| if *z { 0.0 } else { *w }).collect();
+        let (ours, by_size) = (loss(&sparse.values, &w, &gram, n, tokens), loss(&kept, &w, &gram, n, tokens));
+        prop_assert!(ours <= by_size, "{} > {}", ours, by_size);
+    }
+
     #[test]
     fn two_of_four_become_zero_and_stay_zero(seed: u64, rows in 1usize..40, n in 1usize..16, order in orders()) {
         let (n, tokens) = (n * 16, 300);
@@ -107,12 +121,6 @@ proptest! {
             prop_assert_eq!(zeros.iter().filter(|z| **z).count(), 2);
             prop_assert!(zeros.iter().zip(values).all(|(z, v)| !z || *v == 0.0));
         }
-        // Choosing with what the others make up for is better than choosing by magnitude alone: not in every row, for it looks at
-        // one column after the other, but over some dozens.
-        let cut = crate::algorithms::wanda::zeros(&w, n, None, mask, 0.5);
-        let kept: Vec<f32> = w.iter().zip(&cut).map(|(w, z)| if *z { 0.0 } else { *w }).collect();
-        let by_size = loss(&kept, &w, &gram, n, tokens);
-        prop_assert!(rows < 24 || loss(&sparse.values, &w, &gram, n, tokens) <= by_size);
         let format = NumberFormat::Int(IntFormat { num_bits: 4, symmetric: seed % 2 == 0 });
         let target = Target::new(format, 16, Float::Bf16);
         let ordered = Factor::new(&gram, tokens as u64, n, order, 0.01).unwrap();
