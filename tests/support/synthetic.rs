@@ -94,8 +94,9 @@ pub fn small(dir: &Path, layers: usize) -> PathBuf {
     shapes.insert("experts_per_token".into(), 2.into());
     let whole = dir.join("whole");
     write(&whole, &shapes);
+    let fixture = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tiny-gpt-oss"));
     for name in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(super::tiny().join(name), whole.join(name)).unwrap();
+        std::fs::copy(fixture.join(name), whole.join(name)).unwrap();
     }
     whole
 }
