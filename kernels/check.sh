@@ -87,11 +87,11 @@ step "products: the layers of gpt-oss-20b"
 for layer in experts q_proj k_proj o_proj; do
   measure "gpt-oss-20b-$layer" --shapes gpt-oss-20b --layers "$layer" --iters 30 --plot "$results/gpt-oss-20b-$layer.svg"
 done
-step "parts of K"
-for splits in 1 2 3 4 6 8 12; do
-  "$binaries/gptoss-bench" gemm --on gpu --quiet --only w4a8,mxfp4_a8 --M 1,16 --iters 30 --splits $splits --format table |
-    grep -E '^gpu .*%' | sed "s/^/splits $splits /" || true
-done | tee "$results/splits.txt"
+step "blocks"
+for block in 16x8 32x8 16x16 32x16; do
+  "$binaries/gptoss-bench" gemm --on gpu --quiet --only w4a8,mxfp4_a8 --M 1,16 --iters 30 --block $block --format table |
+    grep -E '^gpu .*%' | sed "s/^/blocks of $block /" || true
+done | tee "$results/blocks.txt"
 
 step "every kernel beside this processor, shapes of gpt-oss"
 "$binaries/gptoss-verify" kernels --model-shapes --format table | tee "$results/kernels-model-shapes.txt" || failed=1

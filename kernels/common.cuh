@@ -9,8 +9,11 @@
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
-// Three blocks of a multiprocessor at once: up to 168 registers for 128 threads.
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 3)
+// So many blocks of a multiprocessor at once: registers allow three of 128 threads 168 registers each.
+#define KERNEL(threads) KERNEL_OF(threads, 3)
+#define KERNEL_OF(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+// With so many registers a thread at most.
+#define KERNEL_WITH(registers) extern "C" __global__ void __maxnreg__(registers)
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #include "host/simt.hpp"
@@ -93,8 +96,8 @@ HOST_DEVICE void write_float(void* numbers, int64_t index, FloatType type, float
 
 // 2^(e - 127); 255 is no number.
 HOST_DEVICE float e8m0_value(uint8_t e) {
-  uint32_t normal = uint32_t(e) << 23;
-  return from_bits(e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : normal);
+  uint32_t bits = uint32_t(e) << 23;
+  return from_bits((bits > 0x00400000u ? bits : 0x00400000u) | (e == 255 ? 0x00400000u : 0));
 }
 
 // Twice the value of an E2M1 code is an exact integer: 0, 1, 2, 3, 4, 6, 8, 12, then the same below 0.
@@ -110,13 +113,17 @@ HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // ---- asynchronous copies ----
 
-// 16 bytes of global memory to shared memory, or zeros where not `there`; `to` and `from` are multiples of 16. Rows are read 64 bytes at a
-// time, so the L2 cache is told that the rest of their 128 follows.
-DEVICE void copy_async(void* to, const void* from, bool there) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  int bytes = there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+// The address of something in shared memory, as instructions for it want it.
+DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+// 16 bytes of global memory to shared memory, of which those from `bytes` on are zeros and are not read; `to` and `from` are multiples of
+// 16. Rows are read 64 bytes at a time, so the L2 cache is told that the rest of their 128 follows.
+DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+
+// Whether an asynchronous copy may begin there.
+DEVICE bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
 // What was copied until now is a group.
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -139,6 +146,14 @@ DEVICE void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// c = a b + from.
+DEVICE void mma_s8_on(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&from)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]));
+}
+
 // c += a b for bf16, in f32: a [16, 16] by rows, b [16, 8] by columns, c [16, 8]. Lane l has of a columns 2 (l % 4) and the next of row
 // l / 4, then of row l / 4 + 8, then both 8 columns on; of b the same columns of row l / 4 of its transpose; of c the same as above (PTX ISA,
 // m16n8k16).
@@ -147,6 +162,14 @@ DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c = a b.
+DEVICE void mma_bf16_on(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};\n"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
 }
 
 // a b + c for two bf16 each, rounded once.
@@ -164,16 +187,45 @@ DEVICE void load_sixteen(uint32_t (&to)[4], const void* from) {
   to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
 }
 
-// ---- between blocks ----
+// Eight bytes at a multiple of eight.
+DEVICE void load_eight(uint32_t (&to)[2], uint32_t from) {
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];\n" : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
+}
 
-// What this thread wrote before is there for who sees what it writes after, and the other way round for reads.
-DEVICE void publish() { __threadfence(); }
+// Two or four floats at a multiple of their size.
+DEVICE void load_floats(float (&to)[2], const float* from) {
+  float2 floats = *reinterpret_cast<const float2*>(from);
+  to[0] = floats.x, to[1] = floats.y;
+}
+DEVICE void load_floats(float (&to)[4], const float* from) {
+  float4 floats = *reinterpret_cast<const float4*>(from);
+  to[0] = floats.x, to[1] = floats.y, to[2] = floats.z, to[3] = floats.w;
+}
+DEVICE void store_four(float* to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
 
-// The number at `at` before `value` was added.
-DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
+// Four matrices of eight rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets four bytes from 4 (l % 4) on of row l / 4 of
+// each (PTX ISA, ldmatrix).
+DEVICE void load_matrices(uint32_t (&to)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
 
-// A number that another block wrote: from the L2 cache, which all of them share.
-DEVICE float load_published(const float* from) { return __ldcg(from); }
+// ---- global memory ----
+
+// What this kernel only reads, eight or sixteen bytes at a multiple of that; it stays in the caches.
+DEVICE void load_cached_eight(uint32_t (&to)[2], const void* from) {
+  asm volatile("ld.global.v2.b32 {%0,%1}, [%2];\n" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
+}
+DEVICE void load_cached_sixteen(uint32_t (&to)[4], const void* from) {
+  asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];\n" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from) : "memory");
+}
+
+// Asks for a line of 128 bytes, into the nearest cache.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];\n" ::"l"(at)); }
 
 // ---- between kernels ----
 
@@ -192,7 +244,13 @@ DEVICE void start_dependents() {
 #endif
 }
 
+// A number that stays in a register: the compiler would make anew, before each use, what it knows how to make. Every lane takes part.
+DEVICE uint32_t in_register(uint32_t number) { return __shfl_sync(0xffffffffu, number, threadIdx.x % 32); }
+
 // ---- lanes of a warp ----
+
+// Every lane is here, and sees what the others wrote to shared memory, asynchronous copies that they waited for included.
+DEVICE void sync_warp() { __syncwarp(); }
 
 // The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
 DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -228,6 +286,20 @@ DEVICE void read_eight(float (&to)[8], const void* numbers, int64_t index, Float
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     uint16_t bits = uint16_t(words[i / 2] >> (16 * (i % 2)));
+    to[i] = type == BF16 ? bf16_value(bits) : f16_value(bits);
+  }
+}
+
+// Four numbers at `index`.
+DEVICE void read_four(float (&to)[4], const void* numbers, int index, FloatType type) {
+  if (type == F32) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[i] = static_cast<const float*>(numbers)[index + i];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    uint16_t bits = static_cast<const uint16_t*>(numbers)[index + i];
     to[i] = type == BF16 ? bf16_value(bits) : f16_value(bits);
   }
 }

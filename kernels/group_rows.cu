@@ -8,10 +8,10 @@ constexpr int THREADS = 256;
 
 struct Arguments {
   const int* experts;  // [tokens, top_k], ascending in each token
-  int* offsets;        // [count + 1]
+  int* used;           // [1]: how many tiles there are
   int* rows;           // [tokens * top_k]: the token of each row
   int* places;         // [tokens, top_k]: the row of each token at each of its experts
-  int* tiles;          // [tiles, 2]: expert and first row; -1 behind the last
+  int* tiles;          // [tiles, 4]: expert, first row, rows, and 0
   int tokens, top_k;
   int count;           // of experts, THREADS at most
   int tile;            // rows of a tile
@@ -43,16 +43,14 @@ KERNEL(routes::THREADS) group_rows(routes::Arguments p) {
       row += counts[e];
       tile += ceil_div(counts[e], p.tile);
     }
-    p.offsets[p.count] = row;
-    for (; tile < p.tile_count; tile++) p.tiles[2 * tile] = -1;
+    *p.used = tile;
   }
   __syncthreads();
   if (expert >= p.count) return;
   int row = first_rows[expert];
-  p.offsets[expert] = row;
   for (int t = 0; t < ceil_div(own, p.tile); t++) {
-    p.tiles[2 * (first_tiles[expert] + t)] = expert;
-    p.tiles[2 * (first_tiles[expert] + t) + 1] = row + t * p.tile;
+    int left = own - t * p.tile, *tile = p.tiles + 4 * (first_tiles[expert] + t);
+    tile[0] = expert, tile[1] = row + t * p.tile, tile[2] = left < p.tile ? left : p.tile, tile[3] = 0;
   }
   for (int i = 0; i < entries; i++) {
     if (p.experts[i] == expert) {

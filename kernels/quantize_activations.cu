@@ -3,7 +3,8 @@
 
 namespace activations {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 512;
+constexpr int EIGHTS = 2;  // eight numbers each, of a token, that a thread keeps in registers; of longer tokens it reads the rest twice
 
 struct Arguments {
   const void* input;  // [M, K] of input_type; K a multiple of 8
@@ -27,27 +28,38 @@ DEVICE float block_max(float own, float* shared) {
 }  // namespace activations
 
 // grid: (M). The order of a maximum does not show in it.
-KERNEL(activations::THREADS) quantize_activations(activations::Arguments p) {
+KERNEL_OF(activations::THREADS, 2) quantize_activations(activations::Arguments p) {
+  using activations::EIGHTS, activations::THREADS;
   SHARED_MEMORY(shared);
-  inputs_ready();
   start_dependents();
-  FloatType type = FloatType(p.input_type);
-  int64_t first = int64_t(blockIdx.x) * p.k;
-  float most = 0, numbers[8];
-  for (int i = threadIdx.x * 8; i < p.k; i += activations::THREADS * 8) {
-    read_eight(numbers, p.input, first + i, type);
+  inputs_ready();
+  const FloatType type = FloatType(p.input_type);
+  const int64_t first = int64_t(blockIdx.x) * p.k;
+  float most = 0, kept[EIGHTS][8], others[8];
+  auto see = [&](const float (&numbers)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       float size = fabsf(numbers[j]);
       // A maximum would pass over what is no number; infinity goes the same way.
       most = fmaxf(most, size <= 3.402823466e38f ? size : from_bits(0x7f800000u));
     }
+  };
+#pragma unroll
+  for (int i = 0; i < EIGHTS; i++) {
+    int column = (i * THREADS + threadIdx.x) * 8;
+    if (column < p.k) read_eight(kept[i], p.input, first + column, type);
+  }
+#pragma unroll
+  for (int i = 0; i < EIGHTS; i++)
+    if ((i * THREADS + int(threadIdx.x)) * 8 < p.k) see(kept[i]);
+  for (int column = (EIGHTS * THREADS + threadIdx.x) * 8; column < p.k; column += THREADS * 8) {
+    read_eight(others, p.input, first + column, type);
+    see(others);
   }
   most = activations::block_max(most, reinterpret_cast<float*>(shared));
   float scale = most / (p.fp8 ? small::E4M3_MOST : 127.5f);
   if (scale == 0) scale = from_bits(0x34000000u);  // 2^-23
-  for (int i = threadIdx.x * 8; i < p.k; i += activations::THREADS * 8) {
-    read_eight(numbers, p.input, first + i, type);
+  auto write = [&](const float (&numbers)[8], int column) {
     uint64_t codes = 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -55,7 +67,16 @@ KERNEL(activations::THREADS) quantize_activations(activations::Arguments p) {
       int code = p.fp8 ? small::e4m3().code(small::e4m3().round(quotient), 8) : int(rintf(fminf(fmaxf(quotient, -128.0f), 127.0f)));
       codes |= uint64_t(uint8_t(code)) << (8 * j);
     }
-    *reinterpret_cast<uint64_t*>(p.codes + first + i) = codes;
+    *reinterpret_cast<uint64_t*>(p.codes + first + column) = codes;
+  };
+#pragma unroll
+  for (int i = 0; i < EIGHTS; i++) {
+    int column = (i * THREADS + threadIdx.x) * 8;
+    if (column < p.k) write(kept[i], column);
+  }
+  for (int column = (EIGHTS * THREADS + threadIdx.x) * 8; column < p.k; column += THREADS * 8) {
+    read_eight(others, p.input, first + column, type);
+    write(others, column);
   }
   if (threadIdx.x == 0) p.scales[blockIdx.x] = most > 3.402823466e38f ? from_bits(0x7fc00000u) : scale;
 }

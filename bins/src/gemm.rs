@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use gptoss::bench::{Request, Shape, cpu, gpu, names, shapes_of};
 use gptoss::checkpoint::hub::Located;
 use gptoss::kernels::gpu::Gpu;
-use gptoss::kernels::gpu::operations::LARGEST_GROUP;
+use gptoss::kernels::gpu::operations::{Block, LARGEST_GROUP};
 use gptoss::manifest::{Job, Manifest};
 use gptoss::pipeline::meter::Meter;
 use gptoss::verify::env::{Environment, kernel_dir};
@@ -54,9 +54,9 @@ pub struct GemmArgs {
     /// Only kernels whose names contain one of these, such as w4a8,cublas
     #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Products")]
     only: Vec<String>,
-    /// Parts of K on the GPU, which go to blocks of their own [default: what fills it]
-    #[arg(long, value_name = "N", value_parser = parse_size, help_heading = "Products")]
-    splits: Option<usize>,
+    /// Rows of the weight and tokens that a block of the kernels has on the GPU: 16x8, 16x16, 32x8 or 32x16 [default: what suits it]
+    #[arg(long, value_name = "ROWSxTOKENS", help_heading = "Products")]
+    block: Option<Block>,
     /// Where [default: auto]
     #[arg(long, value_enum, help_heading = "Products")]
     on: Option<On>,
@@ -91,8 +91,13 @@ impl GemmArgs {
     /// Whether any of the flags was given.
     pub fn is_given(&self) -> bool {
         let lists = [self.m.is_empty(), self.layers.is_empty(), self.only.is_empty()];
-        let numbers = [self.k, self.n, self.group, self.splits, self.iters].iter().any(Option::is_some);
-        lists.contains(&false) || numbers || self.shapes.is_some() || self.plot.is_some() || self.on.is_some()
+        let numbers = [self.k, self.n, self.group, self.iters].iter().any(Option::is_some);
+        lists.contains(&false)
+            || numbers
+            || self.block.is_some()
+            || self.shapes.is_some()
+            || self.plot.is_some()
+            || self.on.is_some()
     }
 
     /// Measures, and writes a manifest with a row a product.
@@ -107,8 +112,8 @@ impl GemmArgs {
         if on != On::Gpu {
             check_memory(&request.shapes, environment.memory_available_bytes)?;
         }
-        let Request { m, shapes, iters, group, splits, kernels, .. } = request.clone();
-        let mut manifest = Manifest::new(tool, Job::Gemm { m, shapes, iters, group, splits, only: kernels });
+        let Request { m, shapes, iters, group, block, kernels, .. } = request.clone();
+        let mut manifest = Manifest::new(tool, Job::Gemm { m, shapes, iters, group, block, only: kernels });
         manifest.environment = Some(environment);
         let (mut rows, mut notes) = (Vec::new(), Vec::new());
         if on != On::Cpu {
@@ -182,6 +187,6 @@ impl GemmArgs {
             (m, _) => m.to_vec(),
         };
         let (group, iters, kernels) = (self.group, self.iters.unwrap_or(ITERS), self.only.clone());
-        Ok(Request { m, shapes, group, iters, kernels, splits: self.splits, memory })
+        Ok(Request { m, shapes, group, iters, kernels, block: self.block, memory })
     }
 }

@@ -75,25 +75,43 @@ struct Output {
 
 template <class Codes, class Inputs>
 Output output(const gemm::Arguments& p, int token, int row) {
-  int groups = p.k / p.group, a_split = ceil_div(groups, p.splits);
+  const int groups = p.k / p.group;
   Output out = {0, 0, 0};
-  for (int split = 0; split < p.splits; split++) {
-    float chain = 0;
-    for (int g = split * a_split; g < groups && g < (split + 1) * a_split; g++) {
-      double sum = 0, sizes = 0;
-      for (int k = g * p.group; k < (g + 1) * p.group; k++) {
-        double product = code<Codes>(p, row, k) * input<Inputs>(p, token, k);
-        sum += product, sizes += fabs(product);
-      }
-      int64_t at = int64_t(row) * groups + g;
-      float scale = Codes::E8M0 ? e8m0_value(static_cast<const uint8_t*>(p.weight_scale)[at])
-                                : read_float(p.weight_scale, at, FloatType(p.scale_type));
-      chain = fmaf(float(sum * multiple<Codes, Inputs>()), scale, chain);
-      out.exact += sum * scale;
-      out.size += fabs((Inputs::SCALED ? fabs(sum) : sizes) * scale);
+  // The exact sum of some columns.
+  auto sum_of = [&](int from, int to, double& sizes) {
+    double sum = 0;
+    for (int k = from; k < to; k++) {
+      double product = code<Codes>(p, row, k) * input<Inputs>(p, token, k);
+      sum += product, sizes += fabs(product);
     }
-    out.stated = split == 0 ? chain : out.stated + chain;
+    return sum;
+  };
+  float chain = 0, total = 0;
+  for (int g = 0; g < groups; g++) {
+    int64_t at = int64_t(row) * groups + g;
+    float scale = Codes::E8M0 ? e8m0_value(static_cast<const uint8_t*>(p.weight_scale)[at])
+                              : read_float(p.weight_scale, at, FloatType(p.scale_type));
+    double sizes = 0, sum = sum_of(g * p.group, (g + 1) * p.group, sizes);
+    float stated = float(sum * multiple<Codes, Inputs>());
+    if (p.group >= gemm::LARGE && !Inputs::SCALED) {
+      // Parts of a group are added in f32.
+      double none = 0;
+      for (int k = 0; k < p.group; k += p.parts.columns) {
+        int to = k + p.parts.columns < p.group ? k + p.parts.columns : p.group;
+        float part = float(sum_of(g * p.group + k, g * p.group + to, none) * multiple<Codes, Inputs>());
+        stated = k == 0 ? part : stated + part;
+      }
+    }
+    // A part of K begins anew.
+    if (p.group < gemm::LARGE && g > 0 && g * p.group % p.parts.columns == 0) {
+      total = g * p.group == p.parts.columns ? chain : total + chain;
+      chain = 0;
+    }
+    chain = fmaf(stated, scale, chain);
+    out.exact += sum * scale;
+    out.size += fabs((Inputs::SCALED ? fabs(sum) : sizes) * scale);
   }
+  out.stated = p.group >= gemm::LARGE || p.parts.count == 1 ? chain : total + chain;
   double step = (Inputs::SCALED ? p.input_scale[token] : 1.0) * (Codes::E8M0 ? 0.5 : 1);
   if (Inputs::SCALED) out.stated *= p.input_scale[token] * Inputs::template step<Codes>();
   out.exact *= step, out.size *= fabs(step);
@@ -109,21 +127,29 @@ Output output(const gemm::Arguments& p, int token, int row) {
 // What may be between two numbers of a type, relatively.
 double ulp(FloatType type) { return type == F32 ? 0 : type == BF16 ? 1.0 / 128 : 1.0 / 1024; }
 
+// And absolutely: half of what lies between the smallest of them.
+double smallest(FloatType type) { return ldexp(1, type == F32 ? -150 : type == BF16 ? -134 : -25); }
+
 struct Shape {
-  int m, n, k, group, splits;
+  int m, n, k, group;
 };
 
-const int TOKENS[] = {8, 16, 32, 64};
+// The rows of the weight and the tokens that a block has.
+struct Block {
+  int rows, tokens;
+};
+const Block BLOCKS[] = {{16, 8}, {16, 16}, {32, 8}, {32, 16}};
 
-// Shared memory that a block of so many tokens needs.
-template <class Codes, class Inputs>
-size_t shared_bytes(int size, int k, int group, int splits, int scale_type) {
-  const int bytes[] = {gemm::shared_bytes<Codes, Inputs, 8>(k, group, splits, scale_type),
-                       gemm::shared_bytes<Codes, Inputs, 16>(k, group, splits, scale_type),
-                       gemm::shared_bytes<Codes, Inputs, 32>(k, group, splits, scale_type),
-                       gemm::shared_bytes<Codes, Inputs, 64>(k, group, splits, scale_type)};
-  return bytes[size];
+// Shared memory that such a block needs.
+template <class Codes>
+size_t shared_bytes(int block, int k, int group, int scale_type) {
+  const int bytes[] = {gemm::shared_bytes<Codes, 16, 8>(k, group, scale_type), gemm::shared_bytes<Codes, 16, 16>(k, group, scale_type),
+                       gemm::shared_bytes<Codes, 32, 8>(k, group, scale_type), gemm::shared_bytes<Codes, 32, 16>(k, group, scale_type)};
+  return size_t(bytes[block]);
 }
+
+// Whether the GPU that simt.hpp is has so much.
+bool fits(size_t shared) { return shared <= 99 << 10; }
 
 // Inputs as a kernel wants them: int8 with a lowest value more often than not, or bf16.
 template <class Inputs>
@@ -142,14 +168,13 @@ using Kernel = void (*)(gemm::Arguments);
 template <class Codes, class Inputs>
 void check(const char* name, const Kernel* kernels, Shape s, FloatType scale_type, FloatType output_type, bool with_bias) {
   gemm::Arguments p = {};
-  p.m = s.m, p.n = s.n, p.k = s.k, p.group = s.group, p.splits = s.splits;
+  p.m = s.m, p.n = s.n, p.k = s.k, p.group = s.group, p.parts = gemm::Parts::of(s.k, s.group);
   p.scale_type = scale_type, p.output_type = output_type;
   std::vector<uint8_t> weight(size_t(s.n) * s.k * Codes::STAGE_BYTES / gemm::COLUMNS);
   std::vector<uint32_t> scales(size_t(s.n) * (s.k / s.group));
   std::vector<uint8_t> input = inputs<Inputs>(s.m * s.k);
-  std::vector<float> input_scale(s.m), partial(size_t(s.splits) * s.m * s.n + 1, NAN);
+  std::vector<float> input_scale(s.m);
   std::vector<uint32_t> bias(s.n), output(size_t(s.m) * s.n + 1, 0xa5a5a5a5);
-  std::vector<int> tickets(ceil_div(s.m, 8) * ceil_div(s.n, gemm::ROWS), 0);
   random_bytes(weight);
   // The largest sums that there are.
   if (s.k == 256 && Inputs::SCALED) {
@@ -170,18 +195,20 @@ void check(const char* name, const Kernel* kernels, Shape s, FloatType scale_typ
   p.weight = weight.data(), p.weight_scale = scales.data(), p.input = input.data();
   p.input_scale = Inputs::SCALED ? input_scale.data() : nullptr;
   p.bias = with_bias ? bias.data() : nullptr;
-  p.output = output.data(), p.partial = partial.data(), p.tickets = tickets.data();
+  p.output = output.data();
   simt::ranges.clear();
   simt::allow(weight);
+  simt::allow(scales);
   simt::allow(input);
 
   for (int size = 0; size < 4; size++) {
     for (bool backwards : {false, true}) {
       std::fill(output.begin(), output.end(), 0xa5a5a5a5);
-      std::fill(partial.begin(), partial.end(), NAN);
-      Dim3 grid = {ceil_div(s.m, TOKENS[size]), ceil_div(s.n, gemm::ROWS), s.splits};
-      size_t shared = shared_bytes<Codes, Inputs>(size, s.k, s.group, s.splits, scale_type);
-      simt::launch(grid, gemm::THREADS, shared, backwards, [&] { kernels[size](p); });
+      Block block = BLOCKS[size];
+      Dim3 grid = {ceil_div(s.m, block.tokens), ceil_div(s.n, block.rows), 1};
+      size_t shared = shared_bytes<Codes>(size, s.k, s.group, scale_type);
+      if (!fits(shared)) continue;
+      simt::launch(grid, 32 * p.parts.warps, shared, backwards, [&] { kernels[size](p); });
       for (int token = 0; token < s.m; token++) {
         for (int row = 0; row < s.n; row++) {
           int64_t at = int64_t(token) * s.n + row;
@@ -190,10 +217,10 @@ void check(const char* name, const Kernel* kernels, Shape s, FloatType scale_typ
           write_float(&rounded, 0, output_type, wanted.stated);
           float have = read_float(output.data(), at, output_type), want = read_float(&rounded, 0, output_type);
           // What the sums in f32 may round, and the output's type; of int8 inputs every bit is known.
-          double slack = 1e-6 * wanted.size + ulp(output_type) / 2 * fabs(want);
+          double slack = 1e-6 * wanted.size + ulp(output_type) / 2 * fabs(want) + smallest(output_type);
           if ((Inputs::SCALED && to_bits(have) != to_bits(want)) || !(fabs(have - wanted.exact) <= slack)) {
-            fprintf(stderr, "%s_%d, M %d N %d K %d group %d splits %d: output [%d, %d] is %.9g, wanted %.9g, in truth %.9g\n",
-                    name, TOKENS[size], s.m, s.n, s.k, s.group, s.splits, token, row, have, want, wanted.exact);
+            fprintf(stderr, "%s_%dx%d, M %d N %d K %d group %d: output [%d, %d] is %.9g, wanted %.9g, in truth %.9g\n", name, block.rows,
+                    block.tokens, s.m, s.n, s.k, s.group, token, row, have, want, wanted.exact);
             exit(1);
           }
         }
@@ -203,39 +230,56 @@ void check(const char* name, const Kernel* kernels, Shape s, FloatType scale_typ
       for (size_t i = size_t(s.m) * s.n * width; i < output.size() * sizeof(uint32_t); i++) {
         if (behind[i] != 0xa5) fprintf(stderr, "%s: something was written behind the output\n", name), exit(1);
       }
-      for (int ticket : tickets) {
-        if (ticket != 0) fprintf(stderr, "%s: a ticket is not given back\n", name), exit(1);
-      }
       checks++;
     }
   }
 }
 
 #define ALL(name) \
-  { name##_8, name##_16, name##_32, name##_64 }
+  { name##_16x8, name##_16x16, name##_32x8, name##_32x16 }
 
 void check_products() {
   const Kernel mxfp4[] = ALL(mxfp4_a8), w4a8[] = ALL(w4a8), w8a8[] = ALL(w8a8), w4a16[] = ALL(w4a16), mxfp4_a16[] = ALL(mxfp4_a16);
-  // A single product, odd numbers of tokens, rows that fill no block, a last stage that is not whole, splits that are not even.
-  const int shapes[][4] = {{1, 1, 32, 1},     {1, 64, 128, 1},  {3, 65, 160, 1},   {2, 66, 256, 1},
-                           {8, 16, 288, 2},   {17, 100, 576, 3}, {65, 70, 1152, 2}, {2, 72, 2880, 4}};
+  // A single product, odd numbers of tokens, rows that fill no block, a last stage that is not whole, parts that are not even, more parts
+  // than a block has warps, groups that are larger than a part.
+  const int shapes[][3] = {{1, 1, 32},    {1, 64, 128},   {3, 65, 160},  {2, 66, 256}, {8, 16, 288},
+                           {17, 35, 576}, {33, 70, 1152}, {2, 34, 2880}, {3, 18, 5120}};
   using I8 = gemm::Int8Inputs;
   using B16 = gemm::Bf16Inputs;
   for (const int* s : shapes) {
-    check<gemm::E2m1, I8>("mxfp4_a8", mxfp4, {s[0], s[1], s[2], 32, s[3]}, F32, F32, true);
-    check<gemm::E2m1, I8>("mxfp4_a8", mxfp4, {s[0], s[1], s[2], 32, s[3]}, F32, BF16, false);
-    check<gemm::E2m1, B16>("mxfp4_a16", mxfp4_a16, {s[0], s[1], s[2], 32, s[3]}, F32, s[0] % 2 ? BF16 : F32, s[0] % 2);
-    for (int group : {32, 64, 96, 256, s[2]}) {
-      int splits = s[2] / group < s[3] ? 1 : s[3];
-      if (s[2] % group) continue;
-      check<gemm::Int4, I8>("w4a8", w4a8, {s[0], s[1], s[2], group, splits}, BF16, BF16, true);
-      check<gemm::Int8, I8>("w8a8", w8a8, {s[0], s[1], s[2], group, splits}, F16, F16, false);
-      check<gemm::Int4, B16>("w4a16", w4a16, {s[0], s[1], s[2], group, splits}, s[0] % 2 ? F16 : BF16, F32, true);
+    check<gemm::E2m1, I8>("mxfp4_a8", mxfp4, {s[0], s[1], s[2], 32}, F32, F32, true);
+    check<gemm::E2m1, I8>("mxfp4_a8", mxfp4, {s[0], s[1], s[2], 32}, F32, BF16, false);
+    check<gemm::E2m1, B16>("mxfp4_a16", mxfp4_a16, {s[0], s[1], s[2], 32}, F32, s[0] % 2 ? BF16 : F32, s[0] % 2);
+    for (int group : {32, 64, 96, 128, 160, 256, 384, 1024, s[2] / 2, s[2]}) {
+      if (group < 32 || group % 32 || s[2] % group) continue;
+      check<gemm::Int4, I8>("w4a8", w4a8, {s[0], s[1], s[2], group}, BF16, BF16, true);
+      check<gemm::Int8, I8>("w8a8", w8a8, {s[0], s[1], s[2], group}, F16, F16, false);
+      check<gemm::Int4, B16>("w4a16", w4a16, {s[0], s[1], s[2], group}, s[0] % 2 ? F16 : BF16, F32, true);
     }
-    check<gemm::Int4, I8>("w4a8", w4a8, {s[0], s[1], s[2], 32, 1}, F32, F32, false);
-    check<gemm::Int8, I8>("w8a8", w8a8, {s[0], s[1], s[2], s[2], 1}, F32, F32, true);
-    check<gemm::Int4, B16>("w4a16", w4a16, {s[0], s[1], s[2], s[2], 1}, F32, BF16, false);
+    check<gemm::Int4, I8>("w4a8", w4a8, {s[0], s[1], s[2], 32}, F32, F32, false);
+    check<gemm::Int8, I8>("w8a8", w8a8, {s[0], s[1], s[2], s[2]}, F32, F32, true);
+    check<gemm::Int4, B16>("w4a16", w4a16, {s[0], s[1], s[2], s[2]}, F32, BF16, false);
   }
+}
+
+// Parts cover K, each column once, none of them has a piece of a scale's columns more than its own, and no block more warps than it may.
+void check_parts() {
+  for (int k = 32; k <= 20480; k += 32)
+    for (int group = 32; group <= k; group += 32) {
+      if (k % group) continue;
+      gemm::Parts parts = gemm::Parts::of(k, group);
+      int next = 0;
+      bool right = parts.warps >= 1 && parts.warps <= gemm::MOST_WARPS && (parts.count - 1) / parts.warps + 1 == parts.rounds;
+      right = right && parts.warps * (parts.rounds - 1) < parts.count;
+      for (int p = 0; p < parts.count; p++) {
+        int begin = parts.begin(p, group), width = parts.width(p, k, group);
+        bool whole = begin % group == 0 && (begin + width) % group == 0, within = begin / group == (begin + width - 1) / group;
+        right = right && begin == next && width > 0 && width % 32 == 0 && width < 2048 && (group < gemm::LARGE ? whole : within);
+        if (!parts.inside) right = right && width / group <= parts.part_scales && parts.stride >= (parts.part_scales + 3) / 4 * 4;
+        next = begin + width;
+      }
+      if (!right || next != k) fprintf(stderr, "parts of %d by groups of %d\n", k, group), exit(1);
+    }
 }
 
 // Numbers around 0, nothing but zeros, and tokens with something in them that is no number.
@@ -334,7 +378,7 @@ using ExpertsKernel = void (*)(gemm::Arguments, gemm::Experts);
 
 template <class Codes, class Inputs>
 void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, int hidden, int inner, int count, int top_k, int group,
-                   FloatType type, int splits = 1) {
+                   FloatType type) {
   const float ALPHA = 1.702f, LIMIT = 7.0f;
   FloatType scale_type = BF16;
   std::uniform_real_distribution<float> unit(-1, 1);
@@ -377,17 +421,33 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
   for (int turn = 0; turn < 8; turn++) {
     int size = turn / 2;
     bool backwards = turn % 2;
-    int tile = TOKENS[size], tiles_count = rows_count / tile + count;
-    std::vector<int> offsets(count + 1, -7), rows(rows_count, -7), places(rows_count, -7), tiles(2 * tiles_count, -7);
-    routes::Arguments r = {chosen.data(), offsets.data(), rows.data(), places.data(), tiles.data(), tokens, top_k, count, tile, tiles_count};
+    Block block = BLOCKS[size];
+    int tile = block.tokens, tiles_count = rows_count / tile + count;
+    std::vector<int> rows(rows_count, -7), places(rows_count, -7);
+    // Sixteen bytes are read at once.
+    alignas(16) static int tiles[4 * 4096];
+    std::fill(std::begin(tiles), std::end(tiles), -7);
+    int used = -7;
+    routes::Arguments r = {chosen.data(), &used, rows.data(), places.data(), tiles, tokens, top_k, count, tile, tiles_count};
     simt::launch({1, 1, 1}, routes::THREADS, 3 * routes::THREADS * 4, backwards, [&] { group_rows(r); });
-    // Each row is its token's, at the expert that it stands with, tokens ascending.
+    // Tiles cover the rows, those of an expert after those of the one before; each row is its token's, tokens ascending.
+    std::vector<int> expert_of(rows_count, -1);
+    int covered = 0;
+    for (int i = 0; i < used; i++) {
+      const int *t = tiles + 4 * i, before = i == 0 ? -1 : t[-4];
+      bool right = t[0] >= before && t[1] == covered && t[2] >= 1 && t[2] <= tile && t[3] == 0;
+      // Only the last tile of an expert has room.
+      right = right && (i == 0 || t[0] != before || t[-2] == tile);
+      if (!right) fprintf(stderr, "tile %d: expert %d, row %d, %d rows\n", i, t[0], t[1], t[2]), exit(1);
+      for (int row = t[1]; row < t[1] + t[2]; row++) expert_of[row] = t[0];
+      covered += t[2];
+    }
+    if (covered != rows_count || used > tiles_count || tiles[4 * used] != -7) fprintf(stderr, "%d rows in %d tiles\n", covered, used), exit(1);
     for (int i = 0; i < rows_count; i++) {
       int e = chosen[i], at = places[i];
-      bool first = at == offsets[e], rises = first || rows[at] > rows[at - 1];
-      if (at < offsets[e] || at >= offsets[e + 1] || rows[at] != i / top_k || !rises) fprintf(stderr, "row of entry %d\n", i), exit(1);
+      bool rises = at == 0 || expert_of[at - 1] != e || rows[at] > rows[at - 1];
+      if (expert_of[at] != e || rows[at] != i / top_k || !rises) fprintf(stderr, "row of entry %d\n", i), exit(1);
     }
-    if (offsets[count] != rows_count) fprintf(stderr, "%d rows\n", offsets[count]), exit(1);
 
     // Inputs of bf16 go in as they are.
     std::vector<uint8_t> codes(tokens * hidden * Inputs::BYTES), hidden_codes(rows_count * inner * Inputs::BYTES);
@@ -405,18 +465,16 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
                        int k, bool gated) {
       gemm::Arguments p = {};
       p.weight = w.codes.data(), p.weight_scale = w.scales.data(), p.input = in.data(), p.input_scale = s.data();
-      p.bias = w.bias.data(), p.output = to.data(), p.m = rows_count, p.n = n, p.k = k, p.group = group, p.splits = splits;
-      p.scale_type = scale_type, p.output_type = type;
-      std::vector<float> partial(size_t(splits) * rows_count * n, NAN);
-      std::vector<int> tickets(tiles_count * ceil_div(n, gemm::ROWS), 0);
-      p.partial = partial.data(), p.tickets = tickets.data();
-      gemm::Experts e = {tiles.data(), offsets.data(), gated ? rows.data() : nullptr, gated, ALPHA, LIMIT};
+      p.bias = w.bias.data(), p.output = to.data(), p.m = rows_count, p.n = n, p.k = k, p.group = group;
+      p.parts = gemm::Parts::of(k, group), p.scale_type = scale_type, p.output_type = type;
+      gemm::Experts e = {tiles, &used, gated ? rows.data() : nullptr, gated, ALPHA, LIMIT};
       simt::ranges.clear();
       simt::allow(w.codes);
+      simt::allow(w.scales);
       simt::allow(in);
-      Dim3 grid = {tiles_count, ceil_div(n, gemm::ROWS), splits};
-      size_t shared = shared_bytes<Codes, Inputs>(size, k, group, splits, scale_type);
-      simt::launch(grid, gemm::THREADS, shared, backwards, [&] { kernels[size](p, e); });
+      Dim3 grid = {tiles_count, ceil_div(n, block.rows), 1};
+      size_t shared = shared_bytes<Codes>(size, k, group, scale_type);
+      simt::launch(grid, 32 * p.parts.warps, shared, backwards, [&] { kernels[size](p, e); });
     };
     round(x, codes, scales, tokens, hidden);
     product(gate_up, codes, scales, h, 2 * inner, hidden, true);
@@ -428,7 +486,7 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
     // The same, a token and an expert at a time. What was rounded to int8 is taken from the kernel that is checked above.
     auto expert = [&](const Weight& w, int e, const uint8_t* in, float scale, int row, int n, int k) {
       gemm::Arguments p = {};
-      p.n = n, p.k = k, p.group = group, p.splits = splits, p.scale_type = scale_type, p.output_type = type;
+      p.n = n, p.k = k, p.group = group, p.scale_type = scale_type, p.output_type = type, p.parts = gemm::Parts::of(k, group);
       p.weight = w.codes.data() + size_t(e) * n * k * Codes::STAGE_BYTES / gemm::COLUMNS;
       p.weight_scale = w.scales.data() + size_t(e) * n * (k / group) * (Codes::E8M0 ? 1 : 2);
       p.bias = reinterpret_cast<const char*>(w.bias.data()) + size_t(e) * n * (type == F32 ? 4 : 2);
@@ -472,7 +530,7 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
 }
 
 #define ALL_EXPERTS(name) \
-  { name##_experts_8, name##_experts_16, name##_experts_32, name##_experts_64 }
+  { name##_experts_16x8, name##_experts_16x16, name##_experts_32x8, name##_experts_32x16 }
 
 void check_mixtures() {
   const ExpertsKernel mxfp4[] = ALL_EXPERTS(mxfp4_a8), w4a8[] = ALL_EXPERTS(w4a8), w8a8[] = ALL_EXPERTS(w8a8);
@@ -482,12 +540,12 @@ void check_mixtures() {
   // As many experts as there may be.
   check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, 3, 32, 32, routes::THREADS, 4, 32, F32);
   for (int tokens : {1, 5, 33}) {
-    check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, tokens, 96, 64, 6, 2, 32, F32, 2);
+    check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, tokens, 96, 64, 6, 2, 32, F32);
     check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, tokens, 64, 160, 4, 3, 32, BF16);
     check_experts<gemm::Int4, I8>("w4a8", w4a8, tokens, 128, 64, 6, 2, 64, BF16);
     check_experts<gemm::Int8, I8>("w8a8", w8a8, tokens, 64, 32, 5, 2, 32, F16);
     check_experts<gemm::E2m1, B16>("mxfp4_a16", mxfp4_a16, tokens, 64, 160, 4, 3, 32, BF16);
-    check_experts<gemm::Int4, B16>("w4a16", w4a16, tokens, 128, 128, 6, 2, 64, BF16, 2);
+    check_experts<gemm::Int4, B16>("w4a16", w4a16, tokens, 128, 128, 6, 2, 64, BF16);
   }
 }
 
@@ -496,16 +554,18 @@ void check_decoders() {
   for (int low = 0; low < 256; low++) {
     for (int high = 0; high < 256; high++) {
       uint32_t word = uint32_t(low | high << 8) * 0x00010001u;
-      gemm::Eight e2m1 = gemm::E2m1::bytes(word), int4 = gemm::Int4::bytes(word);
-      gemm::Halves e2m1_half = gemm::E2m1::halves(word), int4_half = gemm::Int4::halves(word);
+      gemm::Eight int4 = gemm::Int4::bytes(word);
+      gemm::Halves e2m1_half = gemm::E2m1::halves(gemm::E2m1::half_tables(), word), int4_half = gemm::Int4::halves({}, word);
+      gemm::Eight first, second;
+      gemm::E2m1::summands(gemm::E2m1::summand_tables(), word, first, second);
       for (int i = 0; i < 8; i++) {
         int nibble = word >> (4 * i) & 15;
         auto byte = [i](gemm::Eight e) { return int8_t((i < 4 ? e.low : e.high) >> (8 * (i % 4))); };
         auto half = [i](gemm::Halves h) { return bf16_value(uint16_t(h.pairs[i / 2] >> (16 * (i % 2)))); };
-        bool bytes = byte(e2m1) == e2m1_doubled(nibble) && byte(int4) == (nibble - 8) * 16;
+        bool bytes = byte(first) + byte(second) == e2m1_doubled(nibble) && byte(int4) == (nibble - 8) * 16;
         bool halves = half(e2m1_half) == 0.5f * e2m1_doubled(nibble) && half(int4_half) == nibble - 8;
         if (!bytes || !halves) {
-          fprintf(stderr, "word %08x, nibble %d: %d %d %g %g\n", word, i, byte(e2m1), byte(int4), half(e2m1_half), half(int4_half));
+          fprintf(stderr, "word %08x, nibble %d: %d %d %d %g %g\n", word, i, byte(first), byte(second), byte(int4), half(e2m1_half), half(int4_half));
           exit(1);
         }
       }
@@ -519,7 +579,7 @@ void check_places() {
     int (*place)(int row, int chunk);
     int chunks, words;  // 16-byte chunks of a row; words that a lane reads at once
   };
-  for (Tile tile : {Tile{gemm::chunk_of_64, 4, 1}, Tile{gemm::chunk_of_128, 8, 2}, Tile{gemm::chunk_of_256, 16, 4}}) {
+  for (Tile tile : {Tile{gemm::chunk_of_64, 4, 1}, Tile{gemm::chunk_of_128, 8, 2}}) {
     std::vector<bool> taken(64 * tile.chunks);
     for (int row = 0; row < 64; row++)
       for (int c = 0; c < tile.chunks; c++) {
@@ -545,6 +605,7 @@ void check_places() {
 }  // namespace
 
 int main() {
+  check_parts();
   check_places();
   check_floats();
   check_decoders();

@@ -34,7 +34,7 @@ struct Function {
   int threads;
   size_t sizes[2];  // of its arguments; the second is 0 where there is one
   std::function<void(void*, void*)> run;
-  std::function<int(const gemm::Arguments&)> wanted;  // bytes of shared memory of a product
+  std::function<int(const gemm::Arguments&)> wanted;  // bytes of shared memory of a product, whose threads its parts say
   int shared = 48 << 10;                              // bytes that a launch may ask for
 };
 
@@ -52,17 +52,17 @@ std::map<std::string, Function>& functions() {
   static std::map<std::string, Function> all;
   if (!all.empty()) return all;
 #define OF(name, threads) all[#name] = function(threads, name)
-#define OF_PRODUCT(name, Codes, Inputs, tokens)                                                                       \
-  OF(name##_##tokens, gemm::THREADS);                                                                                 \
-  OF(name##_experts_##tokens, gemm::THREADS);                                                                         \
-  all[#name "_" #tokens].wanted = all[#name "_experts_" #tokens].wanted = [](const gemm::Arguments& p) {              \
-    return gemm::shared_bytes<gemm::Codes, gemm::Inputs, tokens>(p.k, p.group, p.splits, p.scale_type);               \
+#define OF_PRODUCT(name, Codes, rows, tokens)                                                                                \
+  OF(name##_##rows##x##tokens, 0);                                                                                           \
+  OF(name##_experts_##rows##x##tokens, 0);                                                                                   \
+  all[#name "_" #rows "x" #tokens].wanted = all[#name "_experts_" #rows "x" #tokens].wanted = [](const gemm::Arguments& p) { \
+    return gemm::shared_bytes<gemm::Codes, rows, tokens>(p.k, p.group, p.scale_type);                                        \
   }
 #define OF_PRODUCTS(name, Codes, Inputs) \
-  OF_PRODUCT(name, Codes, Inputs, 8);    \
-  OF_PRODUCT(name, Codes, Inputs, 16);   \
-  OF_PRODUCT(name, Codes, Inputs, 32);   \
-  OF_PRODUCT(name, Codes, Inputs, 64)
+  OF_PRODUCT(name, Codes, 16, 8);        \
+  OF_PRODUCT(name, Codes, 16, 16);       \
+  OF_PRODUCT(name, Codes, 32, 8);        \
+  OF_PRODUCT(name, Codes, 32, 16)
   OF_PRODUCTS(w4a8, Int4, Int8Inputs);
   OF_PRODUCTS(w8a8, Int8, Int8Inputs);
   OF_PRODUCTS(w4a16, Int4, Bf16Inputs);
@@ -262,10 +262,16 @@ struct Config {
 
 API cuLaunchKernelEx(const Config* config, void* f, void** arguments, void**) {
   Function& function = *static_cast<Function*>(f);
-  bool fits = config->block[0] == unsigned(function.threads) && config->block[1] == 1 && config->block[2] == 1;
-  if (!fits || int(config->shared) > function.shared || !config->grid[0] || !config->grid[1] || !config->grid[2]) return INVALID_VALUE;
+  int threads = function.threads;
   // Neither less nor more than the kernel's own header says.
-  if (function.wanted && int(config->shared) != function.wanted(*static_cast<gemm::Arguments*>(arguments[0]))) return INVALID_VALUE;
+  if (function.wanted) {
+    const gemm::Arguments& p = *static_cast<gemm::Arguments*>(arguments[0]);
+    const gemm::Parts parts = gemm::Parts::of(p.k, p.group);
+    if (memcmp(&parts, &p.parts, sizeof parts) != 0 || int(config->shared) != function.wanted(p)) return INVALID_VALUE;
+    threads = 32 * parts.warps;
+  }
+  bool fits = config->block[0] == unsigned(threads) && config->block[1] == 1 && config->block[2] == 1;
+  if (!fits || int(config->shared) > function.shared || !config->grid[0] || !config->grid[1] || !config->grid[2]) return INVALID_VALUE;
   Dim3 grid = {int(config->grid[0]), int(config->grid[1]), int(config->grid[2])};
   // Arguments are taken at the launch, whenever it runs.
   using Bytes = std::vector<uint64_t>;
@@ -274,8 +280,8 @@ API cuLaunchKernelEx(const Config* config, void* f, void** arguments, void**) {
     copies[i] = std::make_shared<Bytes>(function.sizes[i] / 8 + 1);
     if (function.sizes[i]) memcpy(copies[i]->data(), arguments[i], function.sizes[i]);
   }
-  enqueue([a = copies[0], b = copies[1], &function, grid, shared = config->shared] {
-    simt::launch(grid, function.threads, shared, false, [&] { function.run(a->data(), b->data()); });
+  enqueue([a = copies[0], b = copies[1], &function, grid, threads, shared = config->shared] {
+    simt::launch(grid, threads, shared, false, [&] { function.run(a->data(), b->data()); });
   });
   return SUCCESS;
 }

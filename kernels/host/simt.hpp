@@ -4,11 +4,13 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <functional>
 #include <memory>
@@ -17,6 +19,8 @@
 #define HOST_DEVICE inline
 #define DEVICE inline
 #define KERNEL(threads) static void
+#define KERNEL_OF(threads, blocks) static void
+#define KERNEL_WITH(registers) static void
 #define SHARED_MEMORY(name) unsigned char* name = simt::block.shared.data()
 
 struct Dim3 {
@@ -35,13 +39,14 @@ enum class State { Ready, Warp, Block, Done };
 struct Copy {
   void* to;
   const void* from;
-  bool there;
+  int bytes;
 };
 
 // What a lane does together with its warp.
-enum class Act { Int8, Bf16, Trade, Take };
+enum class Act { Int8, Bf16, Trade, Take, Matrices, Here };
 
-// Its registers in a product; or the value that it has for others and the mask, or the lane, of the one that it takes.
+// Its registers in a product; or the value that it has for others and the mask, or the lane, of the one that it takes; or where it writes what
+// it gets of matrices, and the row that it names.
 struct Together {
   Act act;
   void* c;
@@ -51,7 +56,9 @@ struct Together {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // of its begin
+  jmp_buf here;        // where it waits
+  bool begun;
   std::unique_ptr<char[]> stack{new char[STACK]};
   State state;
   std::vector<Copy> open;
@@ -62,7 +69,8 @@ struct Thread {
 struct Block {
   std::vector<Thread> threads;
   std::vector<unsigned char> shared;
-  ucontext_t scheduler;
+  ucontext_t begun_from;
+  jmp_buf scheduler;
   int current = 0;
   std::function<void()> kernel;
 };
@@ -83,14 +91,24 @@ void allow(const std::vector<T>& array) {
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "block (%d, %d, %d), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, block.current, what);
-  exit(1);
+  // Nothing else of a program that may run on any thread's stack.
+  _exit(1);
 }
 
 // Gives the processor to the scheduler until the thread is ready again.
 inline void wait(State state) {
   Thread& t = block.threads[block.current];
   t.state = state;
-  swapcontext(&t.context, &block.scheduler);
+  if (_setjmp(t.here) == 0) _longjmp(block.scheduler, 1);
+}
+
+// Lets a thread run until it waits or is done. Only its first step goes by the contexts of the C library, which ask the kernel about signals
+// each time.
+__attribute__((noinline)) inline void go_on(Thread& t) {
+  if (_setjmp(block.scheduler) != 0) return;
+  if (t.begun) _longjmp(t.here, 1);
+  t.begun = true;
+  swapcontext(&block.begun_from, &t.context);
 }
 
 inline void entry() {
@@ -98,7 +116,7 @@ inline void entry() {
   Thread& t = block.threads[block.current];
   if (!t.open.empty()) fail("copies were asked for and never committed");
   t.state = State::Done;
-  swapcontext(&t.context, &block.scheduler);
+  _longjmp(block.scheduler, 1);
 }
 
 // c += a b, by the fragments' layout in the PTX manual (m16n8k32, s8).
@@ -168,6 +186,15 @@ inline void trade(int first) {
   }
 }
 
+// Lanes get four bytes of each of four matrices of eight rows, whose rows the lanes name (ldmatrix).
+inline void matrices(int first) {
+  for (int lane = 0; lane < WARP; lane++) {
+    uint32_t* to = static_cast<uint32_t*>(block.threads[first + lane].together.c);
+    for (int i = 0; i < 4; i++)
+      memcpy(to + i, &block.shared[block.threads[first + 8 * i + lane / 4].together.mask + lane % 4 * 4], 4);
+  }
+}
+
 // Lets all go on that wait for each other and are complete; false where nobody can.
 inline bool release() {
   bool any = false;
@@ -179,7 +206,14 @@ inline bool release() {
       Act act = block.threads[first].together.act;
       for (int i = first; i < first + WARP; i++)
         if (block.threads[i].together.act != act) fail("lanes of a warp do different things together");
-      act == Act::Int8 ? multiply(first) : act == Act::Bf16 ? multiply_bf16(first) : trade(first);
+      switch (act) {
+        case Act::Int8: multiply(first); break;
+        case Act::Bf16: multiply_bf16(first); break;
+        case Act::Trade:
+        case Act::Take: trade(first); break;
+        case Act::Matrices: matrices(first); break;
+        case Act::Here: break;
+      }
       for (int i = first; i < first + WARP; i++) block.threads[i].state = State::Ready;
       any = true;
     }
@@ -210,6 +244,7 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, 
         block.shared.assign(shared_bytes, 0xa5);
         for (Thread& t : block.threads) {
           t.state = State::Ready;
+          t.begun = false;
           t.open.clear();
           t.groups.clear();
           getcontext(&t.context);
@@ -225,7 +260,7 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, 
             Thread& t = block.threads[block.current];
             if (t.state != State::Ready) continue;
             threadIdx = {block.current, 0, 0};
-            swapcontext(&block.scheduler, &t.context);
+            go_on(t);
             going = true;
           }
           if (!going && !release()) fail("threads wait for each other for ever: a barrier or a warp's product was missed");
@@ -238,18 +273,36 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, 
 
 inline void __syncthreads() { simt::wait(simt::State::Block); }
 
-inline void copy_async(void* to, const void* from, bool there) {
-  auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
-  auto& shared = simt::block.shared;
-  if (address(to) % 16 || address(from) % 16) simt::fail("an asynchronous copy is not aligned");
-  if (to < shared.data() || static_cast<unsigned char*>(to) + 16 > shared.data() + shared.size())
-    simt::fail("an asynchronous copy goes outside shared memory");
-  bool known = !there;
-  for (const simt::Range& r : simt::ranges)
-    known = known || (static_cast<const char*>(from) >= r.begin && static_cast<const char*>(from) + 16 <= r.end);
-  if (!known) simt::fail("an asynchronous copy reads outside every array");
-  memset(to, 0xa5, 16);
-  simt::block.threads[simt::block.current].open.push_back({to, from, there});
+// Addresses in shared memory count from its begin.
+inline uint32_t shared_address(const void* at) {
+  return uint32_t(static_cast<const unsigned char*>(at) - simt::block.shared.data());
+}
+
+namespace simt {
+
+// `bytes` of shared memory at `at`, a multiple of `alignment`.
+inline unsigned char* inside(uint32_t at, size_t bytes, int alignment) {
+  if (at % uint32_t(alignment)) fail("an access to shared memory is not aligned");
+  if (at + bytes > block.shared.size()) fail("an access goes outside shared memory");
+  return block.shared.data() + at;
+}
+
+inline void known(const void* from, int bytes) {
+  for (const Range& r : ranges)
+    if (static_cast<const char*>(from) >= r.begin && static_cast<const char*>(from) + bytes <= r.end) return;
+  fail("an access reads outside every array");
+}
+
+}  // namespace simt
+
+inline bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
+inline void copy_async(uint32_t to, const void* from, int bytes) {
+  if (!is_aligned(from)) simt::fail("an asynchronous copy is not aligned");
+  if (bytes > 0) simt::known(from, bytes);
+  unsigned char* at = simt::inside(to, 16, 16);
+  memset(at, 0xa5, 16);
+  simt::block.threads[simt::block.current].open.push_back({at, from, bytes});
 }
 
 inline void copy_commit() {
@@ -262,7 +315,10 @@ template <int PENDING>
 inline void copy_wait() {
   auto& groups = simt::block.threads[simt::block.current].groups;
   while (groups.size() > PENDING) {
-    for (const simt::Copy& c : groups.front()) c.there ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+    for (const simt::Copy& c : groups.front()) {
+      memset(c.to, 0, 16);
+      if (c.bytes > 0) memcpy(c.to, c.from, size_t(c.bytes));
+    }
     groups.erase(groups.begin());
   }
 }
@@ -281,6 +337,28 @@ inline Together& act(Together together) {
 inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { simt::act({simt::Act::Int8, c, a, b, 0, 0}); }
 
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { simt::act({simt::Act::Bf16, c, a, b, 0, 0}); }
+
+inline void mma_s8_on(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&from)[4]) {
+  for (int i = 0; i < 4; i++) c[i] = from[i];
+  mma_s8(c, a, b);
+}
+
+inline void mma_bf16_on(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  for (float& sum : c) sum = 0;
+  mma_bf16(c, a, b);
+}
+
+inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
+  simt::inside(row, 16, 16);
+  simt::act({simt::Act::Matrices, to, nullptr, nullptr, 0, int(row)});
+}
+
+inline void sync_warp() { simt::act({simt::Act::Here, nullptr, nullptr, nullptr, 0, 0}); }
+
+inline uint32_t in_register(uint32_t number) {
+  sync_warp();
+  return number;
+}
 
 inline float exchange(float value, int mask) {
   return simt::act({simt::Act::Trade, nullptr, nullptr, nullptr, value, mask}).value;
@@ -306,18 +384,31 @@ inline void load_sixteen(uint32_t (&to)[4], const void* from) {
   memcpy(to, from, 16);
 }
 
-// Blocks run one after the other, kernels too.
-inline void publish() {}
-inline void inputs_ready() {}
-inline void start_dependents() {}
+inline void load_eight(uint32_t (&to)[2], uint32_t from) { memcpy(to, simt::inside(from, 8, 8), 8); }
 
-inline int atomic_add(int* at, int value) {
-  int before = *at;
-  *at += value;
-  return before;
+template <int N>
+inline void load_floats(float (&to)[N], const float* from) {
+  memcpy(to, simt::inside(shared_address(from), sizeof to, sizeof to), sizeof to);
 }
 
-inline float load_published(const float* from) { return *from; }
+inline void store_four(float* to, const float (&from)[4]) { memcpy(simt::inside(shared_address(to), 16, 16), from, 16); }
+
+inline void load_cached_eight(uint32_t (&to)[2], const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 8) simt::fail("a load of eight bytes is not aligned");
+  simt::known(from, 8);
+  memcpy(to, from, 8);
+}
+
+inline void load_cached_sixteen(uint32_t (&to)[4], const void* from) {
+  simt::known(from, 16);
+  load_sixteen(to, from);
+}
+
+inline void prefetch(const void* at) { simt::known(at, 1); }
+
+// Blocks run one after the other, kernels too.
+inline void inputs_ready() {}
+inline void start_dependents() {}
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t bytes = uint64_t(b) << 32 | a;

@@ -140,9 +140,9 @@ pub enum Job {
         /// Columns of a scale of int4 and int8, where that was asked for.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         group: Option<usize>,
-        /// Parts of K on a GPU, where that was asked for.
+        /// Blocks of the kernels on a GPU, where that was asked for.
         #[serde(skip_serializing_if = "Option::is_none", default)]
-        splits: Option<usize>,
+        block: Option<crate::kernels::gpu::operations::Block>,
         /// Parts of kernels' names, where not all were measured.
         #[serde(skip_serializing_if = "Vec::is_empty", default)]
         only: Vec<String>,

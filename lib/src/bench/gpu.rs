@@ -7,7 +7,7 @@ use crate::formats::float::Float;
 use crate::kernels::gpu::blas::Blas;
 use crate::kernels::gpu::hopper::{self, Hopper};
 use crate::kernels::gpu::operations::{
-    Codes, Cut, Inputs, Mixture, PRODUCTS, Product, Routes, Scratch, Weight, quantize_activations,
+    Block, Codes, Inputs, Mixture, PRODUCTS, Product, Routes, Weight, quantize_activations,
 };
 use crate::kernels::gpu::{Buffer, Gpu};
 use crate::ops::random::Draw;
@@ -64,7 +64,7 @@ pub fn run(gpu: &Gpu, request: &Request, progress: &Progress) -> Result<(Vec<Gem
             };
             let all = || -> Result<Vec<Measured>> {
                 let weights = Coded::new(gpu, product, shape, group)?;
-                let one = |&m: &usize| weights.measure(gpu, m, request.splits, request.iters);
+                let one = |&m: &usize| weights.measure(gpu, m, request.block, request.iters);
                 request.m.iter().map(one).collect()
             };
             take(all(), &mut measured, (product.name, shape), &mut notes);
@@ -228,23 +228,20 @@ impl<'s, 'g> Coded<'s, 'g> {
     }
 
     /// The kernel, and the rounding of its inputs before it.
-    fn measure(&self, gpu: &Gpu, m: usize, splits: Option<usize>, iters: usize) -> Result<Measured<'s>> {
+    fn measure(&self, gpu: &Gpu, m: usize, block: Option<Block>, iters: usize) -> Result<Measured<'s>> {
         let (product, group) = (self.product, self.group);
         let Shape { n, k, .. } = *self.shape;
         let of = rows_of(self.shape, m);
         let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
-        let cut = product.cut(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT);
-        let cut = cut.map(|cut| splits.map_or(cut, |splits| Cut { splits: splits.clamp(1, k / group), ..cut }));
-        let fits = |cut: &Cut| product.shared_bytes(*cut, k, group, FLOAT) <= gpu.shared_bytes;
-        let Some(cut) = cut.filter(fits) else {
+        let block = block.or_else(|| product.block(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT));
+        let fits = |block: &Block| product.shared_bytes(*block, k, group, FLOAT) <= gpu.shared_bytes;
+        let Some(block) = block.filter(fits) else {
             return Err(Error::Refused(format!("groups of {group} need more shared memory than this GPU has")));
         };
         let x = gpu.upload(&halves(m * k))?;
         let (values, token_scales) = (gpu.room(m * k)?, gpu.room(4 * m)?);
         let out = gpu.room(2 * rows * n)?;
-        let routes = self.shape.experts.map(|e| routes(gpu, m, e, cut)).transpose()?;
-        let tiles = routes.as_ref().map_or(m.div_ceil(cut.tokens), |r| r.tile_count);
-        let scratch = Scratch::new(gpu, cut, rows, tiles, n)?;
+        let routes = self.shape.experts.map(|e| routes(gpu, m, e, block)).transpose()?;
         let mixture = Mixture { gather: true, swiglu: None };
         let copies = self.weights.len();
         let seconds = times(gpu, copies, iters, |copy| {
@@ -255,7 +252,7 @@ impl<'s, 'g> Coded<'s, 'g> {
                 Inputs { values: &x, scales: None, rows: m }
             };
             let experts = routes.as_ref().map(|r| (r, mixture));
-            product.launch(gpu, &self.weights[copy], &inputs, (&out, FLOAT), &scratch, experts)
+            product.launch(gpu, &self.weights[copy], &inputs, (&out, FLOAT), block, experts)
         })?;
         let scale_bytes = n * (k / group) * product.codes.scale_bytes(FLOAT);
         let bytes = active * (n * k * product.codes.bits() / 8 + scale_bytes) + 2 * (m * k + rows * n);
@@ -302,9 +299,9 @@ fn measure_hopper<'s>(
 }
 
 /// The rows of the experts, grouped once: a layer's products have that in common.
-fn routes<'g>(gpu: &'g Gpu, m: usize, experts: (usize, usize), cut: Cut) -> Result<Routes<'g>> {
+fn routes<'g>(gpu: &'g Gpu, m: usize, experts: (usize, usize), block: Block) -> Result<Routes<'g>> {
     let chosen: Vec<i32> = routing(m, experts).into_iter().map(|e| e as i32).collect();
-    let routes = Routes::new(gpu, (m, experts.1), experts.0, cut.tokens)?;
+    let routes = Routes::new(gpu, (m, experts.1), experts.0, block.tokens)?;
     let chosen = gpu.upload(&chosen)?;
     routes.group(gpu, &chosen)?;
     gpu.synchronize()?;

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::gpu::hopper;
-use crate::kernels::gpu::operations::PRODUCTS;
+use crate::kernels::gpu::operations::{Block, PRODUCTS};
 use crate::ops::random::Draw;
 
 /// A linear layer, or the same one of all experts of a layer.
@@ -80,8 +80,8 @@ pub struct Request {
     pub iters: usize,
     /// Only kernels whose names contain one of these; all where empty.
     pub kernels: Vec<String>,
-    /// Parts of K on a GPU; what suits it where `None`.
-    pub splits: Option<usize>,
+    /// Blocks of the kernels on a GPU; what suits it where `None`.
+    pub block: Option<Block>,
     /// Most memory for copies of weights on this processor; one copy there is always.
     pub memory: u64,
 }
@@ -239,7 +239,7 @@ mod tests {
     #[test]
     fn groups_divide_columns() {
         let (m, shapes, kernels) = (vec![1], Vec::new(), Vec::new());
-        let mut request = Request { m, shapes, group: None, iters: 1, kernels, splits: None, memory: 0 };
+        let mut request = Request { m, shapes, group: None, iters: 1, kernels, block: None, memory: 0 };
         assert_eq!([4096, 2880, 96, 48].map(|k| request.group_of(k)), [Some(128), Some(64), Some(32), None]);
         request.group = Some(128);
         assert_eq!([4096, 2880].map(|k| request.group_of(k)), [Some(128), None]);

@@ -1,6 +1,11 @@
 //! The kernels as functions over buffers: structures as the sources have them, grids, shared memory, and checks that everything is there.
 
 use std::ffi::c_void;
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::{Buffer, Gpu, Launch};
 use crate::error::Result;
@@ -8,19 +13,28 @@ use crate::formats::NumberFormat;
 use crate::formats::float::Float;
 use crate::formats::minifloat::Minifloat;
 
-/// Threads of a block of a product, rows of the weight and columns of a stage that it has, stages in flight (kernels/gemm.cuh).
-const THREADS: usize = 128;
-const ROWS: usize = 64;
+/// Columns of a group and of a stage, and warps of a block at most; columns of a part, more or less, and of a group from which on a part lies
+/// within it (kernels/gemm.cuh).
+const GROUP: usize = 32;
 const COLUMNS: usize = 128;
-const STAGES: usize = 4;
+const MOST_WARPS: usize = 8;
+const PART: usize = 512;
+const LARGE: usize = 1024;
 /// Threads of a block of everything else but [`fake_quantize`].
 const WIDE: usize = 256;
 /// Rows of a tile that is turned, and columns: a group of MXFP4.
 const TURNED: (usize, usize) = (64, 32);
 /// Columns of a scale at most: 131072 products of -128 by -128 no longer fit an int32.
 pub const LARGEST_GROUP: usize = 65_536;
-/// Tokens that a block may have.
-pub const TILES: [usize; 4] = [8, 16, 32, 64];
+/// Threads of a block that rounds inputs.
+const ROUNDING: usize = 512;
+/// The blocks that there are kernels for.
+pub const BLOCKS: [Block; 4] = [
+    Block { rows: 16, tokens: 8 },
+    Block { rows: 16, tokens: 16 },
+    Block { rows: 32, tokens: 8 },
+    Block { rows: 32, tokens: 16 },
+];
 
 /// `FloatType` of kernels/common.cuh.
 fn type_of(float: Float) -> i32 {
@@ -78,6 +92,49 @@ pub const PRODUCTS: [Product; 5] = [
     Product { name: "mxfp4_a16", codes: Codes::E2m1, int8: false },
 ];
 
+/// `gemm::Parts`: how K is cut, and with it the order of the sums. It depends on K and the group alone.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts {
+    count: i32,
+    columns: i32,
+    inside: i32,
+    warps: i32,
+    rounds: i32,
+    scales: i32,
+    part_scales: i32,
+    stride: i32,
+}
+
+impl Parts {
+    /// For `k` columns in groups of `group`.
+    pub fn of(k: usize, group: usize) -> Self {
+        let scales = k / group;
+        let (count, columns, inside, part_scales) = if group < LARGE {
+            let part_scales = scales.div_ceil((k / PART).clamp(1, scales));
+            (k.div_ceil(part_scales * group), part_scales * group, 0, part_scales)
+        } else {
+            let columns = (group / GROUP).div_ceil(group / PART) * GROUP;
+            let inside = group.div_ceil(columns);
+            (scales * inside, columns, inside, 0)
+        };
+        let rounds = count.div_ceil(MOST_WARPS);
+        let stride = if inside == 0 { (part_scales + 4).div_ceil(8) * 8 - 4 } else { 0 };
+        let [count, columns, inside, warps, rounds, scales, part_scales, stride] =
+            [count, columns, inside, count.div_ceil(rounds), rounds, scales, part_scales, stride].map(|n| n as i32);
+        Self { count, columns, inside, warps, rounds, scales, part_scales, stride }
+    }
+
+    /// Columns of a part: all but the last one of K, or of a large group, have so many.
+    pub fn columns(&self) -> usize {
+        self.columns as usize
+    }
+
+    fn warps(&self) -> usize {
+        self.warps as usize
+    }
+}
+
 /// `gemm::Arguments`.
 #[repr(C)]
 struct ProductArguments {
@@ -87,22 +144,20 @@ struct ProductArguments {
     input_scale: u64,
     bias: u64,
     output: u64,
-    partial: u64,
-    tickets: u64,
     m: i32,
     n: i32,
     k: i32,
     group: i32,
-    splits: i32,
     scale_type: i32,
     output_type: i32,
+    parts: Parts,
 }
 
 /// `gemm::Experts`.
 #[repr(C)]
 struct ExpertArguments {
     tiles: u64,
-    offsets: u64,
+    used: u64,
     rows: u64,
     swiglu: i32,
     alpha: f32,
@@ -139,36 +194,37 @@ pub struct Inputs<'b, 'g> {
     pub rows: usize,
 }
 
-/// How a product is cut into blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cut {
-    /// Tokens of a block, one of [`TILES`].
+/// What a block of a product has; the bits of the outputs do not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Block {
+    /// Rows of the weight.
+    pub rows: usize,
+    /// Tokens at most.
     pub tokens: usize,
-    /// Parts of K.
-    pub splits: usize,
 }
 
-/// A cut, and what its splits need: sums, and tickets that are 0 between launches. Launches that share it come one after the other.
-pub struct Scratch<'g> {
-    cut: Cut,
-    partial: Buffer<'g>,
-    tickets: Buffer<'g>,
+impl fmt::Display for Block {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}x{}", self.rows, self.tokens)
+    }
 }
 
-impl<'g> Scratch<'g> {
-    /// Room for `rows` rows in `tiles` tiles.
-    pub fn new(gpu: &'g Gpu, cut: Cut, rows: usize, tiles: usize, n: usize) -> Result<Self> {
-        let sums = if cut.splits > 1 { cut.splits * rows * n } else { 1 };
-        Ok(Self { cut, partial: gpu.room(4 * sums)?, tickets: gpu.filled(4 * tiles * n.div_ceil(ROWS), 0)? })
+impl FromStr for Block {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let found = BLOCKS.into_iter().find(|b| b.to_string() == text);
+        found.ok_or_else(|| format!("wanted one of {}", BLOCKS.map(|b| b.to_string()).join(", ")))
     }
 }
 
 /// Which rows go to which expert; made on the GPU by `group_rows`.
 pub struct Routes<'g> {
-    /// [tiles, 2]: expert and first row.
+    /// [tiles, 4]: expert, first row, rows, and 0.
     pub tiles: Buffer<'g>,
-    /// [experts + 1].
-    pub offsets: Buffer<'g>,
+    /// [1]: how many tiles there are.
+    pub used: Buffer<'g>,
     /// [tokens * top_k]: the token of each row.
     pub rows: Buffer<'g>,
     /// [tokens, top_k]: the row of each token at each of its experts.
@@ -194,26 +250,38 @@ pub struct Mixture {
 
 impl Product {
     /// Bytes of shared memory of a block: `gemm::shared_bytes`.
-    pub fn shared_bytes(&self, cut: Cut, k: usize, group: usize, scale: Float) -> usize {
-        let stage = ROWS * self.codes.stage_bytes() + cut.tokens * COLUMNS * if self.int8 { 1 } else { 2 };
-        let stride = (k / group).div_ceil(cut.splits) | 1;
-        let scales = (ROWS * stride * self.codes.scale_bytes(scale)).next_multiple_of(16);
-        STAGES * stage + scales + (cut.tokens + 4) * 4
+    pub fn shared_bytes(&self, block: Block, k: usize, group: usize, scale: Float) -> usize {
+        let (parts, Block { rows, tokens }) = (Parts::of(k, group), block);
+        let stages = if rows == 16 { 5 } else { 3 };
+        let sums = tokens * (rows + 4);
+        let a_warp = stages * rows * self.codes.stage_bytes() + 4 * sums.max(rows * parts.stride as usize);
+        let a_row = parts.scales as usize * self.codes.scale_bytes(scale);
+        let a_row = if a_row.is_multiple_of(16) { a_row + 16 } else { a_row };
+        let stored = if parts.inside == 0 { (rows * a_row).next_multiple_of(16) + 16 } else { 0 };
+        let kept = match (parts.rounds, parts.inside) {
+            (1, _) => 0,
+            (_, 0) => 1,
+            _ => 2,
+        };
+        parts.warps() * a_warp + stored + kept * sums * 4
     }
 
-    /// A cut for `rows` rows (of each expert, on average, where there are several): tiles that hold them, and as many splits as give each
-    /// multiprocessor three blocks, none shorter than two stages. `None` where no split fits the shared memory.
-    pub fn cut(&self, gpu: &Gpu, rows: usize, layers: usize, w: (usize, usize, usize), scale: Float) -> Option<Cut> {
+    /// What suits `rows` rows (of each expert, on average, where there are several): as many tokens as hold them, and few rows of the weight
+    /// where more would leave multiprocessors idle. `None` where no block fits the shared memory.
+    pub fn block(
+        &self,
+        gpu: &Gpu,
+        rows: usize,
+        layers: usize,
+        w: (usize, usize, usize),
+        scale: Float,
+    ) -> Option<Block> {
         let (n, k, group) = w;
-        let tokens = TILES.into_iter().find(|&t| t >= rows).unwrap_or(TILES[3]);
-        let blocks = rows.div_ceil(tokens).max(1) * n.div_ceil(ROWS) * layers;
-        let least = group.max(2 * COLUMNS);
-        let most = (k / least).clamp(1, k / group);
-        let wanted = (3 * gpu.multiprocessors as usize).div_ceil(blocks).clamp(1, most);
-        // Shared memory may want shorter parts.
-        (wanted..=k / group)
-            .map(|splits| Cut { tokens, splits })
-            .find(|&cut| self.shared_bytes(cut, k, group, scale) <= gpu.shared_bytes)
+        let tokens = if rows <= 8 { 8 } else { 16 };
+        let blocks = |r: usize| rows.div_ceil(tokens).max(1) * n.div_ceil(r) * layers;
+        let wide = if blocks(32) < 2 * gpu.multiprocessors as usize { [16, 32] } else { [32, 16] };
+        let fits = |b: &Block| self.shared_bytes(*b, k, group, scale) <= gpu.shared_bytes;
+        wide.map(|rows| Block { rows, tokens }).into_iter().chain([Block { rows: 16, tokens: 8 }]).find(fits)
     }
 
     /// `output` [rows, N] = inputs W^T + bias, or of a [`Mixture`] each row by its expert's weight.
@@ -226,25 +294,23 @@ impl Product {
         w: &Weight,
         inputs: &Inputs,
         output: (&Buffer, Float),
-        scratch: &Scratch,
+        block: Block,
         experts: Option<(&Routes, Mixture)>,
     ) -> Result<()> {
-        let cut = scratch.cut;
         let rows = experts.map_or(inputs.rows, |(r, _)| r.tokens.0 * r.tokens.1);
         let wide = if experts.is_some_and(|(_, m)| m.swiglu.is_some()) { w.n / 2 } else { w.n };
         let groups = w.k / w.group;
         assert!(w.k.is_multiple_of(w.group) && w.group.is_multiple_of(32), "groups are whole");
         assert!(w.group <= LARGEST_GROUP, "the sum of a group fits 32 bits");
-        assert!((1..=groups).contains(&cut.splits) && TILES.contains(&cut.tokens), "a cut is one of the kernels'");
+        assert!(BLOCKS.contains(&block), "a block is one of the kernels'");
         assert!(w.codes.bytes() >= w.experts * w.n * w.k * self.codes.bits() / 8, "codes are all there");
         assert!(w.scales.bytes() >= w.experts * w.n * groups * self.codes.scale_bytes(w.scale_type), "scales too");
         assert!(w.bias.as_ref().is_none_or(|b| b.bytes() >= w.experts * w.n * output.1.size()), "biases too");
         assert!(inputs.values.bytes() >= inputs.rows * w.k * if self.int8 { 1 } else { 2 }, "inputs too");
         assert!(!self.int8 || inputs.scales.is_some_and(|s| s.bytes() >= 4 * inputs.rows), "their scales too");
         assert!(output.0.bytes() >= rows * wide * output.1.size(), "the output has room");
-        let tiles = experts.map_or(rows.div_ceil(cut.tokens), |(r, _)| r.tile_count);
-        assert!(scratch.tickets.bytes() >= 4 * tiles * w.n.div_ceil(ROWS), "tiles have tickets");
-        assert!(cut.splits == 1 || scratch.partial.bytes() >= 4 * cut.splits * rows * w.n, "splits have room");
+        let tiles = experts.map_or(rows.div_ceil(block.tokens), |(r, _)| r.tile_count);
+        let parts = Parts::of(w.k, w.group);
         let mut arguments = ProductArguments {
             weight: w.codes.address(),
             weight_scale: w.scales.address(),
@@ -252,23 +318,21 @@ impl Product {
             input_scale: inputs.scales.map_or(0, Buffer::address),
             bias: w.bias.as_ref().map_or(0, Buffer::address),
             output: output.0.address(),
-            partial: scratch.partial.address(),
-            tickets: scratch.tickets.address(),
             m: rows as i32,
             n: w.n as i32,
             k: w.k as i32,
             group: w.group as i32,
-            splits: cut.splits as i32,
             scale_type: type_of(w.scale_type),
             output_type: type_of(output.1),
+            parts,
         };
         let infix = if experts.is_some() { "_experts" } else { "" };
         let launch = Launch {
             source: self.name,
-            kernel: format!("{}{infix}_{}", self.name, cut.tokens),
-            grid: [tiles, w.n.div_ceil(ROWS), cut.splits],
-            threads: THREADS,
-            shared: self.shared_bytes(cut, w.k, w.group, w.scale_type),
+            kernel: format!("{}{infix}_{block}", self.name),
+            grid: [tiles, w.n.div_ceil(block.rows), 1],
+            threads: 32 * parts.warps(),
+            shared: self.shared_bytes(block, w.k, w.group, w.scale_type),
         };
         let first = (&raw mut arguments).cast::<c_void>();
         let Some((routes, mixture)) = experts else {
@@ -277,7 +341,7 @@ impl Product {
             return unsafe { gpu.launch(&launch, &mut [first]) };
         };
         assert!(
-            routes.tile == cut.tokens && routes.count == w.experts,
+            routes.tile == block.tokens && routes.count == w.experts,
             "rows were grouped for these tiles and weights"
         );
         assert!(
@@ -287,7 +351,7 @@ impl Product {
         let (alpha, limit) = mixture.swiglu.unwrap_or_default();
         let mut second = ExpertArguments {
             tiles: routes.tiles.address(),
-            offsets: routes.offsets.address(),
+            used: routes.used.address(),
             rows: if mixture.gather { routes.rows.address() } else { 0 },
             swiglu: i32::from(mixture.swiglu.is_some()),
             alpha,
@@ -302,7 +366,7 @@ impl Product {
 #[repr(C)]
 struct RouteArguments {
     experts: u64,
-    offsets: u64,
+    used: u64,
     rows: u64,
     places: u64,
     tiles: u64,
@@ -324,8 +388,8 @@ impl<'g> Routes<'g> {
         // Every expert may have a tile that is not full.
         let tile_count = rows / tile + count.min(rows);
         Ok(Self {
-            tiles: gpu.room(8 * tile_count)?,
-            offsets: gpu.room(4 * (count + 1))?,
+            tiles: gpu.room(16 * tile_count)?,
+            used: gpu.room(4)?,
             rows: gpu.room(4 * rows)?,
             places: gpu.room(4 * rows)?,
             tile_count,
@@ -340,7 +404,7 @@ impl<'g> Routes<'g> {
         assert!(experts.bytes() >= 4 * self.tokens.0 * self.tokens.1, "each token has its experts");
         let mut arguments = RouteArguments {
             experts: experts.address(),
-            offsets: self.offsets.address(),
+            used: self.used.address(),
             rows: self.rows.address(),
             places: self.places.address(),
             tiles: self.tiles.address(),
@@ -393,7 +457,7 @@ pub fn quantize_activations(
         input_type: type_of(input.1),
         fp8: i32::from(fp8),
     };
-    let launch = wide("quantize_activations", [m, 1, 1], WIDE / 32 * 4);
+    let launch = Launch { threads: ROUNDING, ..wide("quantize_activations", [m, 1, 1], ROUNDING / 32 * 4) };
     // SAFETY: the structure is the kernel's, and lengths were checked above.
     unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
 }

@@ -1,10 +1,12 @@
 //! What the kernels must give, one output at a time, on this processor.
 
+use std::ops::Range;
+
 use crate::formats::float::Float;
 use crate::formats::minifloat::Minifloat;
 use crate::formats::mx;
 
-use super::operations::{Codes, Product};
+use super::operations::{Codes, Parts, Product};
 
 /// A linear layer in this machine's memory, as its checkpoint has it.
 pub struct Layer<'a> {
@@ -73,37 +75,53 @@ impl Layer<'_> {
         scale[0]
     }
 
-    /// Output `row` for a token, K in `splits` parts.
-    pub fn output(&self, row: usize, token: Token, splits: usize) -> Output {
-        let groups = self.k / self.group;
-        let of_split = groups.div_ceil(splits);
-        let (mut stated, mut exact, mut size) = (None, 0f64, 0f64);
-        let mut step = 1.0;
-        for split in 0..splits {
-            let mut chain = 0f32;
-            for g in split * of_split..groups.min((split + 1) * of_split) {
-                let (mut sum, mut sizes, mut multiple) = (0f64, 0f64, 1f32);
-                for c in g * self.group..(g + 1) * self.group {
-                    let (value, times) = self.code(row, c);
-                    let product = match token {
-                        Token::Int8(codes, _) => {
-                            multiple = times;
-                            value * f64::from(codes[c])
-                        }
-                        Token::Bf16(numbers) => value * f64::from(numbers[c]),
-                    };
-                    sum += product;
-                    sizes += product.abs();
+    /// The sum of the products of some columns, exact, and of their sizes; how many times it a kernel with int8 inputs has.
+    fn sum(&self, row: usize, token: Token, columns: Range<usize>) -> (f64, f64, f32) {
+        let (mut sum, mut sizes, mut multiple) = (0f64, 0f64, 1f32);
+        for c in columns {
+            let (value, times) = self.code(row, c);
+            let product = match token {
+                Token::Int8(codes, _) => {
+                    multiple = times;
+                    value * f64::from(codes[c])
                 }
-                let scale = self.scale(row, g);
-                step = 1.0 / multiple;
-                chain = ((sum * f64::from(multiple)) as f32).mul_add(scale, chain);
-                exact += sum * f64::from(scale);
-                size += (sizes * f64::from(scale)).abs();
-            }
-            stated = Some(stated.map_or(chain, |sum: f32| sum + chain));
+                Token::Bf16(numbers) => value * f64::from(numbers[c]),
+            };
+            sum += product;
+            sizes += product.abs();
         }
-        let mut stated = stated.unwrap_or(0.0);
+        (sum, sizes, multiple)
+    }
+
+    /// Output `row` for a token.
+    pub fn output(&self, row: usize, token: Token) -> Output {
+        let columns = Parts::of(self.k, self.group).columns();
+        let (mut total, mut chain) = (None, 0f32);
+        let (mut exact, mut size, mut step) = (0f64, 0f64, 1f32);
+        for (g, first) in (0..self.k).step_by(self.group).enumerate() {
+            // A part that has whole groups is a chain of its own.
+            if columns >= self.group && first > 0 && first.is_multiple_of(columns) {
+                total = Some(total.map_or(chain, |t: f32| t + chain));
+                chain = 0.0;
+            }
+            let (sum, sizes, multiple) = self.sum(row, token, first..first + self.group);
+            let times = |sum: f64| (sum * f64::from(multiple)) as f32;
+            let stated = match token {
+                // Parts of a group of floats are added in f32.
+                Token::Bf16(_) if columns < self.group => (first..first + self.group)
+                    .step_by(columns)
+                    .map(|c| times(self.sum(row, token, c..(c + columns).min(first + self.group)).0))
+                    .reduce(|a, b| a + b)
+                    .unwrap_or(0.0),
+                _ => times(sum),
+            };
+            let scale = self.scale(row, g);
+            step = 1.0 / multiple;
+            chain = stated.mul_add(scale, chain);
+            exact += sum * f64::from(scale);
+            size += (sizes * f64::from(scale)).abs();
+        }
+        let mut stated = total.map_or(chain, |t| t + chain);
         if let Token::Int8(_, scale) = token {
             stated *= scale * step;
             exact *= f64::from(scale);

@@ -4,8 +4,7 @@ use rayon::prelude::*;
 
 use super::super::hopper::{self, Hopper};
 use super::super::operations::{
-    Codes, Cut, Inputs, Mixture, PRODUCTS, Product, Routes, Scratch, TILES, Weight, combine_experts,
-    quantize_activations,
+    BLOCKS, Block, Codes, Inputs, Mixture, PRODUCTS, Product, Routes, Weight, combine_experts, quantize_activations,
 };
 use super::super::reference::{Layer, Output, Token, swiglu};
 use super::super::{Buffer, Gpu};
@@ -151,16 +150,16 @@ fn sums(product: Product) -> f64 {
     if product.int8 { 0.0 } else { SUMS }
 }
 
-/// A single layer, for every number of tokens a block and several splits.
+/// A single layer, with every block.
 pub fn single(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest> {
     let float = Float::Bf16;
     let (mut test, mut draw) = (KernelTest::new(product.name, false), Draw::new(5));
-    let mut shapes = vec![(1, 1, 32), (3, 65, 160), (17, 100, 576), (65, 70, 1152)];
+    let mut shapes = vec![(1, 1, 32), (3, 65, 160), (17, 100, 576), (33, 70, 1152), (2, 18, 5120)];
     if extent == Extent::Models {
         shapes.extend([(1, 4096, 4096), (16, 5760, 2880), (5, 512, 2880), (33, 2880, 4096), (131, 2880, 2880)]);
     }
     for (m, n, k) in shapes {
-        for group in [32, 64, 96, k] {
+        for group in [32, 64, 96, 128, 1024, k] {
             let fits = k % group == 0 && (product.codes != Codes::E2m1 || group == 32);
             if !fits || (n > 1000 && group != 64 && product.codes != Codes::E2m1) {
                 continue;
@@ -169,25 +168,17 @@ pub fn single(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest>
             let w = Drawn::new(gpu, &mut draw, product, 1, (n, k, group), (scale_type, float))?;
             let input = gpu.upload(&stored(&numbers(&mut draw, m * k, float), float))?;
             let x = Activated::new(gpu, product, input, m, k)?;
-            let largest = (k / group).min(3);
-            for splits in [1, largest] {
-                let (layer, tokens) = (w.here.layer(0), &x.here);
-                let want = |i| layer.output(i % n, tokens.token(i / n, k), splits);
-                let want: Vec<Output> = (0..m * n).into_par_iter().map(want).collect();
-                for tokens in TILES {
-                    let cut = Cut { tokens, splits };
-                    if product.shared_bytes(cut, k, group, scale_type) > gpu.shared_bytes {
-                        continue;
-                    }
-                    let out = gpu.room(m * n * float.size())?;
-                    let scratch = Scratch::new(gpu, cut, m, m.div_ceil(tokens), n)?;
-                    // Twice: tickets come back.
-                    for _ in 0..2 {
-                        product.launch(gpu, &w.there, &x.inputs(m), (&out, float), &scratch, None)?;
-                    }
-                    let case = format!("M {m} N {n} K {k}, groups of {group}, tiles of {tokens}, {splits} splits");
-                    compare(&mut test, sums(product), float, &read(gpu, &out, float)?, &want, &case);
+            let (layer, tokens) = (w.here.layer(0), &x.here);
+            let want = |i| layer.output(i % n, tokens.token(i / n, k));
+            let want: Vec<Output> = (0..m * n).into_par_iter().map(want).collect();
+            for block in BLOCKS {
+                if product.shared_bytes(block, k, group, scale_type) > gpu.shared_bytes {
+                    continue;
                 }
+                let out = gpu.room(m * n * float.size())?;
+                product.launch(gpu, &w.there, &x.inputs(m), (&out, float), block, None)?;
+                let case = format!("M {m} N {n} K {k}, groups of {group}, blocks of {block}");
+                compare(&mut test, sums(product), float, &read(gpu, &out, float)?, &want, &case);
             }
         }
     }
@@ -206,7 +197,7 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
     let types = (Float::Bf16, float);
     let gate_up = Drawn::new(gpu, &mut draw, product, count, (2 * width, width, 32), types)?;
     let down = Drawn::new(gpu, &mut draw, product, count, (width, width, 32), types)?;
-    let cut = Cut { tokens: TILES[0], splits: 2 };
+    let block = Block { rows: 32, tokens: 8 };
     let (rows, bytes) = (tokens * top_k, tokens * width * float.size());
     let mut sides = Vec::new();
     for _ in 0..2 {
@@ -219,8 +210,7 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
     let (codes, scales) = (gpu.room(tokens * width)?, gpu.room(4 * tokens)?);
     let (h, h_codes, h_scales) = (gpu.room(2 * rows * width)?, gpu.room(rows * width)?, gpu.room(4 * rows)?);
     let y = gpu.room(2 * rows * width)?;
-    let routed = Routes::new(gpu, (tokens, top_k), count, cut.tokens)?;
-    let scratch = Scratch::new(gpu, cut, rows, routed.tile_count, 2 * width)?;
+    let routed = Routes::new(gpu, (tokens, top_k), count, block.tokens)?;
     // `wait` is called between any two launches.
     let layer = |side: &(Buffer, Buffer, Buffer), wait: &dyn Fn() -> Result<()>| -> Result<()> {
         gpu.copy(&side.0, &x)?;
@@ -232,13 +222,13 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
         wait()?;
         let inputs = Inputs { values: &codes, scales: Some(&scales), rows: tokens };
         let mixture = Mixture { gather: true, swiglu: Some((1.702, 7.0)) };
-        product.launch(gpu, &gate_up.there, &inputs, (&h, float), &scratch, Some((&routed, mixture)))?;
+        product.launch(gpu, &gate_up.there, &inputs, (&h, float), block, Some((&routed, mixture)))?;
         wait()?;
         quantize_activations(gpu, (&h, float), &h_codes, &h_scales, (rows, width), false)?;
         wait()?;
         let inputs = Inputs { values: &h_codes, scales: Some(&h_scales), rows };
         let mixture = Mixture { gather: false, swiglu: None };
-        product.launch(gpu, &down.there, &inputs, (&y, float), &scratch, Some((&routed, mixture)))?;
+        product.launch(gpu, &down.there, &inputs, (&y, float), block, Some((&routed, mixture)))?;
         wait()?;
         combine_experts(gpu, &routed, &y, &shares, &out, (width, float))?;
         wait()?;
@@ -345,16 +335,13 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
         let x = Activated::new(gpu, product, input, tokens, hidden)?;
         let rows = chosen.len();
         let (chosen_there, shares_there) = (gpu.upload(&chosen)?, gpu.upload(&shares)?);
-        for (tile, splits) in TILES.into_iter().zip([1, 2, 1, 2]) {
-            let splits = splits.min(hidden / group).min(inner / group);
-            let cut = Cut { tokens: tile, splits };
-            let most = product.shared_bytes(cut, hidden.max(inner), group, Float::Bf16);
+        for block in BLOCKS {
+            let most = product.shared_bytes(block, hidden.max(inner), group, Float::Bf16);
             if most > gpu.shared_bytes {
                 continue;
             }
-            let case =
-                format!("{tokens} tokens of {hidden}, {count} experts of {inner}, tiles of {tile}, {splits} splits");
-            let routes = Routes::new(gpu, (tokens, top_k), count, tile)?;
+            let case = format!("{tokens} tokens of {hidden}, {count} experts of {inner}, blocks of {block}");
+            let routes = Routes::new(gpu, (tokens, top_k), count, block.tokens)?;
             routes.group(gpu, &chosen_there)?;
             let places: Vec<i32> = gpu.download(&routes.places)?;
             let mut at: Vec<usize> = places.iter().map(|&p| p as usize).collect();
@@ -368,16 +355,15 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
             places.iter().enumerate().for_each(|(entry, &place)| entries[place as usize] = entry);
 
             let h = gpu.room(rows * inner * float.size())?;
-            let scratch = Scratch::new(gpu, cut, rows, routes.tile_count, hidden.max(2 * inner))?;
             let mixture = Mixture { gather: true, swiglu: Some(unit) };
             let experts = Some((&routes, mixture));
-            product.launch(gpu, &gate_up.there, &x.inputs(tokens), (&h, float), &scratch, experts)?;
+            product.launch(gpu, &gate_up.there, &x.inputs(tokens), (&h, float), block, experts)?;
             let have = read(gpu, &h, float)?;
             let (layers, inputs) = (&gate_up.here, &x.here);
             let want = |i: usize| {
                 let (entry, j) = (entries[i / inner], i % inner);
                 let (layer, token) = (layers.layer(chosen[entry] as usize), inputs.token(entry / top_k, hidden));
-                let (gate, up) = (layer.output(2 * j, token, splits), layer.output(2 * j + 1, token, splits));
+                let (gate, up) = (layer.output(2 * j, token), layer.output(2 * j + 1, token));
                 let stated = swiglu(gate.stated, up.stated, unit);
                 let exact = f64::from(swiglu(gate.exact as f32, up.exact as f32, unit));
                 // Both factors are below 9, and the slope of the first is below 1.2.
@@ -391,13 +377,13 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
             let y = gpu.room(rows * hidden * float.size())?;
             let mixture = Mixture { gather: false, swiglu: None };
             let experts = Some((&routes, mixture));
-            product.launch(gpu, &down.there, &hidden_in.inputs(rows), (&y, float), &scratch, experts)?;
+            product.launch(gpu, &down.there, &hidden_in.inputs(rows), (&y, float), block, experts)?;
             let have = read(gpu, &y, float)?;
             let (layers, inputs) = (&down.here, &hidden_in.here);
             let want = |i: usize| {
                 let row = i / hidden;
                 let layer = layers.layer(chosen[entries[row]] as usize);
-                layer.output(i % hidden, inputs.token(row, inner), splits)
+                layer.output(i % hidden, inputs.token(row, inner))
             };
             let want: Vec<Output> = (0..rows * hidden).into_par_iter().map(want).collect();
             compare(&mut test, sums(product), float, &have, &want, &format!("down, {case}"));
