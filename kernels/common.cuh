@@ -12,8 +12,12 @@
 // So many blocks of a multiprocessor at once: registers allow three of 128 threads 168 registers each.
 #define KERNEL(threads) KERNEL_OF(threads, 3)
 #define KERNEL_OF(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-// With so many registers a thread at most.
+// With so many registers a thread at most; of 10.0 and later the compiler wants more for the same.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define KERNEL_WITH(registers) extern "C" __global__ void __maxnreg__((registers) + 40)
+#else
 #define KERNEL_WITH(registers) extern "C" __global__ void __maxnreg__(registers)
+#endif
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #include "host/simt.hpp"

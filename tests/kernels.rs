@@ -266,14 +266,14 @@ fn builds_have_the_committed_hashes_and_machine_code_for_tensor_cores() {
 /// architectures: what is measured there and a few percent, so that a loop that grows is seen. Of a GPU like the H200, whose memory gives 1 KB to each
 /// of its schedulers in about 340 instructions' time, 8 tokens should not take more than half.
 const BUDGETS: [(&str, [usize; 4]); 5] = [
-    ("mxfp4_a8", [156, 214, 140, 190]),
-    ("w4a8", [150, 180, 122, 156]),
+    ("mxfp4_a8", [164, 214, 140, 190]),
+    ("w4a8", [150, 180, 126, 156]),
     ("w8a8", [64, 82, 50, 68]),
-    ("w4a16", [232, 260, 212, 238]),
-    ("mxfp4_a16", [222, 270, 206, 244]),
+    ("w4a16", [256, 272, 218, 238]),
+    ("mxfp4_a16", [232, 270, 206, 244]),
 ];
 
-/// Rows and tokens of the blocks, and the registers that a thread may have with them.
+/// Rows and tokens of the blocks, and the registers that a thread may have with them, 40 more from 10.0 on (kernels/common.cuh).
 const BLOCKS: [(&str, usize, u32); 4] = [("16x8", 16, 104), ("16x16", 16, 144), ("32x8", 32, 128), ("32x16", 32, 200)];
 
 /// An instruction: its address, and its text.
@@ -355,6 +355,7 @@ fn machine_code(cubin: &Path) {
     for (kernel, code) in listing(&code) {
         let block = BLOCKS.iter().position(|b| kernel.ends_with(&format!("_{}", b.0))).unwrap();
         let (_, rows, most) = BLOCKS[block];
+        let most = most + if name.contains("sm_1") { 40 } else { 0 };
         assert!(registers[kernel] <= most, "{name}: {kernel} has {} registers", registers[kernel]);
         // A stage has 128 columns.
         let bytes = rows * 128 * if kind == "w8a8" { 8 } else { 4 } / 8;

@@ -17,13 +17,9 @@ use gptoss::text::dataset::Split;
 use gptoss::text::tokenizer::Tokenizer;
 use gptoss::text::windows::Layout;
 use gptoss::text::{Source, Text, TextRequest, load_with};
-use parquet::basic::Compression;
-use parquet::data_type::{ByteArray, ByteArrayType};
-use parquet::file::properties::WriterProperties;
-use parquet::file::writer::SerializedFileWriter;
-use parquet::schema::parser::parse_message_type;
 use safetensors::SafeTensors;
 use server::{COMMIT, Faults, Hub};
+use support::parquet::{chats_file, parquet_file};
 use support::{files, root, tiny};
 
 fn tokenizer() -> Tokenizer {
@@ -91,44 +87,6 @@ impl Place {
         let tokenizer = tokenizer();
         text.sequences.iter().map(|s| tokenizer.decode(&s.ids).unwrap()).collect()
     }
-}
-
-/// A parquet file of string columns.
-fn parquet_file(columns: &[(&str, &[&str])]) -> Vec<u8> {
-    let fields: String = columns.iter().map(|(name, _)| format!("required binary {name} (UTF8); ")).collect();
-    let flat: Vec<_> = columns.iter().map(|(_, values)| (*values, None, None)).collect();
-    write_parquet(&format!("message m {{ {fields} }}"), &flat)
-}
-
-/// A parquet file with a column `messages`; each chat is its messages' (role, content).
-fn chats_file(chats: &[&[(&str, &str)]]) -> Vec<u8> {
-    let schema = "message m { optional group messages (LIST) { repeated group list { optional group element {
-        optional binary content (UTF8); optional binary role (UTF8); } } } }";
-    let contents: Vec<&str> = chats.iter().flat_map(|c| c.iter().map(|m| m.1)).collect();
-    let roles: Vec<&str> = chats.iter().flat_map(|c| c.iter().map(|m| m.0)).collect();
-    let repeated: Vec<i16> = chats.iter().flat_map(|c| (0..c.len()).map(|i| i16::from(i > 0))).collect();
-    let defined = vec![4i16; repeated.len()];
-    let levels = (Some(&defined[..]), Some(&repeated[..]));
-    write_parquet(schema, &[(&contents, levels.0, levels.1), (&roles, levels.0, levels.1)])
-}
-
-type Column<'a> = (&'a [&'a str], Option<&'a [i16]>, Option<&'a [i16]>);
-
-fn write_parquet(schema: &str, columns: &[Column]) -> Vec<u8> {
-    let schema = Arc::new(parse_message_type(schema).unwrap());
-    let properties = Arc::new(WriterProperties::builder().set_compression(Compression::SNAPPY).build());
-    let mut bytes = Vec::new();
-    let mut writer = SerializedFileWriter::new(&mut bytes, schema, properties).unwrap();
-    let mut group = writer.next_row_group().unwrap();
-    for (values, defined, repeated) in columns {
-        let values: Vec<ByteArray> = values.iter().map(|v| ByteArray::from(*v)).collect();
-        let mut column = group.next_column().unwrap().unwrap();
-        column.typed::<ByteArrayType>().write_batch(&values, *defined, *repeated).unwrap();
-        column.close().unwrap();
-    }
-    group.close().unwrap();
-    writer.close().unwrap();
-    bytes
 }
 
 #[test]

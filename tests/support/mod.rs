@@ -3,6 +3,8 @@
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod faults;
+pub mod mutate;
+pub mod parquet;
 pub mod random;
 pub mod synthetic;
 pub mod tensors;

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod config;
 pub mod dataset;
 pub mod gguf;
+mod guard;
 mod parquet;
 mod python;
 pub mod reader;

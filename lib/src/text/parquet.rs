@@ -1,10 +1,8 @@
 //! Rows of a parquet file, of the columns that are needed.
 
-use std::cell::Cell;
 use std::fs::File;
-use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use parquet::basic::Compression;
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -13,6 +11,7 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type, TypePtr};
 use serde_json::{Map, Value};
 
+use super::guard::guarded;
 use super::reader::until_error;
 use super::rows::{Placed, Rows};
 use crate::error::{Error, Result};
@@ -20,7 +19,7 @@ use crate::error::{Error, Result};
 /// Opens `file`; its columns and their compression are checked before any row is read.
 pub(super) fn open(file: &Path, rows: Rows) -> Result<impl Iterator<Item = Result<Placed>> + use<>> {
     let handle = File::open(file).map_err(Error::io("open", file))?;
-    let reader = guarded(file, || SerializedFileReader::new(handle))?;
+    let reader = checked(file, || SerializedFileReader::new(handle))?;
     let columns = wanted_columns(file, reader.metadata().file_metadata().schema_descr(), rows)?;
     let compressed = reader.metadata().row_groups().iter().flat_map(|g| g.columns()).find(|c| {
         let root = c.column_path().parts().first();
@@ -38,7 +37,7 @@ pub(super) fn open(file: &Path, rows: Rows) -> Result<impl Iterator<Item = Resul
             ),
         ));
     }
-    let schema = guarded(file, || {
+    let schema = checked(file, || {
         let root = Type::group_type_builder("schema").with_fields(columns).build()?;
         Ok(Arc::new(SchemaDescriptor::new(Arc::new(root))))
     })?;
@@ -64,29 +63,11 @@ fn wanted_columns(file: &Path, schema: &SchemaDescriptor, rows: Rows) -> Result<
     Ok(found)
 }
 
-thread_local! {
-    /// True while a panic on this thread is about to become an error.
-    static GUARDED: Cell<bool> = const { Cell::new(false) };
-}
-
-/// The parquet crate answers some damaged files with a panic; here that is one more kind of error, without the panic's
-/// own message. What it was working on is not used again.
-fn guarded<T>(file: &Path, f: impl FnOnce() -> parquet::errors::Result<T>) -> Result<T> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = panic::take_hook();
-        panic::set_hook(Box::new(move |info| {
-            if !GUARDED.get() {
-                before(info);
-            }
-        }));
-    });
-    GUARDED.set(true);
-    let result = panic::catch_unwind(AssertUnwindSafe(f));
-    GUARDED.set(false);
-    match result {
-        Ok(result) => result.map_err(|e| Error::file(file, format!("is no parquet file that can be read: {e}"))),
-        Err(_) => Err(Error::file(file, "is a damaged parquet file")),
+/// The parquet crate answers some damaged files with a panic; here that is one more kind of error.
+fn checked<T>(file: &Path, f: impl FnOnce() -> parquet::errors::Result<T>) -> Result<T> {
+    match guarded(f) {
+        Some(result) => result.map_err(|e| Error::file(file, format!("is no parquet file that can be read: {e}"))),
+        None => Err(Error::file(file, "is a damaged parquet file")),
     }
 }
 
@@ -106,7 +87,7 @@ impl Records {
     fn read(&mut self) -> Result<Option<Placed>> {
         loop {
             let current = &mut self.current;
-            let row = guarded(&self.file, || current.as_mut().and_then(Iterator::next).transpose())?;
+            let row = checked(&self.file, || current.as_mut().and_then(Iterator::next).transpose())?;
             if let Some(row) = row {
                 self.row += 1;
                 let document = object(&row).and_then(|row| self.rows.document(row));
@@ -120,7 +101,7 @@ impl Records {
                 return Ok(None);
             }
             let (schema, group) = (self.schema.clone(), self.group);
-            let rows = guarded(&self.file, || TreeBuilder::new().as_iter(schema, &*self.reader.get_row_group(group)?))?;
+            let rows = checked(&self.file, || TreeBuilder::new().as_iter(schema, &*self.reader.get_row_group(group)?))?;
             self.current = Some(rows);
             self.group += 1;
         }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tokenizers::models::ModelWrapper;
 
 use super::config::SpecialTokens;
+use super::guard::guarded;
 use crate::checkpoint::files;
 use crate::error::{Error, Result};
 
@@ -19,6 +20,9 @@ const PIECE: usize = 1 << 16;
 const CONTEXT: usize = 256;
 /// Bytes to the next place that is tried, where a cut would change the tokens.
 const STRIDE: usize = 1 << 10;
+
+/// What is said where the tokenizers crate panics.
+const PANICS: &str = "is no tokenizer that can be used: its parts do not fit each other; take it from the original checkpoint again";
 
 /// Whether special tokens such as `<|end|>` are part of decoded text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +57,8 @@ impl Tokenizer {
         }
         let bytes = files::read(&file)?;
         let bad = |reason: String| Error::file(&file, reason);
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes))
+            .ok_or_else(|| bad(PANICS.into()))?
             .map_err(|e| bad(format!("is no tokenizer that this version reads: {e}")))?;
         // transformers ignores both until a call asks for them.
         inner.with_truncation(None).map_err(|e| bad(e.to_string()))?;
@@ -135,7 +140,7 @@ impl Tokenizer {
     }
 
     fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false);
+        let encoding = guarded(|| self.inner.encode_fast(text, false)).ok_or_else(|| Error::file(&self.file, PANICS))?;
         let encoding = encoding.map_err(|e| Error::file(&self.file, format!("cannot tokenize: {e}")))?;
         let ids = encoding.get_ids().to_vec();
         if !self.beyond.is_empty()
@@ -165,7 +170,8 @@ impl Tokenizer {
     }
 
     fn decode_with(&self, ids: &[u32], special: Special) -> Result<String> {
-        let decoded = self.inner.decode(ids, special == Special::Skip);
+        let decoded = guarded(|| self.inner.decode(ids, special == Special::Skip));
+        let decoded = decoded.ok_or_else(|| Error::file(&self.file, PANICS))?;
         decoded.map_err(|e| Error::file(&self.file, format!("cannot decode: {e}")))
     }
 
