@@ -295,3 +295,49 @@ fn codes_that_do_not_survive_are_refused() {
     }
     assert!(!out.exists());
 }
+
+/// Groups and padding of gpt-oss-20b for vLLM's tensor parallelism: the sizes that its own `create_weights` was seen to take.
+#[test]
+fn a_plan_says_over_how_many_gpus_vllm_can_cut_it_and_can_be_asked_for_more() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(root().join("tests/fixtures/configs/gpt-oss-20b.json"), dir.path().join("config.json")).unwrap();
+    let plan = |flags: &str| {
+        let line = format!("gptoss-quant --dry-run --quiet --algo rtn --experts w4a16 --mw w8a16 {flags} --model-in");
+        run(command(&line).arg(dir.path()))
+    };
+    let noted = |ran: &Ran| {
+        let manifest = ran.manifest();
+        let notes = manifest["notes"].as_array().unwrap();
+        let note = notes.iter().filter_map(|n| n.as_str()).find(|n| n.starts_with("vLLM can")).unwrap().to_owned();
+        (note, manifest["job"]["recipe"].clone())
+    };
+    for (flags, sizes) in [
+        ("--target vllm", "on one GPU alone"),
+        ("--target vllm --group-size 64", "over 1 and 2 GPUs"),
+        ("--target vllm --group-size 32", "over 1, 2 and 4 GPUs"),
+        ("--target vllm --group-size channel", "over 1, 2, 4 and 8 GPUs"),
+        ("--target vllm --pad-to 1024", "over 1, 2, 4 and 8 GPUs"),
+        ("--tensor-parallel 1", "on one GPU alone"),
+        ("--tensor-parallel 2", "over 1 and 2 GPUs"),
+        ("--tensor-parallel 4", "over 1, 2 and 4 GPUs"),
+        ("--tensor-parallel 8", "over 1, 2, 4 and 8 GPUs"),
+    ] {
+        let (note, _) = noted(&plan(flags));
+        assert!(note.contains(sizes), "{flags}: {note}");
+    }
+    // What was chosen is the smallest, and goes into the recipe.
+    let (_, recipe) = noted(&plan("--tensor-parallel 2"));
+    assert!(recipe["experts"]["group_size"]["size"] == 64 && recipe["pad_to"] == 128, "{recipe}");
+    let (_, recipe) = noted(&plan("--tensor-parallel 8"));
+    assert!(recipe["experts"]["group_size"] == "auto" && recipe["pad_to"] == 1024, "{recipe}");
+    for (flags, words) in [
+        ("--tensor-parallel 8 --group-size 128 --pad-to 128", "as it is it serves 1"),
+        ("--tensor-parallel 3", "wanted 1, 2, 4 or 8"),
+        ("--tensor-parallel 2 --target llama.cpp", "is about vLLM"),
+        ("--tensor-parallel 2 --experts nf4", "nf4"),
+        ("--tensor-parallel 2 --experts w3a16", "nearest: w4a16 or w8a16 experts"),
+    ] {
+        let ran = plan(flags);
+        assert!(ran.code == 2 && ran.err.contains(words), "{flags}: {}", ran.err);
+    }
+}

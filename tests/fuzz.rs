@@ -90,7 +90,13 @@ impl Target {
     }
 
     /// Tries the folder's inputs, and then changed ones for some time or until one breaks the parser, with what is said of how.
-    fn try_for(&self, parser: Parser, seconds: f64, random: &mut Random, said: &mut BTreeMap<String, usize>) -> Option<(Vec<u8>, String)> {
+    fn try_for(
+        &self,
+        parser: Parser,
+        seconds: f64,
+        random: &mut Random,
+        said: &mut BTreeMap<String, usize>,
+    ) -> Option<(Vec<u8>, String)> {
         let (input, inputs) = channel::<Vec<u8>>();
         let (output, outputs) = channel::<Result<Said, String>>();
         // A parser that hangs keeps its thread.
@@ -126,7 +132,9 @@ impl Target {
                 Ok(Ok(Err(message))) => *said.entry(message).or_default() += 1,
                 Ok(Ok(Ok(()))) => *said.entry(String::new()).or_default() += 1,
                 Ok(Err(how)) => return Some((bytes, how)),
-                Err(RecvTimeoutError::Timeout) => return Some((bytes, format!("takes more than {} s", PATIENCE.as_secs()))),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Some((bytes, format!("takes more than {} s", PATIENCE.as_secs())));
+                }
                 Err(RecvTimeoutError::Disconnected) => return Some((bytes, "ends its thread".into())),
             }
             count += 1;
@@ -183,7 +191,12 @@ fn targets(folder: &Path) -> Vec<Target> {
     let (json_recipe, yaml_recipe) = (own("recipe-json"), own("recipe-yaml"));
     let messages = [json!({"role": "user", "content": "hello"}), json!({"role": "assistant", "content": "hi"})];
     let mut all = vec![
-        target("header", true, "data_offsets span", Arc::new(|bytes| said(header::parse(Path::new("x.safetensors"), bytes)))),
+        target(
+            "header",
+            true,
+            "data_offsets span",
+            Arc::new(|bytes| said(header::parse(Path::new("x.safetensors"), bytes))),
+        ),
         target(
             "index",
             true,
@@ -293,7 +306,10 @@ fn shards() -> Vec<Vec<u8>> {
     let shard = |names: &[&str]| {
         let mut header = serde_json::Map::new();
         for (i, name) in names.iter().enumerate() {
-            header.insert((*name).into(), json!({"dtype": "BF16", "shape": [2, 4], "data_offsets": [16 * i, 16 * (i + 1)]}));
+            header.insert(
+                (*name).into(),
+                json!({"dtype": "BF16", "shape": [2, 4], "data_offsets": [16 * i, 16 * (i + 1)]}),
+            );
         }
         header.insert("__metadata__".into(), json!({"format": "pt"}));
         let text = Value::Object(header).to_string();
@@ -310,7 +326,9 @@ fn finished_journal(folder: &Path) -> Vec<u8> {
     let path = folder.join("journal");
     let (mut journal, _) = Journal::open(&path, "job").unwrap().unwrap();
     for group in 0..3 {
-        journal.finished(&Finished { group, bytes: format!("{group:016x}"), result: json!({"groups": [group]}) }).unwrap();
+        journal
+            .finished(&Finished { group, bytes: format!("{group:016x}"), result: json!({"groups": [group]}) })
+            .unwrap();
     }
     std::fs::read(path).unwrap()
 }
@@ -377,8 +395,10 @@ fn what_hangs_or_takes_too_much_is_found() {
     });
     let found = all[0].try_for(greedy, 1.0, &mut random, &mut BTreeMap::new());
     assert_eq!(found.unwrap().1, "takes 1024 MB");
-    let hanging: Parser = Arc::new(|_: &[u8]| loop {
-        std::thread::sleep(Duration::from_secs(1));
+    let hanging: Parser = Arc::new(|_: &[u8]| {
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+        }
     });
     let found = all[0].try_for(hanging, 1.0, &mut random, &mut BTreeMap::new());
     assert_eq!(found.unwrap().1, "takes more than 10 s");

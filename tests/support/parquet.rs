@@ -12,7 +12,10 @@ use parquet::schema::parser::parse_message_type;
 /// One with a column of text, and one of chats.
 pub fn samples() -> Vec<Vec<u8>> {
     let chat: &[(&str, &str)] = &[("user", "What is 2 + 2?"), ("assistant", "4.")];
-    vec![parquet_file(&[("text", &["The first document.", "The second, longer than the first."])]), chats_file(&[chat, chat])]
+    vec![
+        parquet_file(&[("text", &["The first document.", "The second, longer than the first."])]),
+        chats_file(&[chat, chat]),
+    ]
 }
 
 /// A parquet file of string columns.

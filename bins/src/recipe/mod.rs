@@ -45,6 +45,10 @@ pub struct RecipeArgs {
     /// vllm where a rule allows the recipe, else none]
     #[arg(long, value_name = "RUNTIME", help_heading = "Recipe")]
     target: Option<Runtime>,
+    /// GPUs over which vLLM must be able to cut every layer: 1, 2, 4 or 8. It chooses the groups that nobody chose, or padding, whichever is
+    /// smaller; without it a note says which numbers the output serves
+    #[arg(long, value_name = "N", value_parser = parse_gpus, conflicts_with_all = ["keep_codes", "target_size"], help_heading = "Recipe")]
+    tensor_parallel: Option<usize>,
     /// What the output is: compressed-tensors (experts that all are MXFP4 in OpenAI's own layout), openai (MXFP4 experts in
     /// that layout, floats beside them, nothing else), dense (the floats that the codes stand for: as large as the source in
     /// BF16, holds every format), gguf (one file for llama.cpp, tokenizer and all), vllm-int (int4 or int8 experts as w13_*
@@ -73,12 +77,21 @@ pub struct RecipeArgs {
     shard_size: u64,
 }
 
+fn parse_gpus(text: &str) -> Result<usize, String> {
+    match text {
+        "1" | "2" | "4" | "8" => Ok(usize::from(text.as_bytes()[0] - b'0')),
+        _ => Err("wanted 1, 2, 4 or 8".into()),
+    }
+}
+
 impl RecipeArgs {
     /// The flags that were given, and those that a preset stands for.
     pub fn with_preset(mut self) -> Self {
         if let Some(preset) = self.preset {
             preset.lay_under(&mut self.layers);
-            self.container = self.container.or(preset.container().filter(|_| self.target.is_none()));
+            self.container = self
+                .container
+                .or(preset.container().filter(|_| self.target.is_none() && self.tensor_parallel.is_none()));
         }
         self
     }
@@ -90,7 +103,10 @@ impl RecipeArgs {
         if self.says_something() {
             return self;
         }
-        if config.get("quantization_config").is_some_and(|q| q["quant_method"] == "mxfp4") && !text {
+        if config.get("quantization_config").is_some_and(|q| q["quant_method"] == "mxfp4")
+            && !text
+            && self.tensor_parallel.is_none()
+        {
             self.preset = Some(Preset::GgufQ8);
             return self.with_preset();
         }
@@ -109,6 +125,9 @@ impl RecipeArgs {
     pub fn check(&self) -> Result<()> {
         if self.algorithms.static_groups == Some(false) {
             bail!("--static-groups false: {}", settings::STATIC_GROUPS);
+        }
+        if let (Some(_), Some(target)) = (self.tensor_parallel, self.target.filter(|t| *t != Runtime::Vllm)) {
+            bail!("--tensor-parallel is about vLLM: leave out --target {}", target.name());
         }
         if let Some(pattern) = self.layers.experts_regex.as_ref().filter(|p| !p.starts_with("re:")) {
             bail!("--experts-regex {pattern}: wanted re: and a regular expression, such as 're:.*experts.*'");
@@ -201,7 +220,12 @@ impl RecipeArgs {
 
     /// Where the output is to go.
     pub fn wish(&self) -> Wish {
-        Wish { target: self.target, container: self.container, narrow: self.target_size.is_some() }
+        Wish {
+            target: self.target,
+            container: self.container,
+            narrow: self.target_size.is_some(),
+            tensor_parallel: self.tensor_parallel,
+        }
     }
 
     /// The recipe for a model of these shapes. What depends on the machine, the kernels, is settled here.

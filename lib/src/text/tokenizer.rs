@@ -22,7 +22,8 @@ const CONTEXT: usize = 256;
 const STRIDE: usize = 1 << 10;
 
 /// What is said where the tokenizers crate panics.
-const PANICS: &str = "is no tokenizer that can be used: its parts do not fit each other; take it from the original checkpoint again";
+const PANICS: &str =
+    "is no tokenizer that can be used: its parts do not fit each other; take it from the original checkpoint again";
 
 /// Whether special tokens such as `<|end|>` are part of decoded text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,7 +141,8 @@ impl Tokenizer {
     }
 
     fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, false)).ok_or_else(|| Error::file(&self.file, PANICS))?;
+        let encoding =
+            guarded(|| self.inner.encode_fast(text, false)).ok_or_else(|| Error::file(&self.file, PANICS))?;
         let encoding = encoding.map_err(|e| Error::file(&self.file, format!("cannot tokenize: {e}")))?;
         let ids = encoding.get_ids().to_vec();
         if !self.beyond.is_empty()

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value, json};
 
 use super::linears::Experts;
-use super::{LinearJob, Plan};
+use super::{LinearJob, Plan, target};
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
 use crate::containers::openai::{KEPT, experts_module, kept_name};
 use crate::containers::vllm::{self, Kind};
@@ -13,9 +13,9 @@ use crate::formats::float::Float;
 use crate::formats::{MXFP4, NumberFormat};
 use crate::manifest::{Job, Manifest, PlanReport, TensorReport};
 use crate::model::gguf::TOKENS;
-use crate::model::{self, Class, Linear, Proj, Role, Slot};
+use crate::model::{self, Class, Linear, ModelConfig, Proj, Role, Slot};
 use crate::recipe::{Container, Treatment};
-use crate::runtimes::{self, ExpertLayout, Facts, Feature, MainLayout};
+use crate::runtimes::{self, ExpertLayout, Facts, Feature, MainLayout, Runtime};
 use crate::verify::errors::Family;
 
 /// What the published checkpoints do not convert.
@@ -72,6 +72,34 @@ impl Plan<'_> {
         let features = Feature::of(&self.config, |l| self.coded(l).filter(|s| s.stored().is_some()));
         let (groups, hidden) = (runtimes::groups(gates), self.config.hidden);
         Facts { experts, main, formats, features, groups, hidden, eps }
+    }
+
+    /// Bytes of the output's tensors.
+    pub(super) fn bytes(&self) -> u64 {
+        self.layout().total_bytes()
+    }
+
+    /// Over how many GPUs, of 1, 2, 4 and 8, vLLM can cut the layers (tensor parallelism): each keeps whole heads, and of the layers whose columns
+    /// are cut (o_proj, and down of the experts) whole groups of a scale. So vLLM's own `create_weights` and Marlin's check were seen to
+    /// decide for experts under its names; MXFP4 and float experts it widens itself.
+    pub fn tensor_parallel(&self) -> Vec<usize> {
+        let ModelConfig { heads, kv_heads, head_dim, intermediate, .. } = self.config;
+        let whole = |proj: Proj, columns: usize, gpus: usize| {
+            (0..self.config.layers).all(|layer| match self.coded(&Linear { proj, layer, expert: 0 }) {
+                Some(Scheme { strategy: Strategy::Group(n) | Strategy::Block(_, n), .. }) => {
+                    columns.is_multiple_of(gpus) && (columns / gpus).is_multiple_of(n)
+                }
+                Some(_) => columns.is_multiple_of(gpus),
+                None => true,
+            })
+        };
+        let serves = |&gpus: &usize| {
+            let attention =
+                heads.is_multiple_of(gpus) && (kv_heads.is_multiple_of(gpus) || gpus.is_multiple_of(kv_heads));
+            let experts = self.recipe.container.vllm().is_none() || whole(Proj::Down, intermediate, gpus);
+            attention && whole(Proj::O, heads * head_dim, gpus) && experts
+        };
+        [1, 2, 4, 8].into_iter().filter(serves).collect()
     }
 
     /// The output's layout in a word.
@@ -280,6 +308,17 @@ impl Plan<'_> {
         }
         if self.recipe.pad_to.is_some() {
             manifest.notes.push(self.said_of_padding());
+        }
+        let coded = self.recipe.container.vllm().is_some() || self.layouts().1 == MainLayout::CompressedTensors;
+        if coded && runtimes::refusal(Runtime::Vllm, &self.facts()).is_none() {
+            manifest.notes.push(match &self.tensor_parallel()[..] {
+                [1, 2, 4, 8] => "vLLM can cut it over 1, 2, 4 and 8 GPUs (tensor parallelism)".into(),
+                [1] => "vLLM can run it on one GPU alone; --tensor-parallel chooses groups or padding for more".into(),
+                sizes => format!(
+                    "vLLM can cut it over {} GPUs (tensor parallelism); --tensor-parallel chooses groups or padding for more",
+                    target::list(sizes)
+                ),
+            });
         }
         let (size, source) = (self.layout().total_bytes(), self.source_bytes());
         if size >= source {

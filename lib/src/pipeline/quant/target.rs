@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::Plan;
 use crate::error::{Error, Result};
-use crate::recipe::{Container, Recipe, SchemeName};
+use crate::recipe::{Container, GroupSize, Recipe, SchemeName};
 use crate::runtimes::{self, Runtime};
 
 /// The multiples to which a target may pad where nobody said: vLLM's kernels want the first, ggml's wide blocks the second.
@@ -26,6 +26,8 @@ pub struct Wish {
     pub container: Option<Container>,
     /// No padding that nobody asked for: it takes bytes, and a size is to be met.
     pub narrow: bool,
+    /// GPUs over which vLLM must be able to cut every layer; the target is vLLM then.
+    pub tensor_parallel: Option<usize>,
 }
 
 /// Looks again at a plan whose schemes were chosen after its container was.
@@ -56,6 +58,9 @@ pub fn settle(dir: &Path, raw_config: &Map<String, Value>, recipe: &mut Recipe, 
     if let (true, Some(container)) = (recipe.keep_codes, wish.container) {
         recipe.container = container;
         return Ok(());
+    }
+    if let Some(gpus) = wish.tensor_parallel {
+        return settle_over(dir, raw_config, recipe, wish.container, gpus);
     }
     let pad_to = recipe.pad_to;
     let Some(target) = wish.target else {
@@ -104,4 +109,74 @@ pub fn settle(dir: &Path, raw_config: &Map<String, Value>, recipe: &mut Recipe, 
         None => by_plan.join("; "),
     };
     Err(Error::Refused(format!("--target {}: {why}", target.name())))
+}
+
+/// Settles container, groups and padding of `recipe` so that vLLM loads its output and can cut it over so many GPUs: the smallest such output.
+/// What the user chose stays as it is.
+fn settle_over(
+    dir: &Path,
+    raw_config: &Map<String, Value>,
+    recipe: &mut Recipe,
+    container: Option<Container>,
+    gpus: usize,
+) -> Result<()> {
+    let widths = match recipe.pad_to {
+        Some(given) => vec![Some(given)],
+        None => [None, Some(PADS[0]), Some(PADS[0] * gpus)].into(),
+    };
+    let containers = container.map_or(Runtime::Vllm.containers().to_vec(), |c| vec![c]);
+    let is_free = recipe.layers().any(|(_, l)| l.group_size == GroupSize::Auto && l.scheme.own_group_size().is_none());
+    let groups: &[GroupSize] = if is_free { &GROUPS } else { &GROUPS[..1] };
+    let (mut best, mut served): (Option<(u64, Recipe)>, Option<Vec<usize>>) = (None, None);
+    for &pad_to in &widths {
+        for &group in groups {
+            for &container in &containers {
+                let mut candidate = Recipe { container, pad_to, ..recipe.clone() };
+                for layer in candidate.layers_mut().filter(|l| l.scheme.own_group_size().is_none()) {
+                    if layer.group_size == GroupSize::Auto {
+                        layer.group_size = group;
+                    }
+                }
+                let Ok(plan) = Plan::new(dir, raw_config, candidate.clone(), None) else { continue };
+                if runtimes::refusal(Runtime::Vllm, &plan.facts()).is_some() {
+                    continue;
+                }
+                let sizes = plan.tensor_parallel();
+                let bytes = plan.bytes();
+                if sizes.contains(&gpus) && best.as_ref().is_none_or(|b| bytes < b.0) {
+                    best = Some((bytes, candidate));
+                }
+                served.get_or_insert(sizes);
+            }
+        }
+    }
+    match (best, served) {
+        (Some((_, found)), _) => {
+            *recipe = found;
+            Ok(())
+        }
+        (None, Some(sizes)) => Err(Error::Refused(format!(
+            "--tensor-parallel {gpus}: no group size and no padding of this recipe lets every GPU have whole groups and heads; as it is it \
+             serves {}",
+            list(&sizes)
+        ))),
+        // Why vLLM does not load it at all.
+        (None, None) => {
+            let wish = Wish { target: Some(Runtime::Vllm), container, ..Wish::default() };
+            settle(dir, raw_config, recipe, wish)
+        }
+    }
+}
+
+/// Groups that are tried for layers whose group nobody chose.
+const GROUPS: [GroupSize; 3] = [GroupSize::Auto, GroupSize::Size(64), GroupSize::Size(32)];
+
+/// `1, 2 and 4`.
+pub(super) fn list(numbers: &[usize]) -> String {
+    let words: Vec<String> = numbers.iter().map(ToString::to_string).collect();
+    match words.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        Some((last, _)) => last.clone(),
+        None => "none".into(),
+    }
 }
