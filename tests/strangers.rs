@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use support::faults::{Fault, trace};
+use support::faults::{Refusal, refuse};
 use support::tensors::{Tensors, read, write};
 use support::{Shard, command, edit, files, run, tiny, tiny_copy};
 
@@ -271,4 +272,54 @@ fn check_against_and_runtimes_know_every_output() {
     }
     println!("{made} outputs");
     assert!(made >= 120, "{made}");
+}
+
+/// A system that starts no thread, maps no file or lets no file grow: an error with a message, no crash, and no output that looks whole. Where
+/// the work can be done all the same, it is, with the same bytes.
+#[test]
+fn what_the_system_refuses_is_an_error_with_a_message() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = tiny().join("calib.jsonl");
+    let jobs = |out: &Path| {
+        let mut all = Vec::new();
+        let mut dequant = command("gptoss-dequant --quiet --threads 2 --src");
+        dequant.arg(tiny()).arg("--dst").arg(out);
+        all.push(dequant);
+        for flags in [
+            "--algo rtn --experts w4a16 --mw w8a16",
+            "--experts w4a16 --mw keep --num-calibration-samples 2 --max-seq-length 32",
+        ] {
+            let mut quant = command(&format!("gptoss-quant --quiet --threads 2 {flags} --model-in"));
+            quant.arg(tiny()).arg("--output-dir").arg(out);
+            if !flags.contains("rtn") {
+                quant.arg("--calib-jsonl").arg(&text);
+            }
+            all.push(quant);
+        }
+        let mut check = command("gptoss-verify check --quiet --threads 2");
+        check.arg(tiny());
+        all.push(check);
+        all
+    };
+    for (i, refusal) in [Refusal::Threads, Refusal::Maps, Refusal::FileSize(100_000)].into_iter().enumerate() {
+        for job in 0..4 {
+            let out = dir.path().join(format!("{i}-{job}"));
+            let mut one = jobs(&out).remove(job);
+            refuse(&mut one, refusal);
+            let ran = run(&mut one);
+            let what = format!("{refusal:?}, job {job}: {} {}", ran.code, ran.err);
+            let words = match refusal {
+                Refusal::Threads => "start",
+                Refusal::Maps => "cannot map",
+                Refusal::FileSize(_) => "File too large",
+            };
+            if ran.code == 0 {
+                // Nothing was refused that this job needs.
+                assert!(!matches!(refusal, Refusal::Maps), "{what}");
+                continue;
+            }
+            assert!(ran.code == 2 && ran.err.contains(words), "{what}");
+            assert!(!out.exists(), "{what}");
+        }
+    }
 }

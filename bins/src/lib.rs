@@ -112,6 +112,7 @@ pub fn agreed(what: &str) -> Result<bool> {
 
 /// Runs a tool: its error goes to standard error and makes exit code 2.
 pub fn run(tool: &str, body: impl FnOnce() -> Result<ExitCode>) -> ExitCode {
+    gptoss::checkpoint::files::limits_are_errors();
     match body() {
         Ok(code) => code,
         Err(error) => {

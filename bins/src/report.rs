@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use gptoss::bench::GemmRow;
+use gptoss::error::printable;
 use gptoss::formats::activations::Activations;
 use gptoss::kernels::gpu::selftest::KernelTest;
 use gptoss::kernels::store::KernelBuild;
@@ -214,7 +215,7 @@ fn kernel_tests(o: &mut String, tests: &[KernelTest]) {
 }
 
 fn line(o: &mut String, key: &str, value: &str) {
-    let _ = writeln!(o, "{key:<14} {value}");
+    let _ = writeln!(o, "{key:<14} {}", printable(value));
 }
 
 /// `13.8 GB`.
@@ -288,7 +289,7 @@ fn tensors(o: &mut String, reports: &[TensorReport]) {
         false
     });
     for ((name, stored), row) in rows {
-        let _ = write!(o, "{name:<44} {:>7} {stored:<20}", row.tensors);
+        let _ = write!(o, "{:<44} {:>7} {stored:<20}", printable(&name), row.tensors);
         let _ = match row.error {
             Some((square, norm, max)) => {
                 let relative = if square == 0.0 { 0.0 } else { (square / norm).sqrt() };

@@ -404,3 +404,60 @@ fn moved_to(moved: &BTreeMap<PathBuf, PathBuf>, path: &Path) -> PathBuf {
     }
     path.to_path_buf()
 }
+
+/// What the system refuses a program from its start on.
+#[derive(Debug, Clone, Copy)]
+pub enum Refusal {
+    /// To start a thread (EAGAIN).
+    Threads,
+    /// To map a file that is shared with others (ENOMEM), as sources are.
+    Maps,
+    /// Files above this size (EFBIG).
+    FileSize(u64),
+}
+
+/// Makes the system refuse it to `command`.
+pub fn refuse(command: &mut Command, refusal: Refusal) {
+    let install = move || -> std::io::Result<()> {
+        const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+        const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+        const BITS: u16 = (libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K) as u16;
+        const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+        let filter = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+        let error = |errno: i32| filter(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32);
+        let allow = filter(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW);
+        let mut program = match refusal {
+            Refusal::FileSize(most) => {
+                let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+                // SAFETY: the structure lives here.
+                let done = unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) == 0 };
+                return if done { Ok(()) } else { Err(std::io::Error::last_os_error()) };
+            }
+            Refusal::Threads => vec![
+                filter(LOAD, 0, 0, 0),
+                filter(EQUAL, 1, 0, libc::SYS_clone3 as u32),
+                filter(EQUAL, 0, 1, libc::SYS_clone as u32),
+                error(libc::EAGAIN),
+                allow,
+            ],
+            // The flags are the fourth of its arguments, which begin at byte 16.
+            Refusal::Maps => vec![
+                filter(LOAD, 0, 0, 0),
+                filter(EQUAL, 0, 3, libc::SYS_mmap as u32),
+                filter(LOAD, 0, 0, 16 + 3 * 8),
+                filter(BITS, 0, 1, libc::MAP_SHARED as u32),
+                error(libc::ENOMEM),
+                allow,
+            ],
+        };
+        let list = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+        // SAFETY: the program outlives the call, which copies it.
+        let done = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const list) == 0
+        };
+        if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: between fork and exec it calls the system and allocates a few bytes, in a child of a thread that holds no lock.
+    unsafe { command.pre_exec(install) };
+}

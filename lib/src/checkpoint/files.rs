@@ -141,6 +141,12 @@ pub fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io("sync", dir))
 }
 
+/// Makes a file that outgrows a limit (`ulimit -f`) an error of the write, as a full disk is one; by default the system kills the program.
+pub fn limits_are_errors() {
+    // SAFETY: a signal is ignored, which no other code here relies on.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

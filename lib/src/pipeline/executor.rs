@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::Builder;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -104,10 +105,18 @@ pub fn run<T: Sync, S, R: Send>(
     };
     std::thread::scope(|scope| {
         let (sender, receiver) = channel();
-        scope.spawn(move || keeper(receiver));
-        for _ in 0..workers {
-            let sender = sender.clone();
-            scope.spawn(|| worker(sender));
+        if let Err(e) = Builder::new().spawn_scoped(scope, move || keeper(receiver)) {
+            return fail(0, Error::Thread(e));
+        }
+        for started in 0..workers {
+            let own = sender.clone();
+            // Where the system starts no more, those that run do the work; this thread, where none does.
+            if Builder::new().spawn_scoped(scope, || worker(own)).is_err() {
+                if started == 0 {
+                    worker(sender);
+                }
+                return;
+            }
         }
     });
     let mut errors = errors.into_inner().expect("no thread panics while it holds this");
@@ -141,15 +150,20 @@ pub fn map<T: Sync, R: Send>(items: &[T], workers: usize, f: impl Fn(&T) -> Resu
     let next = AtomicUsize::new(0);
     let slots: Vec<Mutex<Option<Result<R>>>> = items.iter().map(|_| Mutex::new(None)).collect();
     std::thread::scope(|scope| {
-        for _ in 0..workers.clamp(1, items.len().max(1)) {
-            scope.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(item) = items.get(i) else { break };
-                    *slots[i].lock().expect("each slot has one writer") = Some(f(item));
-                }
-            });
+        let work = || {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                let Some(item) = items.get(i) else { break };
+                *slots[i].lock().expect("each slot has one writer") = Some(f(item));
+            }
+        };
+        // This thread is one of the workers, and the only one where the system starts no other.
+        for _ in 1..workers.clamp(1, items.len().max(1)) {
+            if Builder::new().spawn_scoped(scope, work).is_err() {
+                break;
+            }
         }
+        work();
     });
     slots.into_iter().filter_map(|s| s.into_inner().expect("the threads are gone")).collect()
 }

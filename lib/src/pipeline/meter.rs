@@ -41,13 +41,15 @@ impl Meter {
     pub fn start() -> Self {
         let (peak, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (p, s) = (peak.clone(), stop.clone());
-        let thread = std::thread::spawn(move || {
+        let watch = move || {
             while !s.load(Ordering::Relaxed) {
                 p.fetch_max(status("RssAnon"), Ordering::Relaxed);
                 std::thread::park_timeout(Duration::from_millis(100));
             }
-        });
-        Self { start: Instant::now(), peak, stop, thread: Some(thread) }
+        };
+        // Without a thread the last look is the only one.
+        let thread = std::thread::Builder::new().spawn(watch).ok();
+        Self { start: Instant::now(), peak, stop, thread }
     }
 
     /// Stops watching.

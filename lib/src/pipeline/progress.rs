@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
+use crate::error::printable;
+
 /// A line on standard error; nobody to read it is no error.
 macro_rules! say {
     ($($what:tt)*) => {{
@@ -152,6 +154,7 @@ impl Progress {
 
     /// A line for people, unless quiet.
     pub fn note(&self, text: &str) {
+        let text = printable(text);
         match &*self.0 {
             Kind::Quiet => {}
             Kind::Bar(bar) => bar.suspend(|| say!("{text}")),

@@ -193,7 +193,7 @@ impl<'a> Http<'a> {
         let (sender, receiver) = sync_channel::<std::io::Result<Vec<u8>>>(4);
         let mut reader = body.into_reader();
         // A read cannot be given up; whoever waits for it can.
-        std::thread::spawn(move || {
+        let started = std::thread::Builder::new().spawn(move || {
             loop {
                 let mut piece = vec![0; PIECE];
                 let read = reader.read(&mut piece).map(|n| {
@@ -206,6 +206,7 @@ impl<'a> Http<'a> {
                 }
             }
         });
+        started.map_err(|e| Failure::Wrong(Error::Thread(e).to_string()))?;
         let mut got = 0;
         loop {
             match receiver.recv_timeout(self.settings.patience) {
