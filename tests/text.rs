@@ -8,7 +8,6 @@ mod support;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use gptoss::Error;
 use gptoss::checkpoint::hub::Settings;
