@@ -3,6 +3,7 @@
 //! Source: ggml's `docs/gguf.md`, version 3. Extents stand in a file innermost first, here outermost first.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -45,6 +46,26 @@ pub enum Value {
     I32s(Vec<i32>),
     /// Something that nobody here asks for.
     Other,
+}
+
+/// As messages say it: long texts and lists are cut short.
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::U32(n) => write!(f, "{n}"),
+            Self::I32(n) => write!(f, "{n}"),
+            Self::F32(x) => write!(f, "{x}"),
+            Self::Bool(b) => write!(f, "{b}"),
+            Self::Text(text) if text.chars().count() > 60 => {
+                write!(f, "{:?}...", text.chars().take(60).collect::<String>())
+            }
+            Self::Text(text) => write!(f, "{text:?}"),
+            Self::U64(n) => write!(f, "{n}"),
+            Self::Texts(texts) => write!(f, "a list of {} texts", texts.len()),
+            Self::I32s(numbers) => write!(f, "a list of {} numbers", numbers.len()),
+            Self::Other => write!(f, "of another type"),
+        }
+    }
 }
 
 /// Metadata by key.
@@ -303,7 +324,7 @@ pub fn parse(file: &Path, bytes: &[u8]) -> Result<(Metadata, BTreeMap<String, Te
     let alignment = match metadata.get(ALIGNMENT_KEY) {
         None => ALIGNMENT,
         Some(&Value::U32(n)) if n.is_power_of_two() => u64::from(n),
-        Some(other) => return Err(Error::file(file, format!("{ALIGNMENT_KEY} is {other:?}, no power of two"))),
+        Some(other) => return Err(Error::file(file, format!("{ALIGNMENT_KEY} is {other}, no power of two"))),
     };
     let mut listed = Vec::new();
     for _ in 0..tensors {

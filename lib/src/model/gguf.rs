@@ -159,7 +159,8 @@ pub fn config(file: &Path, metadata: &Metadata) -> Result<Map<String, Json>> {
         Some(Value::U64(v)) => Ok(Json::from(*v)),
         Some(Value::I32(v)) => Ok(Json::from(*v)),
         Some(Value::F32(v)) => Ok(Json::from(f64::from(*v))),
-        other => Err(Error::file(file, format!("the metadata key {} is {other:?}, wanted a number", key(name)))),
+        Some(other) => Err(Error::file(file, format!("the metadata key {} is {other}, wanted a number", key(name)))),
+        None => Err(Error::file(file, format!("the metadata key {} is missing, wanted a number", key(name)))),
     };
     let layers = number("block_count")?;
     let types: Vec<&str> = (0..layers.as_u64().unwrap_or(0).min(1 << 16))
@@ -260,7 +261,7 @@ mod tests {
         assert!(Settings::parse(Path::new("m"), &again, &config).unwrap().rope.yarn.unwrap().truncate);
         keys.remove("gpt-oss.expert_count");
         let e = super::config(Path::new("m.gguf"), &keys).unwrap_err().to_string();
-        assert!(e.contains("gpt-oss.expert_count is None, wanted a number"), "{e}");
+        assert!(e.contains("gpt-oss.expert_count is missing, wanted a number"), "{e}");
     }
 
     #[test]
