@@ -340,4 +340,12 @@ fn a_plan_says_over_how_many_gpus_vllm_can_cut_it_and_can_be_asked_for_more() {
         let ran = plan(flags);
         assert!(ran.code == 2 && ran.err.contains(words), "{flags}: {}", ran.err);
     }
+    // Heads that cannot be shared are no matter of groups.
+    let config = dir.path().join("config.json");
+    let mut odd: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    (odd["num_attention_heads"], odd["num_key_value_heads"]) = (12.into(), 3.into());
+    std::fs::write(config, odd.to_string()).unwrap();
+    let ran = plan("--tensor-parallel 2");
+    assert!(ran.code == 2 && ran.err.contains("cannot share 12 heads and 3 key heads among 2 GPUs"), "{}", ran.err);
+    assert_eq!(noted(&plan("--target vllm")).0, "vLLM can run it on one GPU alone");
 }

@@ -32,7 +32,7 @@ use support::mutate::mutate;
 use support::random::Random;
 use support::{root, tiny};
 
-/// Seconds that one input may take.
+/// How long one input may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that one input may take.
 const MEMORY: usize = 1 << 30;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value, json};
 
 use super::linears::Experts;
-use super::{LinearJob, Plan, target};
+use super::{LinearJob, Plan};
 use crate::containers::compressed_tensors::{Scheme, Strategy, config};
 use crate::containers::openai::{KEPT, experts_module, kept_name};
 use crate::containers::vllm::{self, Kind};
@@ -79,11 +79,12 @@ impl Plan<'_> {
         self.layout().total_bytes()
     }
 
-    /// Over how many GPUs, of 1, 2, 4 and 8, vLLM can cut the layers (tensor parallelism): each keeps whole heads, and of the layers whose columns
-    /// are cut (o_proj, and down of the experts) whole groups of a scale. So vLLM's own `create_weights` and Marlin's check were seen to
-    /// decide for experts under its names; MXFP4 and float experts it widens itself.
+    /// Over how many GPUs, of 1, 2, 4 and 8, vLLM can cut the layers (tensor parallelism): each GPU keeps whole heads, and whole groups of a
+    /// scale in the layers whose columns are cut, which are o_proj and down of the experts. vLLM's own `create_weights` and Marlin's check were
+    /// seen to decide so for int4 experts under its names; the rest follows by the same arithmetic. Of MXFP4 experts nothing is asked: no such
+    /// run was seen.
     pub fn tensor_parallel(&self) -> Vec<usize> {
-        let ModelConfig { heads, kv_heads, head_dim, intermediate, .. } = self.config;
+        let ModelConfig { heads, head_dim, intermediate, .. } = self.config;
         let whole = |proj: Proj, columns: usize, gpus: usize| {
             (0..self.config.layers).all(|layer| match self.coded(&Linear { proj, layer, expert: 0 }) {
                 Some(Scheme { strategy: Strategy::Group(n) | Strategy::Block(_, n), .. }) => {
@@ -94,10 +95,11 @@ impl Plan<'_> {
             })
         };
         let serves = |&gpus: &usize| {
-            let attention =
-                heads.is_multiple_of(gpus) && (kv_heads.is_multiple_of(gpus) || gpus.is_multiple_of(kv_heads));
-            let experts = self.recipe.container.vllm().is_none() || whole(Proj::Down, intermediate, gpus);
-            attention && whole(Proj::O, heads * head_dim, gpus) && experts
+            let experts = match self.layouts().0 {
+                ExpertLayout::Mxfp4 | ExpertLayout::Mixed => true,
+                _ => intermediate.is_multiple_of(gpus) && whole(Proj::Down, intermediate, gpus),
+            };
+            heads_serve(&self.config, gpus) && whole(Proj::O, heads * head_dim, gpus) && experts
         };
         [1, 2, 4, 8].into_iter().filter(serves).collect()
     }
@@ -313,11 +315,14 @@ impl Plan<'_> {
         if coded && runtimes::refusal(Runtime::Vllm, &self.facts()).is_none() {
             manifest.notes.push(match &self.tensor_parallel()[..] {
                 [1, 2, 4, 8] => "vLLM can cut it over 1, 2, 4 and 8 GPUs (tensor parallelism)".into(),
-                [1] => "vLLM can run it on one GPU alone; --tensor-parallel chooses groups or padding for more".into(),
-                sizes => format!(
-                    "vLLM can cut it over {} GPUs (tensor parallelism); --tensor-parallel chooses groups or padding for more",
-                    target::list(sizes)
-                ),
+                sizes => {
+                    let more = [2, 4, 8].iter().any(|gpus| !sizes.contains(gpus) && heads_serve(&self.config, *gpus));
+                    let more = if more { "; --tensor-parallel chooses groups or padding for more" } else { "" };
+                    match sizes {
+                        [1] => format!("vLLM can run it on one GPU alone{more}"),
+                        sizes => format!("vLLM can cut it over {} GPUs (tensor parallelism){more}", list(sizes)),
+                    }
+                }
             });
         }
         let (size, source) = (self.layout().total_bytes(), self.source_bytes());
@@ -388,4 +393,20 @@ pub(super) fn stored_as(job: &LinearJob) -> String {
     };
     let zero = if s.weights.symmetric() { "" } else { " asymmetric" };
     format!("{} {sharing}{zero}", s.weights.name())
+}
+
+/// `1, 2 and 4`.
+pub(super) fn list(numbers: &[usize]) -> String {
+    let words: Vec<String> = numbers.iter().map(ToString::to_string).collect();
+    match words.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        Some((last, _)) => last.clone(),
+        None => "none".into(),
+    }
+}
+
+/// Whether so many GPUs can have whole heads each, or share a key head, as vLLM shares them.
+pub(super) fn heads_serve(config: &ModelConfig, gpus: usize) -> bool {
+    let (heads, kv) = (config.heads, config.kv_heads);
+    heads.is_multiple_of(gpus) && (kv.is_multiple_of(gpus) || gpus.is_multiple_of(kv))
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::Plan;
+use super::output::{heads_serve, list};
 use crate::error::{Error, Result};
+use crate::model::ModelConfig;
 use crate::recipe::{Container, GroupSize, Recipe, SchemeName};
 use crate::runtimes::{self, Runtime};
 
@@ -120,10 +122,18 @@ fn settle_over(
     container: Option<Container>,
     gpus: usize,
 ) -> Result<()> {
-    let widths = match recipe.pad_to {
+    let config = ModelConfig::parse(dir, raw_config)?;
+    if !heads_serve(&config, gpus) {
+        let (heads, kv) = (config.heads, config.kv_heads);
+        return Err(Error::Refused(format!(
+            "--tensor-parallel {gpus}: vLLM cannot share {heads} heads and {kv} key heads among {gpus} GPUs"
+        )));
+    }
+    let mut widths = match recipe.pad_to {
         Some(given) => vec![Some(given)],
-        None => [None, Some(PADS[0]), Some(PADS[0] * gpus)].into(),
+        None => vec![None, Some(PADS[0]), Some(PADS[0] * gpus)],
     };
+    widths.dedup();
     let containers = container.map_or(Runtime::Vllm.containers().to_vec(), |c| vec![c]);
     let is_free = recipe.layers().any(|(_, l)| l.group_size == GroupSize::Auto && l.scheme.own_group_size().is_none());
     let groups: &[GroupSize] = if is_free { &GROUPS } else { &GROUPS[..1] };
@@ -156,7 +166,7 @@ fn settle_over(
             Ok(())
         }
         (None, Some(sizes)) => Err(Error::Refused(format!(
-            "--tensor-parallel {gpus}: no group size and no padding of this recipe lets every GPU have whole groups and heads; as it is it \
+            "--tensor-parallel {gpus}: no group size and no padding of this recipe lets every GPU have whole groups; as it is it \
              serves {}",
             list(&sizes)
         ))),
@@ -170,13 +180,3 @@ fn settle_over(
 
 /// Groups that are tried for layers whose group nobody chose.
 const GROUPS: [GroupSize; 3] = [GroupSize::Auto, GroupSize::Size(64), GroupSize::Size(32)];
-
-/// `1, 2 and 4`.
-pub(super) fn list(numbers: &[usize]) -> String {
-    let words: Vec<String> = numbers.iter().map(ToString::to_string).collect();
-    match words.split_last() {
-        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
-        Some((last, _)) => last.clone(),
-        None => "none".into(),
-    }
-}
