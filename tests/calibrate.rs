@@ -21,7 +21,7 @@ fn quant(out: &Path, flags: &str) -> Command {
     if !flags.contains("nsamples") {
         c.args(["--nsamples", "128"]);
     }
-    c.args(flags.split_whitespace()).arg("--calib-jsonl").arg(tiny().join("calib.jsonl"));
+    c.args(support::words(flags)).arg("--calib-jsonl").arg(tiny().join("calib.jsonl"));
     c.arg("--output-dir").arg(out);
     if !flags.contains("--model-in") {
         c.arg("--model-in").arg(tiny());
@@ -202,7 +202,7 @@ fn awqs_scales_are_exact_and_save_channels_that_stand_out() {
     let flags = |algo: &str| {
         format!(
             "--nsamples 32 --algo {algo} --observer mse --experts w4a16 --mw w4a16 --group-size 128 --model-in {}",
-            loud.display()
+            support::word(&loud)
         )
     };
     let (out, rtn) = (dir.path().join("awq"), dir.path().join("rtn"));
@@ -286,7 +286,7 @@ fn inputs_of_zero_prune_by_magnitude_and_say_so_once() {
     let mut shard = Shard::read(&plain.join(SHARD));
     shard.tensor("model.layers.1.post_attention_layernorm.weight").fill(0);
     shard.write(&plain.join(SHARD));
-    let flags = format!("--nsamples 2 --experts dense --mw dense --with-sparse --model-in {}", plain.display());
+    let flags = format!("--nsamples 2 --experts dense --mw dense --with-sparse --model-in {}", support::word(&plain));
     let m = run(&mut quant(&dir.path().join("out"), &flags)).manifest();
     let notes: Vec<&str> = m["notes"].as_array().unwrap().iter().map(|n| n.as_str().unwrap()).collect();
     let said = notes.iter().filter(|n| n.contains("its inputs are all zero on this text, so its smallest weights"));
@@ -324,7 +324,7 @@ fn threads_memory_and_offloading_change_no_byte() {
         {
             let again = dir.path().join(format!("{i}-{j}"));
             let mut c = quant(&again, recipe);
-            c.args(other.split_whitespace()).arg("--offload-folder").arg(dir.path());
+            c.args(support::words(other)).arg("--offload-folder").arg(dir.path());
             run(&mut c).manifest();
             assert_same(&first, &again);
         }
@@ -343,7 +343,7 @@ fn experts_with_few_tokens_are_named_and_never_nan() {
             "--nsamples 1 --max-seq-length 24 --experts w4a16 --mw keep --few-tokens {way} --few-tokens-threshold 0.4"
         );
         let mut c = command("gptoss-quant --quiet");
-        c.args(flags.split_whitespace())
+        c.args(support::words(&flags))
             .arg("--model-in")
             .arg(tiny())
             .arg("--calib-jsonl")
@@ -402,7 +402,7 @@ fn what_overflows_is_an_error_that_names_the_layer() {
     shard.tensor(name).chunks_exact_mut(2).for_each(|b| b.copy_from_slice(&[0x7f, 0x7f]));
     shard.write(&path);
     let out = dir.path().join("out");
-    let ran = run(&mut quant(&out, &format!("--nsamples 2 --model-in {}", model.display())));
+    let ran = run(&mut quant(&out, &format!("--nsamples 2 --model-in {}", support::word(&model))));
     assert_eq!(ran.code, 2);
     assert!(ran.err.contains("the inputs of model.layers.0.self_attn.q_proj are NaN or infinite"), "{}", ran.err);
     assert!(!out.exists() && std::fs::read_dir(dir.path()).unwrap().count() == 1, "nothing is left");
@@ -439,7 +439,7 @@ fn a_model_without_layers_that_read_the_text_still_works() {
         }
     }
     let out = dir.path().join("out");
-    let m = run(&mut quant(&out, &format!("--nsamples 2 --model-in {}", zeros.display()))).manifest();
+    let m = run(&mut quant(&out, &format!("--nsamples 2 --model-in {}", support::word(&zeros)))).manifest();
     let notes = m["notes"].to_string();
     assert!(notes.contains("self_attn.q_proj: its inputs are all zero on this text"), "{notes}");
     assert_eq!(run(command("gptoss-verify check").arg(&out)).code, 0);

@@ -10,12 +10,12 @@ use support::{Ran, Shard, command, files, root, run, tiny};
 
 fn quant(src: &Path, dst: &Path, flags: &str) -> Ran {
     let mut command = command("gptoss-quant --quiet");
-    run(command.args(flags.split_whitespace()).arg("--model-in").arg(src).arg("--output-dir").arg(dst))
+    run(command.args(support::words(flags)).arg("--model-in").arg(src).arg("--output-dir").arg(dst))
 }
 
 fn plan(src: &Path, flags: &str) -> Ran {
     let mut command = command("gptoss-quant --quiet --dry-run --algo rtn");
-    run(command.args(flags.split_whitespace()).arg("--model-in").arg(src))
+    run(command.args(support::words(flags)).arg("--model-in").arg(src))
 }
 
 /// Type, shape and bytes of every tensor, whatever shard it is in.
@@ -242,7 +242,7 @@ fn a_target_chooses_or_says_by_which_rule_it_cannot() {
 #[test]
 fn errors_are_those_of_what_is_stored() {
     let dir = tempfile::tempdir().unwrap();
-    let text = format!("--calib-jsonl {} --nsamples 4 --max-seq-length 64", tiny().join("calib.jsonl").display());
+    let text = format!("--calib-jsonl {} --nsamples 4 --max-seq-length 64", support::word(&tiny().join("calib.jsonl")));
     for (i, flags) in [
         "--algo rtn --experts q4_0 --mw q8_0 --container dense".to_owned(),
         "--algo rtn --experts q4_0 --mw q8_0 --container gguf".to_owned(),

@@ -151,7 +151,7 @@ fn a_link_to_the_destination_stays_a_link() {
     std::os::unix::fs::symlink(&real, &link).unwrap();
     for force in ["", "--force"] {
         let ran = run(command("gptoss-dequant --quiet")
-            .args(force.split_whitespace())
+            .args(support::words(force))
             .arg("--src")
             .arg(tiny())
             .arg("--dst")

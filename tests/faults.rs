@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use support::faults::{Fault, once, trace};
+use support::faults::{Fault, Traced, Watched, once, trace, trace_calls};
 use support::random::Random;
 use support::{command, files, run, synthetic, tiny};
 
@@ -48,7 +48,7 @@ impl Job {
 }
 
 fn jobs() -> Vec<Job> {
-    let calib = tiny().join("calib.jsonl").display().to_string();
+    let calib = support::word(&tiny().join("calib.jsonl"));
     let text = |flags: &str| {
         format!("gptoss-quant -q --threads 1 --calib-jsonl {calib} --nsamples 2 --max-seq-length 32 {flags}")
     };
@@ -182,6 +182,28 @@ fn planted_faults_are_seen() {
         traced.cut_power(&mut Random::new(1), 256);
         assert_eq!(text(work.join("out")).as_deref() == Some("whole\n"), whole, "{sync}");
     }
+    // A journal that is ahead of what it speaks of.
+    for (order, whole) in [("sync journal; sync data", false), ("sync data; sync journal", true)] {
+        let script = format!(": > data; : > journal; sync .; echo whole >> data; echo done >> journal; {order}");
+        let (mut c, work) = shell(&script);
+        let mut syncs = 0;
+        let traced = trace(&mut c, &work, |_, call| {
+            syncs += usize::from(call.name == "fsync" && !call.path.as_os_str().is_empty());
+            if syncs == 2 { Fault::Kill } else { Fault::None }
+        });
+        assert!(traced.struck, "{:?}", traced.calls);
+        traced.cut_power(&mut Random::new(1), 256);
+        let holds = |file: &str, line: &str| text(work.join(file)).as_deref() == Some(line);
+        let ahead = holds("journal", "done\n") && !holds("data", "whole\n");
+        assert_eq!(ahead, !whole, "{order}");
+    }
+    // A file that was cut off and written again: the power cut brings back what it was.
+    for (sync, back) in [("", "old\n"), ("sync file; ", "new\n")] {
+        let (mut c, work) = shell(&format!("echo old > file; sync file; sync .; echo new > file; {sync}echo > end"));
+        let traced = trace(&mut c, &work, |_, call| if call.path.ends_with("end") { Fault::Kill } else { Fault::None });
+        traced.cut_power(&mut Random::new(1), 256);
+        assert_eq!(text(work.join("file")).as_deref(), Some(back));
+    }
     // A write whose failure nobody looks at.
     let (mut c, work) = shell("echo one > out; echo two >> out || true");
     let traced = trace(&mut c, &work, support::faults::at_file("write", "out", 1, Fault::Fail(libc::ENOSPC)));
@@ -231,28 +253,96 @@ fn a_power_cut_at_any_call_loses_nothing_that_was_durable() {
     }
 }
 
+/// After a call that failed: the whole output, or an error that a rerun recovers from.
+fn sound(job: &Job, dir: &Path, traced: &Traced, expected: &BTreeMap<String, Vec<u8>>, old: &Path, what: &str) {
+    match traced.code {
+        0 => assert!(made(dir) == *expected, "{what}: it ends well, with other bytes"),
+        2 => {
+            let said = traced.err.trim_end();
+            assert!(said.contains("error: "), "{what}: {said}");
+            assert!(!said.contains("panicked"), "{what}: {said}");
+            recovers(job, dir, expected, old, what);
+        }
+        code => panic!("{what}: exit code {code}: {}", traced.err),
+    }
+}
+
 #[test]
 fn a_call_that_fails_is_an_error_or_is_tried_again() {
     let bench = Bench::new();
     let mut rng = Random::from_env("GPTOSS_FAULTS_SEED");
     for job in jobs() {
         let (expected, count) = plain(&bench, &job);
+        let mut struck = 0;
         for errno in [libc::EIO, libc::ENOSPC, libc::EMFILE, libc::EINTR] {
             for point in points(count, &mut rng) {
                 let dir = bench.fresh(&job);
                 let traced = trace(&mut job.command(&dir), &dir.join("work"), once(point, Fault::Fail(errno)));
+                struck += usize::from(traced.struck);
                 let what = format!("{}, errno {errno} at {point}, {:?}", job.name, traced.calls.get(point));
-                match traced.code {
-                    0 => assert!(made(&dir) == expected, "{what}: it ends well, with other bytes"),
-                    2 => {
-                        let said = traced.err.trim_end();
-                        assert!(said.contains("error: "), "{what}: {said}");
-                        assert!(!said.contains("panicked"), "{what}: {said}");
-                        recovers(&job, &dir, &expected, &bench.old, &what);
+                sound(&job, &dir, &traced, &expected, &bench.old, &what);
+            }
+        }
+        assert!(struck > 40, "{}: {struck} failures", job.name);
+    }
+}
+
+/// A source, text or unfinished output that cannot be looked at is not one that is empty or not there.
+#[test]
+fn a_look_that_fails_is_an_error_or_is_tried_again() {
+    const ERRORS: [i32; 4] = [libc::EIO, libc::EACCES, libc::EMFILE, libc::EINTR];
+    let bench = Bench::new();
+    let mut rng = Random::from_env("GPTOSS_FAULTS_SEED");
+    // The calibration's text too lies where calls are watched.
+    let text = bench.dir.path().join("calib.jsonl");
+    std::fs::copy(tiny().join("calib.jsonl"), &text).unwrap();
+    for job in jobs() {
+        let line = job.line.replace(&support::word(&tiny().join("calib.jsonl")), &support::word(&text));
+        let job = Job { line, ..job };
+        let looks = |dir: &Path, point, fault| {
+            trace_calls(&mut job.command(dir), bench.dir.path(), Watched::Looks, once(point, fault))
+        };
+        let dir = bench.fresh(&job);
+        let (expected, calls) = {
+            let traced = trace(&mut job.command(&dir), &dir.join("work"), |_, _| Fault::None);
+            assert_eq!(traced.code, 0, "{}: {}", job.name, traced.err);
+            (made(&dir), traced.calls.len())
+        };
+        // Of an empty folder, and of what a run left that was killed at two thirds of its changes.
+        for begun in [false, true] {
+            let ready = || {
+                let dir = bench.fresh(&job);
+                if begun {
+                    trace(&mut job.command(&dir), &dir.join("work"), once(calls * 2 / 3, Fault::Kill));
+                }
+                dir
+            };
+            let dir = ready();
+            let (journal, partial) = (dir.join("work/out.partial/journal.jsonl"), begun);
+            assert!(journal.exists() == partial, "{}", job.name);
+            let traced = looks(&dir, 0, Fault::None);
+            assert_eq!(traced.code, 0, "{}: {}", job.name, traced.err);
+            let (count, mut failed) = (traced.calls.len(), 0);
+            for (i, point) in points(count, &mut rng).into_iter().enumerate() {
+                // Each error at each point in full; else they take turns, in another order for each seed.
+                let turn = (i + rng.below(4)) % 4;
+                for &errno in if in_full() { &ERRORS[..] } else { &ERRORS[turn..=turn] } {
+                    let dir = ready();
+                    let before = begun.then(|| std::fs::read(dir.join("work/out.partial/journal.jsonl")).unwrap());
+                    let traced = looks(&dir, point, Fault::Fail(errno));
+                    let what = format!("{}, errno {errno} at {point}, {:?}", job.name, traced.calls.get(point));
+                    failed += usize::from(traced.code == 2);
+                    let placed = dir.join("work/out").exists() && made(&dir) == expected;
+                    if let (Some(before), 2, false) = (before, traced.code, placed) {
+                        // What was finished is still there.
+                        let now = std::fs::read(dir.join("work/out.partial/journal.jsonl")).unwrap_or_default();
+                        assert!(now.starts_with(&before), "{what}: the finished groups are gone: {}", traced.err);
                     }
-                    code => panic!("{what}: exit code {code}: {}", traced.err),
+                    sound(&job, &dir, &traced, &expected, &bench.old, &what);
                 }
             }
+            println!("{}: {count} looks, {failed} errors, begun: {begun}", job.name);
+            assert!(failed > 10, "{}: {failed}", job.name);
         }
     }
 }

@@ -9,7 +9,7 @@ use support::{command, run, tiny};
 
 fn calibrated(dir: &Path, flags: &str) -> Command {
     let mut c = command("gptoss-quant -q");
-    c.args(flags.split_whitespace()).arg("--calib-jsonl").arg(tiny().join("calib.jsonl"));
+    c.args(support::words(flags)).arg("--calib-jsonl").arg(tiny().join("calib.jsonl"));
     c.args(["--num-calibration-samples", "4", "--max-seq-length", "64"]);
     c.arg("--model-in").arg(tiny()).arg("--output-dir").arg(dir).env("GPTOSS_KERNELS", dir.join("none"));
     c

@@ -10,9 +10,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use gptoss::Error;
@@ -36,6 +36,23 @@ use support::{root, tiny};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that one input may take.
 const MEMORY: usize = 1 << 30;
+
+/// The tests of this file count what the whole process allocates, so they come one after the other.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    // A test that failed has done what it holds this for.
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How long a parser is tried.
+#[derive(Clone, Copy)]
+enum Tries {
+    /// Seconds.
+    For(f64),
+    /// Inputs, however long they take.
+    Count(usize),
+}
 
 /// Counts what is allocated.
 struct Counting;
@@ -66,6 +83,15 @@ static ALLOCATOR: Counting = Counting;
 type Said = Result<(), String>;
 type Parser = Arc<dyn Fn(&[u8]) -> Said + Send + Sync>;
 
+/// An input that breaks a parser.
+struct Found {
+    bytes: Vec<u8>,
+    /// In which way.
+    how: String,
+    /// Whether it is none of those that the folder has.
+    changed: bool,
+}
+
 /// A parser under test.
 struct Target {
     /// Its folder in `tests/fuzz/`.
@@ -93,10 +119,11 @@ impl Target {
     fn try_for(
         &self,
         parser: Parser,
-        seconds: f64,
+        tries: Tries,
+        patience: Duration,
         random: &mut Random,
         said: &mut BTreeMap<String, usize>,
-    ) -> Option<(Vec<u8>, String)> {
+    ) -> Option<Found> {
         let (input, inputs) = channel::<Vec<u8>>();
         let (output, outputs) = channel::<Result<Said, String>>();
         // A parser that hangs keeps its thread.
@@ -122,20 +149,24 @@ impl Target {
             }
         });
         let worker = worker.unwrap();
-        let (seeds, end) = (self.seeds(), Instant::now() + Duration::from_secs_f64(seconds));
+        let (seeds, start) = (self.seeds(), Instant::now());
         assert!(!seeds.is_empty(), "{}: no good inputs", self.name);
         let mut count = 0;
-        while count < seeds.len() || Instant::now() < end {
+        let more = |count: usize| match tries {
+            Tries::For(seconds) => start.elapsed().as_secs_f64() < seconds,
+            Tries::Count(most) => count < most,
+        };
+        while count < seeds.len() || more(count) {
+            let changed = count >= seeds.len();
             let bytes = if count < seeds.len() { seeds[count].clone() } else { mutate(random, &seeds, self.text) };
             input.send(bytes.clone()).unwrap();
-            match outputs.recv_timeout(PATIENCE) {
+            let found = |how: String| Some(Found { bytes: bytes.clone(), how, changed });
+            match outputs.recv_timeout(patience) {
                 Ok(Ok(Err(message))) => *said.entry(message).or_default() += 1,
                 Ok(Ok(Ok(()))) => *said.entry(String::new()).or_default() += 1,
-                Ok(Err(how)) => return Some((bytes, how)),
-                Err(RecvTimeoutError::Timeout) => {
-                    return Some((bytes, format!("takes more than {} s", PATIENCE.as_secs())));
-                }
-                Err(RecvTimeoutError::Disconnected) => return Some((bytes, "ends its thread".into())),
+                Ok(Err(how)) => return found(how),
+                Err(RecvTimeoutError::Timeout) => return found(format!("takes more than {} s", patience.as_secs())),
+                Err(RecvTimeoutError::Disconnected) => return found("ends its thread".into()),
             }
             count += 1;
         }
@@ -235,7 +266,7 @@ fn targets(folder: &Path) -> Vec<Target> {
         target(
             "journal",
             true,
-            "of 3 groups",
+            "2 of 3 groups",
             Arc::new(move |bytes| {
                 let opened = Journal::open(&file(&journal, "journal", bytes), "job").map_err(|e| e.to_string())?;
                 // How many groups are believed.
@@ -347,13 +378,15 @@ fn keep(target: &str, bytes: &[u8]) -> PathBuf {
 
 #[test]
 fn no_input_breaks_a_parser() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut random = Random::from_env("FUZZ");
     let mut broken = Vec::new();
     for target in targets(folder.path()) {
         let mut messages = BTreeMap::new();
-        if let Some((bytes, how)) = target.try_for(target.parser.clone(), seconds(), &mut random, &mut messages) {
-            broken.push(format!("{} {how}: {}", target.name, keep(target.name, &bytes).display()));
+        let tries = Tries::For(seconds());
+        if let Some(found) = target.try_for(target.parser.clone(), tries, PATIENCE, &mut random, &mut messages) {
+            broken.push(format!("{} {}: {}", target.name, found.how, keep(target.name, &found.bytes).display()));
         }
         if std::env::var_os("FUZZ_MESSAGES").is_some() {
             messages.iter().for_each(|(message, count)| println!("{}: {count} {message:?}", target.name));
@@ -365,6 +398,7 @@ fn no_input_breaks_a_parser() {
 /// A parser that panics where it refuses an input for one reason is found out, and by the input that is kept.
 #[test]
 fn a_planted_fault_is_found_in_each_parser() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut random = Random::from_env("FUZZ");
     for target in targets(folder.path()) {
@@ -375,10 +409,12 @@ fn a_planted_fault_is_found_in_each_parser() {
             said
         });
         let mut messages = BTreeMap::new();
-        let found = target.try_for(planted.clone(), 20.0, &mut random, &mut messages);
-        let (bytes, how) = found.unwrap_or_else(|| panic!("{}: nothing said {deep:?}: {messages:#?}", target.name));
-        assert_eq!(how, "panics: planted", "{}", target.name);
-        let again = catch_unwind(AssertUnwindSafe(|| planted(&bytes)));
+        let tries = Tries::Count(1 << 20);
+        let found = target.try_for(planted.clone(), tries, PATIENCE, &mut random, &mut messages);
+        let found = found.unwrap_or_else(|| panic!("{}: nothing said {deep:?}: {messages:#?}", target.name));
+        assert_eq!(found.how, "panics: planted", "{}", target.name);
+        assert!(found.changed, "{}: a good input says {deep:?}, so finding it says nothing", target.name);
+        let again = catch_unwind(AssertUnwindSafe(|| planted(&found.bytes)));
         assert!(again.is_err(), "{}", target.name);
     }
 }
@@ -386,6 +422,7 @@ fn a_planted_fault_is_found_in_each_parser() {
 /// So are one that hangs and one that takes too much.
 #[test]
 fn what_hangs_or_takes_too_much_is_found() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut random = Random::from_env("FUZZ");
     let all = targets(folder.path());
@@ -393,13 +430,13 @@ fn what_hangs_or_takes_too_much_is_found() {
         let all: Vec<u8> = Vec::with_capacity(std::hint::black_box(MEMORY + 1));
         (all.capacity() > MEMORY).then_some(()).ok_or_else(String::new)
     });
-    let found = all[0].try_for(greedy, 1.0, &mut random, &mut BTreeMap::new());
-    assert_eq!(found.unwrap().1, "takes 1024 MB");
+    let mut broken =
+        |parser| all[0].try_for(parser, Tries::Count(1), Duration::from_secs(1), &mut random, &mut BTreeMap::new());
+    assert_eq!(broken(greedy).unwrap().how, "takes 1024 MB");
     let hanging: Parser = Arc::new(|_: &[u8]| {
         loop {
             std::thread::sleep(Duration::from_secs(1));
         }
     });
-    let found = all[0].try_for(hanging, 1.0, &mut random, &mut BTreeMap::new());
-    assert_eq!(found.unwrap().1, "takes more than 10 s");
+    assert_eq!(broken(hanging).unwrap().how, "takes more than 1 s");
 }

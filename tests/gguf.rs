@@ -9,7 +9,7 @@ use support::{command, files, run, tiny};
 
 fn quant(src: &Path, dst: &Path, flags: &str) -> support::Ran {
     let mut command = command("gptoss-quant --quiet");
-    run(command.args(flags.split_whitespace()).arg("--model-in").arg(src).arg("--output-dir").arg(dst))
+    run(command.args(support::words(flags)).arg("--model-in").arg(src).arg("--output-dir").arg(dst))
 }
 
 fn total(report: &Value) -> f64 {

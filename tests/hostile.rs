@@ -479,7 +479,7 @@ fn on_a_small_disk(kib: u64, tool: &str, flags: &str, script_after: &str) -> sup
 
 #[test]
 fn a_full_disk_is_an_error_before_or_after_the_weights_and_leaves_no_output() {
-    let dequant = &format!("--src '{}' --dst out", tiny().display());
+    let dequant = &format!("--src {} --dst out", support::word(&tiny()));
     // Too small for the weights: said before anything is written.
     let ran = on_a_small_disk(4096, "gptoss-dequant", dequant, "ls -A 1>&2");
     assert_eq!(ran.code, 2, "{}", ran.err);
@@ -500,24 +500,24 @@ fn what_a_calibration_cannot_use_is_refused_before_it_begins() {
     let dir = tempfile::tempdir().unwrap();
     let (file, text) = (dir.path().join("file"), tiny().join("calib.jsonl"));
     std::fs::write(&file, "x").unwrap();
-    let (file, text) = (file.display(), text.display());
+    let (file, text) = (support::word(&file), support::word(&text));
     for (flags, want) in [
         (format!("--calib-jsonl {text} --output-dir {file}"), "exists and is no folder"),
         (format!("--calib-jsonl {text} --output-dir {file}/below"), "cannot"),
         (format!("--calib-jsonl {text} --offload-folder {file}"), "is no folder; create it"),
         (format!("--calib-jsonl {text} --max-memory 1kB"), "--max-memory 1000 is too small"),
         (format!("--calib-jsonl {file}.jsonl"), "cannot open"),
-        (format!("--calib-jsonl {}", dir.path().display()), "is no regular file"),
+        (format!("--calib-jsonl {}", support::word(dir.path())), "is no regular file"),
         ("--dataset c5".into(), "no dataset has the name"),
     ] {
         for dry in ["", "--dry-run"] {
             let out = if flags.contains("--output-dir") {
                 String::new()
             } else {
-                format!("--output-dir {}/out", dir.path().display())
+                format!("--output-dir {}", support::word(&dir.path().join("out")))
             };
             let mut quant = command(&format!("gptoss-quant --quiet {out} {dry}"));
-            let flags = flags.split_whitespace();
+            let flags = support::words(&flags);
             let ran = run(quant.args(["--model-in"]).arg(tiny()).args(flags).env("HF_HUB_OFFLINE", "1"));
             assert!(ran.code == 2 && ran.err.contains(want), "{dry} {want}: {}", ran.err);
         }

@@ -15,7 +15,7 @@ fn binaries() -> &'static Path {
 
 fn make(words: &str) -> Ran {
     let mut make = Command::new("make");
-    make.arg("--no-print-directory").args(words.split_whitespace()).current_dir(root());
+    make.arg("--no-print-directory").args(support::words(words)).current_dir(root());
     // Make takes the caller's environment for its variables.
     make.env_clear().envs(std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "HOME"));
     run(make.arg(format!("BIN={}", binaries().display())))
@@ -84,9 +84,9 @@ fn make_runs_recipes_here_and_in_a_container() {
 fn make_runs_the_tools() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    let words = format!("dequant MODEL={} OUT={} FLAGS=--quiet", tiny().display(), out.display());
+    let words = format!("dequant MODEL={} OUT={} FLAGS=--quiet", support::word(&tiny()), support::word(&out));
     assert_eq!(make(&words).code, 0);
-    let checked = make(&format!("-s verify DIR={}", out.join("bf16").display())).manifest();
+    let checked = make(&format!("-s verify DIR={}", support::word(&out.join("bf16")))).manifest();
     assert_eq!(checked["verdict"]["passed"], true);
     let env = make("-s verify").manifest();
     assert!(env["environment"]["cpus"].as_u64().unwrap() > 0);

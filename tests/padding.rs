@@ -24,7 +24,7 @@ fn logits(dir: &Path) -> Vec<f32> {
 
 fn quant(src: &Path, dst: &Path, flags: &str) -> Value {
     let mut command = command("gptoss-quant --quiet --calib-jsonl");
-    command.arg(tiny().join("calib.jsonl")).args(flags.split_whitespace());
+    command.arg(tiny().join("calib.jsonl")).args(support::words(flags));
     run(command.arg("--model-in").arg(src).arg("--output-dir").arg(dst)).manifest()
 }
 
@@ -139,7 +139,7 @@ fn group_128_and_formats_of_256_fit_the_published_models_once_they_are_padded() 
     ] {
         let config = support::root().join("tests/fixtures/configs/gpt-oss-20b.json");
         let mut plan = command("gptoss-quant --quiet --dry-run --algo rtn");
-        plan.args(flags.split_whitespace()).arg("--model-in").arg(config);
+        plan.args(support::words(flags)).arg("--model-in").arg(config);
         let ran = run(&mut plan);
         let manifest = ran.manifest();
         let size = manifest["plan"]["bytes"].as_u64().unwrap() >> 30;

@@ -86,7 +86,7 @@ fn compressed_tensors_decompresses_to_the_values_of_our_dequantizer() {
         let (quantized, back) = (dir.path().join("q"), dir.path().join("back"));
         run(command("gptoss-quant --quiet --algo rtn --container compressed-tensors --kernels present --calib-jsonl")
             .arg(tiny().join("calib.jsonl"))
-            .args(flags.split_whitespace())
+            .args(support::words(flags))
             .arg("--model-in")
             .arg(tiny())
             .arg("--output-dir")
@@ -181,7 +181,7 @@ fn llama_cpp_loads_every_type_and_computes_our_logits() {
         let dir = tempfile::tempdir().unwrap();
         let (out, logits) = (dir.path().join("out"), dir.path().join("logits.safetensors"));
         let mut quant = command("gptoss-quant --quiet --algo rtn --container gguf --experts");
-        quant.args([experts, "--mw", mw]).args(more.split_whitespace());
+        quant.args([experts, "--mw", mw]).args(support::words(more));
         run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
         write_logits(&out, &golden, &logits);
         let file = out.join("model.gguf");

@@ -10,14 +10,14 @@ use support::{command, run, run_with, synthetic, tiny, tiny_copy};
 /// The windows of the golden data: test.jsonl, packed by 256, the first 128.
 fn quality(dir: &Path, more: &str) -> std::process::Command {
     let mut c = command("gptoss-verify quality --quiet --max-seq-length 256 --packing pack");
-    c.arg(dir).arg("--text").arg(tiny().join("test.jsonl")).args(more.split_whitespace());
+    c.arg(dir).arg("--text").arg(tiny().join("test.jsonl")).args(support::words(more));
     c
 }
 
 fn quantized(dir: &Path, flags: &str) -> PathBuf {
     let out = dir.join(flags.replace(' ', "_"));
     let mut quant = command("gptoss-quant --quiet --algo rtn");
-    run(quant.args(flags.split_whitespace()).arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
+    run(quant.args(support::words(flags)).arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
     out
 }
 
@@ -123,7 +123,7 @@ fn padding_is_no_text() {
     let cut = |more: &str| {
         let mut c =
             command("gptoss-verify quality --quiet --nsamples 4 --max-seq-length 400 --packing truncate --text");
-        c.arg(tiny().join("test.jsonl")).arg(tiny()).args(more.split_whitespace());
+        c.arg(tiny().join("test.jsonl")).arg(tiny()).args(support::words(more));
         run(&mut c).manifest()["quality"].clone()
     };
     let (plain, padded) = (cut(""), cut("--pad-to-max-length True"));
@@ -139,7 +139,7 @@ fn bad_input_is_named() {
     let fails = |model: &Path, content: &str, more: &str, wanted: &str| {
         std::fs::write(&text, content).unwrap();
         let mut c = command("gptoss-verify quality --quiet");
-        let r = run(c.arg(model).arg("--text").arg(&text).args(more.split_whitespace()));
+        let r = run(c.arg(model).arg("--text").arg(&text).args(support::words(more)));
         assert_eq!((r.code, r.out.as_str()), (2, ""), "{wanted}: {}", r.err);
         assert!(r.err.contains(wanted), "wanted {wanted:?} in {}", r.err);
     };

@@ -27,7 +27,7 @@ fn mxfp4_and_bf16_sources_give_the_same_codes() {
     {
         let (a, b) = (dir.path().join(format!("a{i}")), dir.path().join(format!("b{i}")));
         let go = |src: &std::path::Path, out: &std::path::Path| {
-            run(command("gptoss-quant --quiet --algo rtn").args(recipe.split_whitespace()).arg("--model-in").arg(src).arg("--output-dir").arg(out)).manifest()
+            run(command("gptoss-quant --quiet --algo rtn").args(support::words(recipe)).arg("--model-in").arg(src).arg("--output-dir").arg(out)).manifest()
         };
         let (x, y) = (go(&tiny(), &a), go(&bf16, &b));
         assert_eq!(x["tensors"], y["tensors"], "{recipe}: the errors are the same");
@@ -324,7 +324,7 @@ fn quant_manifest(dir: &Path) -> Value {
 #[test]
 fn dense_output_is_what_the_codes_stand_for() {
     let dir = tempfile::tempdir().unwrap();
-    let text = format!("--nsamples 2 --max-seq-length 64 --calib-jsonl {}", tiny().join("calib.jsonl").display());
+    let text = format!("--nsamples 2 --max-seq-length 64 --calib-jsonl {}", support::word(&tiny().join("calib.jsonl")));
     for (i, flags) in [
         "--algo rtn --experts w4a16 --mw w8a8 --asymmetric --experts-group-size block",
         "--algo rtn --experts mxfp4 --mw nvfp4",
@@ -381,7 +381,7 @@ fn dense_output_is_what_the_codes_stand_for() {
 #[test]
 fn experts_and_other_weights_become_halves() {
     let dir = tempfile::tempdir().unwrap();
-    let text = format!("--calib-jsonl {} --nsamples 4 --max-seq-length 64", tiny().join("calib.jsonl").display());
+    let text = format!("--calib-jsonl {} --nsamples 4 --max-seq-length 64", support::word(&tiny().join("calib.jsonl")));
     for (i, (flags, exact, layout)) in [
         ("--algo rtn --experts bf16 --mw keep", true, "bf16"),
         ("--algo gptq --experts bf16 --mw w8a16", false, "compressed-tensors"),

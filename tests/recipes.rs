@@ -75,7 +75,8 @@ fn readme_s_recipes_run_on_the_tiny_model_and_again() {
     let mut table = String::new();
     for (name, flags) in recipes() {
         // Little of another text; nothing else differs from what README says.
-        let text = format!("--calib-jsonl {} --nsamples 2 --max-seq-length 32", tiny().join("calib.jsonl").display());
+        let text =
+            format!("--calib-jsonl {} --nsamples 2 --max-seq-length 32", support::word(&tiny().join("calib.jsonl")));
         let (flags, out) = (flags.replace(TEXT, &text), dir.path().join(&name));
         let mut quant = command(&format!("gptoss-quant --quiet {flags}"));
         quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out);
@@ -97,8 +98,10 @@ fn readme_s_recipes_run_on_the_tiny_model_and_again() {
         let mut c = command(&format!("gptoss-verify reproduce --quiet --threads 1 {flags}"));
         run(c.arg("--work-dir").arg(&work).arg(&out))
     };
-    let (source, text) =
-        (format!("--source {}", tiny().display()), format!("--text {}", tiny().join("calib.jsonl").display()));
+    let (source, text) = (
+        format!("--source {}", support::word(&tiny())),
+        format!("--text {}", support::word(&tiny().join("calib.jsonl"))),
+    );
     let again = reproduce(&format!("{source} {text}"));
     assert_eq!((again.code, &again.manifest()["verdict"]["passed"]), (0, &true.into()), "{}", again.err);
     assert_eq!(std::fs::read_dir(&work).unwrap().count(), 0);
@@ -106,8 +109,8 @@ fn readme_s_recipes_run_on_the_tiny_model_and_again() {
     for (flags, words) in [
         (text.clone(), "give --source DIR"),
         (source.clone(), "the text was calib.jsonl, a file: give --text FILE"),
-        (format!("{source} --text {}", other.display()), "not the one that the job was calibrated on"),
-        (format!("--source {} {text}", out.display()), "not what the job read"),
+        (format!("{source} --text {}", support::word(&other)), "not the one that the job was calibrated on"),
+        (format!("--source {} {text}", support::word(&out)), "not what the job read"),
     ] {
         let ran = reproduce(&flags);
         assert!(ran.code == 2 && ran.err.contains(words), "{flags}: {}", ran.err);
@@ -299,7 +302,7 @@ fn written(name: &str, text: &str, flags: &str) -> (Value, Value) {
     let file = dir.path().join(name);
     std::fs::write(&file, text).unwrap();
     let flag = if name.ends_with("json") { "--config" } else { "--recipe" };
-    let planned = plan(&format!("{flag} {} {flags}", file.display()), &tiny());
+    let planned = plan(&format!("{flag} {} {flags}", support::word(&file)), &tiny());
     (planned["job"]["recipe"].clone(), planned["tensors"].clone())
 }
 

@@ -11,7 +11,7 @@ use support::{Ran, command, run, run_with, tiny, tiny_copy};
 
 fn generate(model: &Path, flags: &str, prompt: &str) -> Ran {
     let mut c = command("gptoss-run");
-    run(c.arg("--model").arg(model).args(flags.split_whitespace()).arg("--prompt").arg(prompt))
+    run(c.arg("--model").arg(model).args(support::words(flags)).arg("--prompt").arg(prompt))
 }
 
 fn json(ran: &Ran) -> Value {
@@ -70,7 +70,7 @@ fn a_chat_goes_through_the_checkpoints_template() {
     std::fs::write(copy.join("chat_template.jinja"), template).unwrap();
     let flags = "--max-tokens 5 --temperature 0 --json";
     let mut chat = command("gptoss-run --chat --system S --prompt hi");
-    let chat = json(&run(chat.arg("--model").arg(&copy).args(flags.split_whitespace())));
+    let chat = json(&run(chat.arg("--model").arg(&copy).args(support::words(flags))));
     assert_eq!(chat["tokens"], json(&generate(&copy, flags, "<system>S<user>hi<a>"))["tokens"]);
 }
 
@@ -244,9 +244,9 @@ fn a_model_twice_as_large_as_memory_may_be_still_generates() {
         // Pages that other processes have read are counted for them.
         let copy = support::copy_folder(&model, &dir.path().join("copy"));
         let shard = copy.join("model-00000-of-00001.safetensors");
-        let drop = format!("dd of={} oflag=nocache conv=notrunc,fdatasync count=0", shard.display());
+        let drop = format!("dd of={} oflag=nocache conv=notrunc,fdatasync count=0", support::word(&shard));
         let dropped = run(std::process::Command::new("sh").args(["-c", &drop]));
-        let join = format!("echo $$ > {}/cgroup.procs", group.display());
+        let join = format!("echo $$ > {}/cgroup.procs", support::word(group));
         let ran = limited(&join, "gptoss-run", &copy);
         let most = std::fs::read_to_string(group.join(most)).unwrap();
         std::fs::remove_dir(group).unwrap();

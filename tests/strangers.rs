@@ -191,32 +191,218 @@ fn a_split_gguf_file_is_one_model() {
 }
 
 /// Somebody writes the source, or cuts it off, while it is read.
+/// Runs over a source that changes: at the first write, and, where it is to heal, back as it was, dates too, at the first
+/// line of the journal.
 #[test]
 fn a_source_that_changes_during_a_run_is_an_error() {
-    for change in ["rewritten", "cut", "tokenizer"] {
-        let dir = tempfile::tempdir().unwrap();
-        let src = tiny_copy(dir.path());
-        let work = dir.path().join("work");
-        fs::create_dir(&work).unwrap();
-        let shard = src.join("model-00001-of-00001.safetensors");
-        let mut done = false;
-        let mut c = command("gptoss-dequant -q --threads 1 --src");
-        let traced = trace(c.arg(&src).arg("--dst").arg(work.join("out")), &work, |_, call| {
-            if call.name == "pwrite64" && !std::mem::replace(&mut done, true) {
+    let text = format!("--calib-jsonl {} --nsamples 2 --max-seq-length 32", support::word(&tiny().join("calib.jsonl")));
+    let jobs = [
+        "gptoss-dequant -q --threads 1".to_owned(),
+        "gptoss-quant -q --threads 1 --algo rtn --experts keep --mw w8a16".to_owned(),
+        format!("gptoss-quant -q --threads 1 --experts w4a16 --mw w8a16 {text}"),
+    ];
+    let mut healed = 0;
+    for job in &jobs {
+        let words = |c: &mut std::process::Command, src: &Path, out: &Path| {
+            let dequant = job.starts_with("gptoss-dequant");
+            let (from, to) = if dequant { ("--src", "--dst") } else { ("--model-in", "--output-dir") };
+            c.arg(from).arg(src).arg(to).arg(out);
+        };
+        let whole = tempfile::tempdir().unwrap();
+        let mut c = command(job);
+        words(&mut c, &tiny(), &whole.path().join("out"));
+        run(&mut c).manifest();
+        for change in ["rewritten", "cut", "healed", "tokenizer"] {
+            let dir = tempfile::tempdir().unwrap();
+            let src = tiny_copy(dir.path());
+            let work = dir.path().join("work");
+            fs::create_dir(&work).unwrap();
+            let shard = src.join("model-00001-of-00001.safetensors");
+            let (bytes, date) = (fs::read(&shard).unwrap(), fs::metadata(&shard).unwrap().modified().unwrap());
+            let (mut done, mut lines) = (false, 0);
+            let mut c = command(job);
+            words(&mut c, &src, &work.join("out"));
+            let traced = trace(&mut c, &work, |_, call| {
                 let open = |p: &Path| fs::File::options().write(true).open(p).unwrap();
-                let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
-                match change {
-                    "rewritten" => open(&shard).set_modified(later).unwrap(),
-                    "cut" => open(&shard).set_len(20_000).unwrap(),
-                    _ => open(&src.join("tokenizer.json")).set_modified(later).unwrap(),
+                let at_work = call.name == "pwrite64" || call.path.ends_with("hidden-states");
+                if at_work && !std::mem::replace(&mut done, true) {
+                    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+                    match change {
+                        "rewritten" => open(&shard).set_modified(later).unwrap(),
+                        "cut" | "healed" => open(&shard).set_len(20_000).unwrap(),
+                        _ => open(&src.join("tokenizer.json")).set_modified(later).unwrap(),
+                    }
                 }
+                lines += usize::from(call.name == "write" && call.path.ends_with("journal.jsonl"));
+                if change == "healed" && done && lines >= 2 {
+                    fs::write(&shard, &bytes).unwrap();
+                    open(&shard).set_modified(date).unwrap();
+                }
+                Fault::None
+            });
+            let what = format!("{job}, {change}: {} {}", traced.code, traced.err);
+            assert!(done, "{what}");
+            // Where nothing was read of what was gone for a while, nothing is wrong.
+            if change == "healed" && traced.code == 0 {
+                let (mut made, mut wanted) = (files(&work.join("out")), files(&whole.path().join("out")));
+                made.remove("gptoss-manifest.json");
+                wanted.remove("gptoss-manifest.json");
+                assert!(made == wanted, "{what}");
+                continue;
             }
-            Fault::None
-        });
-        assert!(done && traced.code == 2, "{change}: {} {}", traced.code, traced.err);
-        assert!(traced.err.contains("while it was read"), "{change}: {}", traced.err);
-        assert!(!work.join("out").exists(), "{change}");
+            healed += usize::from(change == "healed");
+            assert!(traced.code == 2 && traced.err.contains("while it was read"), "{what}");
+            assert!(!work.join("out").exists(), "{what}");
+        }
     }
+    assert!(healed > 0, "no run read what was gone for a while");
+}
+
+/// A tensor is part of the model where reading the model asks for it, whatever its name looks like.
+#[test]
+fn tensors_that_nothing_reads_are_not_dropped_in_silence() {
+    let dir = tempfile::tempdir().unwrap();
+    let dst = dir.path().join("out");
+    let tensors = read(&tiny());
+    let layer = "model.layers.0";
+    for (name, like) in [
+        ("lm_head.bias".to_owned(), format!("{layer}.self_attn.q_proj.bias")),
+        ("model.embed_tokens.bias".to_owned(), format!("{layer}.self_attn.q_proj.bias")),
+        (format!("{layer}.self_attn.q_proj.input_scale"), format!("{layer}.self_attn.sinks")),
+        (format!("{layer}.self_attn.q_proj.weight_zero_point"), format!("{layer}.self_attn.sinks")),
+        (format!("{layer}.mlp.experts.0.gate_proj.bias"), format!("{layer}.self_attn.sinks")),
+        (format!("{layer}.mlp.experts.0.w13_bias"), format!("{layer}.self_attn.sinks")),
+    ] {
+        let mut more = tensors.clone();
+        more.insert(name.clone(), tensors[&like].clone());
+        let folder = dir.path().join("more");
+        let _ = fs::remove_dir_all(&folder);
+        let src = single(&more, &tiny(), &folder);
+        refused(&dequant(&src, &dst), &dst, &[&name, "--drop-unknown-tensors"]);
+        let ran = run(command("gptoss-verify check -q").arg(&src));
+        assert!(ran.code == 1 && ran.out.contains(&name), "{name}: {} {}", ran.code, ran.out);
+    }
+    // A config that denies biases which are there.
+    let src = tiny_copy(dir.path());
+    edit(&src.join("config.json"), |c| c["attention_bias"] = false.into());
+    refused(&dequant(&src, &dst), &dst, &["self_attn.k_proj.bias", "15 more"]);
+    run(command("gptoss-dequant -q --drop-unknown-tensors --src").arg(&src).arg("--dst").arg(&dst)).manifest();
+}
+
+/// A head that is the embedding cannot be quantized apart from it, and the plan says so.
+#[test]
+fn a_tied_head_is_no_layer_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let dst = dir.path().join("out");
+    let mut tensors = read(&tiny());
+    tensors.insert("lm_head.weight".into(), tensors["model.embed_tokens.weight"].clone());
+    let both = single(&tensors, &tiny(), &dir.path().join("both"));
+    tensors.remove("lm_head.weight");
+    let one = single(&tensors, &tiny(), &dir.path().join("one"));
+    let text = format!("--calib-jsonl {} --nsamples 2 --max-seq-length 32", support::word(&tiny().join("calib.jsonl")));
+    for src in [&both, &one] {
+        edit(&src.join("config.json"), |c| c["tie_word_embeddings"] = true.into());
+        for flags in ["--algo rtn --lm-head w8a16", "--lm-head w8a16", "--preset ternary"] {
+            for dry in ["", "--dry-run"] {
+                let mut c = command(&format!("gptoss-quant -q {flags} {text} {dry} --model-in"));
+                refused(
+                    &run(c.arg(src).arg("--output-dir").arg(&dst)),
+                    &dst,
+                    &["tie_word_embeddings", "--lm-head keep"],
+                );
+            }
+        }
+        let mut c =
+            command(&format!("gptoss-quant -q --experts w4a16 --mw w8a16 --embed-tokens w8a16 {text} --model-in"));
+        run(c.arg(src).arg("--output-dir").arg(&dst)).manifest();
+        run(command("gptoss-verify check -q").arg(&dst)).manifest();
+        fs::remove_dir_all(&dst).unwrap();
+    }
+}
+
+/// Of an output that is not whole no runtime is said to load it, and `null` is no quantization.
+#[test]
+fn what_check_refuses_loads_nowhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = floats(dir.path());
+    edit(&src.join("config.json"), |c| c["quantization_config"] = json!(null));
+    let dst = dir.path().join("out");
+    let mut c = command("gptoss-quant -q --algo rtn --model-in");
+    run(c.arg(&src).arg("--output-dir").arg(&dst)).manifest();
+    fs::remove_file(dst.join(INDEX)).or_else(|_| fs::remove_file(dst.join("model.gguf"))).unwrap();
+    let ran = run(command("gptoss-verify check -q").arg(&dst));
+    assert_eq!(ran.code, 1, "{}", ran.err);
+    let said: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    let runtimes = said["runtimes"].as_array().unwrap();
+    assert!(runtimes.len() > 2 && runtimes.iter().all(|r| r["status"] == "does-not-load"), "{runtimes:?}");
+}
+
+/// A weight that stands there as blocks and as floats is no model for any tool.
+#[test]
+fn a_weight_in_two_forms_is_refused_by_every_tool() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut tensors = read(&tiny());
+    let name = "model.layers.1.mlp.experts.down_proj";
+    tensors.insert(name.into(), read(&floats(dir.path()))[name].clone());
+    let src = single(&tensors, &tiny(), &dir.path().join("both"));
+    let text = tiny().join("test.jsonl");
+    for (line, code) in [
+        ("gptoss-verify check -q", 1),
+        ("gptoss-verify runtimes -q", 0),
+        ("gptoss-verify quality -q", 2),
+        ("gptoss-bench decode -q --context 4 --tokens 1 --model", 2),
+        ("gptoss-run -q --prompt x --model", 2),
+    ] {
+        let mut c = command(line);
+        c.arg(&src);
+        if line.contains("quality") {
+            c.arg("--text").arg(&text);
+        }
+        let ran = run(&mut c);
+        let said = ran.out.clone() + &ran.err;
+        assert!(ran.code == code && said.contains("is the same weight as"), "{line}: {} {said}", ran.code);
+    }
+}
+
+/// What a reader would take for ever over, or all of the memory, is an error that names the file.
+#[test]
+fn files_without_end_are_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, dst) = (tiny_copy(dir.path()), dir.path().join("out"));
+    // No fifo is waited for.
+    let manifest = src.join("gptoss-manifest.json");
+    assert!(std::process::Command::new("mkfifo").arg(&manifest).status().unwrap().success());
+    let ran = run(command("gptoss-verify check -q").arg(&src));
+    assert!(ran.code == 2 && ran.err.contains("a device or pipe"), "{}", ran.err);
+    fs::remove_file(&manifest).unwrap();
+    // A side file that nobody can mean, before the work.
+    let large = src.join("tokenizer.bak");
+    fs::File::create(&large).unwrap().set_len(1 << 40).unwrap();
+    refused(&dequant(&src, &dst), &dst, &["tokenizer.bak", "has 1099511627776 bytes"]);
+    fs::remove_file(&large).unwrap();
+    // Templates: constants that double, and operators without end.
+    let template = src.join("chat_template.jinja");
+    let doubled = format!("{{{{ {} }}}}", vec!["(\"a\"*100000000)"; 40].join(" ~ "));
+    for (text, want) in [
+        (doubled, "takes more than 512 MB of memory"),
+        (format!("{{{{ {} }}}}", vec!["x"; 65_000].join("~")), ""),
+        (format!("{{{{ {} }}}}", "(".repeat(200_000)), "is no chat template that can be read"),
+        (format!("{{# {} #}}", "x".repeat(300_000)), "has more than 262144 bytes"),
+    ] {
+        fs::write(&template, &text).unwrap();
+        let chat = dir.path().join("chat.jsonl");
+        fs::write(&chat, "{\"messages\": [{\"role\": \"user\", \"content\": \"hello\"}]}\n").unwrap();
+        let mut quality = command("gptoss-verify quality -q --text");
+        let ran = run(quality.arg(&chat).arg(&src));
+        assert!(ran.code == 2 && ran.err.contains(want), "{}...: {} {}", &text[..30], ran.code, ran.err);
+        assert!(ran.err.contains("error: ") && !ran.err.contains("panicked"), "{}", ran.err);
+    }
+    // YAML whose reader's time grows with the square of its length.
+    let recipe = dir.path().join("recipe.yaml");
+    fs::write(&recipe, format!("a: {}", "[\"]\",".repeat(60_000))).unwrap();
+    let mut plan = command("gptoss-quant -q --dry-run --recipe");
+    let ran = run(plan.arg(&recipe).arg("--model-in").arg(tiny()));
+    assert!(ran.code == 2 && ran.err.contains("recipe.yaml"), "{}", ran.err);
 }
 
 #[test]

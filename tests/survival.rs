@@ -147,7 +147,7 @@ fn files_of(dir: &Path) -> Vec<String> {
 }
 
 fn resume(dir: &Path) -> Command {
-    let mut c = command("gptoss-dequant --shard-size 300MB --src");
+    let mut c = command("gptoss-dequant --threads 1 --shard-size 300MB --src");
     c.arg(dir.join("src")).arg("--dst").arg(dir.join("out"));
     c
 }
@@ -271,6 +271,48 @@ fn a_destination_that_fills_up_during_the_run_is_left_alone() {
     run(command("gptoss-verify check --quiet").arg(&dst)).manifest();
 }
 
+/// Neither without `--force` nor with it, however late it comes.
+#[test]
+fn what_comes_to_the_destination_in_the_last_moment_stays() {
+    for force in [false, true] {
+        let dir = interrupted();
+        let dst = dir.path().join("out");
+        if force {
+            let made = dir.path().join("made");
+            run(command("gptoss-dequant --quiet --src").arg(tiny()).arg("--dst").arg(&made)).manifest();
+            std::fs::rename(made, &dst).unwrap();
+        }
+        let old = std::fs::read(dst.join("config.json")).ok();
+        let forced = || {
+            let mut c = resume(dir.path());
+            c.args(force.then_some("--force"));
+            c
+        };
+        let last = if force { "renameat2" } else { "rename" };
+        let mut came = false;
+        let traced = trace(&mut forced(), dir.path(), |_, call| {
+            if call.name == last && call.path.ends_with("out.partial") && !std::mem::replace(&mut came, true) {
+                let _ = std::fs::create_dir(&dst);
+                std::fs::write(dst.join("thesis.tex"), "years of work").unwrap();
+            }
+            Fault::None
+        });
+        assert_eq!(traced.code, 2, "{force}: {}", traced.err);
+        assert_eq!(std::fs::read_to_string(dst.join("thesis.tex")).unwrap(), "years of work");
+        if force {
+            assert!(traced.err.contains("thesis.tex came into"), "{}", traced.err);
+            assert_eq!(std::fs::read(dst.join("config.json")).ok(), old);
+            std::fs::remove_file(dst.join("thesis.tex")).unwrap();
+        } else {
+            assert!(traced.err.contains("exists and is not empty"), "{}", traced.err);
+            std::fs::remove_dir_all(&dst).unwrap();
+        }
+        let ran = run(&mut forced());
+        assert_eq!(ran.manifest()["volatile"]["resumed_groups"], 6, "{}", ran.err);
+        run(command("gptoss-verify check --quiet").arg(&dst)).manifest();
+    }
+}
+
 #[test]
 fn two_runs_into_one_folder_are_not_both_let_in() {
     let dir = tempfile::tempdir().unwrap();
@@ -390,10 +432,10 @@ fn another_processor_gives_the_committed_hashes() {
     ];
     for (name, tool, from, to, flags) in jobs {
         let (native, emulated) = (dir.path().join(name), dir.path().join(format!("{name}-qemu")));
-        run(command(tool).arg("--quiet").args(flags.split_whitespace()).arg(from).arg(tiny()).arg(to).arg(&native))
+        run(command(tool).arg("--quiet").args(support::words(flags)).arg(from).arg(tiny()).arg(to).arg(&native))
             .manifest();
         let mut qemu = Command::new("qemu-x86_64");
-        qemu.args(["-cpu", "Nehalem", support::exe(tool), "--quiet"]).args(flags.split_whitespace());
+        qemu.args(["-cpu", "Nehalem", support::exe(tool), "--quiet"]).args(support::words(flags));
         let ran = qemu.arg(from).arg(tiny()).arg(to).arg(&emulated).stdin(Stdio::null()).output();
         let ran: support::Ran =
             ran.expect("qemu-x86_64 runs (Debian's package qemu-user; tests/run.sh installs it)").into();

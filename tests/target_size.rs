@@ -11,7 +11,7 @@ use support::{Ran, assert_same, command, files, run, tiny};
 fn quant(size: &str, out: &Path, flags: &str) -> Command {
     let mut c = command("gptoss-quant --quiet --num-calibration-samples 32 --max-seq-length 256 --calib-jsonl");
     c.arg(tiny().join("calib.jsonl")).arg("--model-in").arg(tiny()).args(["--target-size", size]);
-    c.args(flags.split_whitespace()).arg("--output-dir").arg(out);
+    c.args(support::words(flags)).arg("--output-dir").arg(out);
     c
 }
 
@@ -150,7 +150,7 @@ fn a_size_that_cannot_be_reached_is_refused_with_the_smallest_and_what_to_add() 
     std::fs::copy(config, dir.path().join("config.json")).unwrap();
     let plan = |flags: &str| {
         let mut c = command("gptoss-quant --quiet --dry-run");
-        run(c.args(flags.split_whitespace()).arg("--model-in").arg(dir.path()))
+        run(c.args(support::words(flags)).arg("--model-in").arg(dir.path()))
     };
     let said = plan("--target-size 6.5GB");
     for part in [

@@ -10,14 +10,14 @@ use support::{command, run, tiny};
 fn quantized(dir: &Path, flags: &str) -> (PathBuf, Value) {
     let out = dir.join(flags.replace(' ', "_"));
     let mut quant = command("gptoss-quant --quiet --num-calibration-samples 64 --max-seq-length 256 --calib-jsonl");
-    quant.arg(tiny().join("calib.jsonl")).args(flags.split_whitespace());
+    quant.arg(tiny().join("calib.jsonl")).args(support::words(flags));
     let manifest = run(quant.arg("--model-in").arg(tiny()).arg("--output-dir").arg(&out)).manifest();
     (out, manifest)
 }
 
 fn quality(dir: &Path, more: &str) -> Value {
     let mut c = command("gptoss-verify quality --quiet --max-seq-length 256 --packing pack --nsamples 32 --against");
-    c.arg(tiny()).arg("--text").arg(tiny().join("test.jsonl")).args(more.split_whitespace()).arg(dir);
+    c.arg(tiny()).arg("--text").arg(tiny().join("test.jsonl")).args(support::words(more)).arg(dir);
     run(&mut c).manifest()["quality"].clone()
 }
 
@@ -63,7 +63,7 @@ fn base_3_holds_the_same_codes_and_both_are_as_large_as_planned() {
     let kl = |flags: &str| {
         let (out, m) = quantized(dir.path(), flags);
         let mut plan = command("gptoss-quant --quiet --dry-run");
-        let plan = run(plan.args(flags.split_whitespace()).arg("--model-in").arg(tiny())).manifest();
+        let plan = run(plan.args(support::words(flags)).arg("--model-in").arg(tiny())).manifest();
         let shards = std::fs::read_dir(&out)
             .unwrap()
             .map(|e| e.unwrap())

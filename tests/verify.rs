@@ -174,7 +174,7 @@ fn against_can_report_every_matrix() {
     let dir = tempfile::tempdir().unwrap();
     let q = quantized(dir.path());
     let tensors = |each: &str| {
-        let ran = run(command("gptoss-verify against --quiet").args(each.split_whitespace()).arg(tiny()).arg(&q));
+        let ran = run(command("gptoss-verify against --quiet").args(support::words(each)).arg(tiny()).arg(&q));
         ran.manifest()["tensors"].as_array().unwrap().clone()
     };
     let (families, matrices) = (tensors(""), tensors("--each"));

@@ -28,7 +28,7 @@ use crate::{Common, DIFFERENT, changed_file, default_offload, volatile};
 pub struct ReproduceArgs {
     /// A manifest, or the folder that it lies in; without one, or with -, the one on standard input
     manifest: Option<PathBuf>,
-    /// The source that the job read: a folder or a hub id [default: where the manifest says it was]
+    /// The source that the job read: a folder or a hub id [default: where a manifest from a pipe says it was; one in a folder names no places]
     #[arg(long, value_name = "SRC")]
     source: Option<String>,
     /// The calibration text, where it was a file [default: none is looked for]

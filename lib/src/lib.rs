@@ -14,6 +14,7 @@ pub mod error;
 pub mod evaluate;
 pub mod formats;
 pub mod generate;
+mod guard;
 pub mod kernels;
 pub mod manifest;
 pub mod model;

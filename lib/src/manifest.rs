@@ -9,7 +9,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::MANIFEST;
+use crate::checkpoint::{MANIFEST, files};
 use crate::engine::Numerics;
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
@@ -459,11 +459,8 @@ impl Manifest {
     /// The manifest that lies in a checkpoint's folder, if there is one.
     pub fn in_folder(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(MANIFEST);
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&text, &path.display().to_string()).map(Some),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Error::io("read", path)(e)),
-        }
+        let text = files::read_text_if_there(&path)?;
+        text.map(|text| Self::parse(&text, &path.display().to_string())).transpose()
     }
 
     /// The folder of the checkpoint that this manifest speaks of.

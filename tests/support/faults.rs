@@ -15,8 +15,46 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// System calls that are watched.
-const CALLS: [(&str, i64); 21] = [
+/// Which system calls are watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Watched {
+    /// Those that change a file.
+    Changes,
+    /// Those that look at one: at its bytes, its size or its names.
+    Looks,
+}
+
+impl Watched {
+    /// Names and numbers.
+    fn calls(self) -> &'static [(&'static str, i64)] {
+        match self {
+            Self::Changes => &CHANGES,
+            Self::Looks => &LOOKS,
+        }
+    }
+}
+
+/// Opened to be looked at: without `O_CREAT`.
+const LOOKS: [(&str, i64); 16] = [
+    ("openat", libc::SYS_openat),
+    ("open", libc::SYS_open),
+    ("read", libc::SYS_read),
+    ("pread64", libc::SYS_pread64),
+    ("readv", libc::SYS_readv),
+    ("preadv", libc::SYS_preadv),
+    ("mmap", libc::SYS_mmap),
+    ("statx", libc::SYS_statx),
+    ("newfstatat", libc::SYS_newfstatat),
+    ("fstat", libc::SYS_fstat),
+    ("stat", libc::SYS_stat),
+    ("lstat", libc::SYS_lstat),
+    ("getdents64", libc::SYS_getdents64),
+    ("lseek", libc::SYS_lseek),
+    ("readlink", libc::SYS_readlink),
+    ("readlinkat", libc::SYS_readlinkat),
+];
+
+const CHANGES: [(&str, i64); 21] = [
     ("openat", libc::SYS_openat),
     ("open", libc::SYS_open),
     ("write", libc::SYS_write),
@@ -97,6 +135,8 @@ pub struct Traced {
 enum Pending {
     /// Bytes of a file: start and length, and the length of the file that was durable.
     Written { file: PathBuf, start: u64, len: u64 },
+    /// A file that became shorter or longer: how long it was, and what was cut off.
+    Resized { file: PathBuf, len: u64, tail: Vec<u8> },
     /// A file or folder that was made.
     Made { path: PathBuf },
     /// A name that was changed; exchanged where both were there.
@@ -105,21 +145,33 @@ enum Pending {
     Removed { path: PathBuf, grave: PathBuf },
 }
 
-/// Runs `command`; before each call that is about files below `folder`, `fault` says what is done there. The process stands
+/// Runs `command`; before each call that changes files below `folder`, `fault` says what is done there. The process stands
 /// still meanwhile.
-pub fn trace(command: &mut Command, folder: &Path, mut fault: impl FnMut(usize, &Call) -> Fault) -> Traced {
+pub fn trace(command: &mut Command, folder: &Path, fault: impl FnMut(usize, &Call) -> Fault) -> Traced {
+    trace_calls(command, folder, Watched::Changes, fault)
+}
+
+/// [`trace`], of these calls.
+pub fn trace_calls(
+    command: &mut Command,
+    folder: &Path,
+    watched: Watched,
+    mut fault: impl FnMut(usize, &Call) -> Fault,
+) -> Traced {
     let folder = folder.canonicalize().expect("the watched folder is there");
     let graves = tempfile::Builder::new().prefix(".graves-").tempdir_in(folder.parent().expect("it has a parent"));
     let graves = graves.expect("there is room");
     let errors = tempfile::NamedTempFile::new().expect("there is room");
     command.stdout(Stdio::null()).stdin(Stdio::null()).stderr(errors.reopen().expect("it is there"));
+    let mut program = stop_at(watched.calls());
     // SAFETY: between fork and exec it makes system calls alone.
-    unsafe { command.pre_exec(watch_me) };
+    unsafe { command.pre_exec(move || watch_me(&mut program)) };
     #[allow(clippy::zombie_processes, reason = "the tracer waits for it, and for its threads")]
     let child = command.spawn().expect("the tool starts");
     let pid = i32::try_from(child.id()).expect("a pid is an int");
     let mut tracer = Tracer {
         pid,
+        watched,
         folder,
         graves: graves.path().to_path_buf(),
         calls: Vec::new(),
@@ -132,18 +184,23 @@ pub fn trace(command: &mut Command, folder: &Path, mut fault: impl FnMut(usize, 
     Traced { code, struck: tracer.struck, calls: tracer.calls, err, pending: tracer.pending, graves }
 }
 
-/// In the child: stop at the watched calls.
-fn watch_me() -> std::io::Result<()> {
+/// A filter that stops a process at these calls.
+fn stop_at(calls: &[(&str, i64)]) -> Vec<libc::sock_filter> {
     const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
     let filter = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-    let mut program = [filter(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW); CALLS.len() + 3];
-    program[0] = filter(LOAD, 0, 0, 0);
-    for (i, (_, number)) in CALLS.iter().enumerate() {
-        program[i + 1] = filter(EQUAL, (CALLS.len() - i) as u8, 0, *number as u32);
+    let mut program = vec![filter(LOAD, 0, 0, 0)];
+    for (i, (_, number)) in calls.iter().enumerate() {
+        program.push(filter(EQUAL, (calls.len() - i) as u8, 0, *number as u32));
     }
-    program[CALLS.len() + 2] = filter(RETURN, 0, 0, libc::SECCOMP_RET_TRACE);
+    program.push(filter(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW));
+    program.push(filter(RETURN, 0, 0, libc::SECCOMP_RET_TRACE));
+    program
+}
+
+/// In the child: stop where the filter says.
+fn watch_me(program: &mut [libc::sock_filter]) -> std::io::Result<()> {
     let list = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     // SAFETY: the program outlives the call, which copies it.
     let done = unsafe {
@@ -156,6 +213,7 @@ fn watch_me() -> std::io::Result<()> {
 
 struct Tracer {
     pid: i32,
+    watched: Watched,
     folder: PathBuf,
     graves: PathBuf,
     calls: Vec<Call>,
@@ -216,7 +274,7 @@ impl Tracer {
             return false;
         }
         let number = regs.orig_rax as i64;
-        let name = CALLS.iter().find(|c| c.1 == number).expect("the filter has no other").0;
+        let name = self.watched.calls().iter().find(|c| c.1 == number).expect("the filter has no other").0;
         let Some((path, second)) = self.about(tid, name, &regs) else { return false };
         let at = self.calls.len();
         self.calls.push(Call { name, path: path.strip_prefix(&self.folder).unwrap_or(&path).to_path_buf() });
@@ -232,17 +290,21 @@ impl Tracer {
                 // SAFETY: the thread is stopped; without a call number the kernel skips the call.
                 unsafe { libc::ptrace(libc::PTRACE_SETREGS, tid, 0, (&raw mut regs).cast::<c_void>()) };
             }
-            Fault::None => self.note(name, path, second, &regs),
+            Fault::None if self.watched == Watched::Changes => self.note(name, path, second, &regs),
+            Fault::None => {}
         }
         false
     }
 
-    /// The file that a call is about, and the second one, where they lie in the folder and the call changes something.
+    /// The file that a call is about, and the second one, where they lie in the folder and the call is one of the watched.
     fn about(&self, tid: i32, name: &str, r: &libc::user_regs_struct) -> Option<(PathBuf, Option<PathBuf>)> {
         let fd = |fd: u64| std::fs::read_link(format!("/proc/{tid}/fd/{}", fd as i32)).ok();
         let text = |at: u64| read_text(tid, at);
         let under = |dir: u64, at: u64| {
             let path = PathBuf::from(text(at)?);
+            if path.as_os_str().is_empty() {
+                return fd(dir);
+            }
             if path.is_absolute() {
                 return Some(path);
             }
@@ -254,15 +316,17 @@ impl Tracer {
             Some(base?.join(path))
         };
         let cwd = libc::AT_FDCWD as u64;
+        let makes = |flags: u64| (flags as i32 & libc::O_CREAT != 0) == (self.watched == Watched::Changes);
         let (path, second) = match name {
-            "openat" if r.rdx as i32 & libc::O_CREAT != 0 => (under(r.rdi, r.rsi)?, None),
-            "open" if r.rsi as i32 & libc::O_CREAT != 0 => (under(cwd, r.rdi)?, None),
+            "openat" if makes(r.rdx) => (under(r.rdi, r.rsi)?, None),
+            "open" if makes(r.rsi) => (under(cwd, r.rdi)?, None),
             "openat" | "open" => return None,
             "rename" => (under(cwd, r.rdi)?, under(cwd, r.rsi)),
             "renameat" | "renameat2" => (under(r.rdi, r.rsi)?, under(r.rdx, r.r10)),
-            "unlink" | "rmdir" | "mkdir" | "chmod" => (under(cwd, r.rdi)?, None),
-            "unlinkat" | "mkdirat" | "fchmodat" => (under(r.rdi, r.rsi)?, None),
+            "unlink" | "rmdir" | "mkdir" | "chmod" | "stat" | "lstat" | "readlink" => (under(cwd, r.rdi)?, None),
+            "unlinkat" | "mkdirat" | "fchmodat" | "statx" | "newfstatat" | "readlinkat" => (under(r.rdi, r.rsi)?, None),
             "copy_file_range" => (fd(r.rdx)?, None),
+            "mmap" => (fd(r.r8)?, None),
             _ => (fd(r.rdi)?, None),
         };
         path.starts_with(&self.folder).then_some((path, second))
@@ -280,9 +344,10 @@ impl Tracer {
         };
         for change in &mut self.pending {
             match change {
-                Pending::Written { file: path, .. } | Pending::Made { path } | Pending::Removed { path, .. } => {
-                    moved(path)
-                }
+                Pending::Written { file: path, .. }
+                | Pending::Resized { file: path, .. }
+                | Pending::Made { path }
+                | Pending::Removed { path, .. } => moved(path),
                 Pending::Renamed { .. } => {}
             }
         }
@@ -293,12 +358,24 @@ impl Tracer {
         let length = |p: &Path| std::fs::metadata(p).map_or(0, |m| m.len());
         match name {
             "openat" | "open" | "mkdir" | "mkdirat" if !path.exists() => self.pending.push(Pending::Made { path }),
+            "openat" | "open" if (if name == "open" { r.rsi } else { r.rdx }) as i32 & libc::O_TRUNC != 0 => {
+                let tail = std::fs::read(&path).unwrap_or_default();
+                self.pending.push(Pending::Resized { file: path, len: tail.len() as u64, tail });
+            }
             // Appends: where the file ends.
             "write" | "writev" => {
                 let start = length(&path);
                 self.pending.push(Pending::Written { file: path, start, len: r.rdx });
             }
             "pwrite64" => self.pending.push(Pending::Written { file: path, start: r.r10, len: r.rdx }),
+            "ftruncate" | "fallocate" => {
+                let bytes = std::fs::read(&path).unwrap_or_default();
+                let new = if name == "ftruncate" { r.rsi } else { (r.rdx + r.r10).max(bytes.len() as u64) };
+                if new != bytes.len() as u64 {
+                    let tail = bytes.get(new as usize..).unwrap_or_default().to_vec();
+                    self.pending.push(Pending::Resized { file: path, len: bytes.len() as u64, tail });
+                }
+            }
             "rename" | "renameat" | "renameat2" => {
                 let to = second.expect("a rename has two names");
                 let exchanged = name == "renameat2" && r.r8 as u32 & libc::RENAME_EXCHANGE != 0;
@@ -313,14 +390,16 @@ impl Tracer {
             }
             // A file's bytes.
             "fsync" | "fdatasync" if !path.is_dir() => {
-                self.pending.retain(|p| !matches!(p, Pending::Written { file, .. } if *file == path));
+                self.pending.retain(
+                    |p| !matches!(p, Pending::Written { file, .. } | Pending::Resized { file, .. } if *file == path),
+                );
             }
             // A folder's names.
             "fsync" => self.pending.retain(|p| match p {
                 Pending::Made { path: made } => made.parent() != Some(&*path),
                 Pending::Renamed { from, to } => from.parent() != Some(&*path) && to.parent() != Some(&*path),
                 Pending::Removed { path: gone, .. } => gone.parent() != Some(&*path),
-                Pending::Written { .. } => true,
+                Pending::Written { .. } | Pending::Resized { .. } => true,
             }),
             _ => {}
         }
@@ -363,6 +442,12 @@ impl Traced {
                         let zeros = vec![0; len.min(end - start) as usize];
                         open.write_all_at(&zeros, start).expect("it can be written");
                     }
+                }
+                Pending::Resized { file, len, tail } => {
+                    let file = moved_to(&moved, &file);
+                    let Ok(open) = File::options().write(true).open(&file) else { continue };
+                    open.set_len(len).expect("it can be resized");
+                    open.write_all_at(&tail, len - tail.len() as u64).expect("it can be written");
                 }
                 Pending::Made { path } => {
                     let path = moved_to(&moved, &path);

@@ -45,10 +45,20 @@ pub fn exe(tool: &str) -> &'static str {
     }
 }
 
-/// A command line, split at spaces, that never reads the test's own standard input and never meets the real hub.
+/// A path as a word of a command line: a temporary folder may have any name.
+pub fn word(path: &Path) -> String {
+    shlex::try_quote(path.to_str().expect("paths of tests are UTF-8")).expect("it has no zero byte").into_owned()
+}
+
+/// The words of a command line, as a shell splits it.
+pub fn words(line: &str) -> Vec<String> {
+    shlex::split(line).unwrap_or_else(|| panic!("no command line: {line}"))
+}
+
+/// A command line that never reads the test's own standard input and never meets the real hub.
 pub fn command(line: &str) -> Command {
-    let mut words = line.split_whitespace();
-    let mut command = Command::new(exe(words.next().expect("a tool")));
+    let mut words = words(line).into_iter();
+    let mut command = Command::new(exe(&words.next().expect("a tool")));
     command.args(words).stdin(Stdio::null()).env_remove("HF_TOKEN").env("HF_ENDPOINT", "http://127.0.0.1:9");
     command
 }

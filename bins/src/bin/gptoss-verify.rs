@@ -202,6 +202,10 @@ fn finish(
     common: &Common,
 ) -> Result<ExitCode> {
     let code = if verdict.passed { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) };
+    // What its maker said of runtimes was of an output that is no longer this one.
+    if let Some(finding) = verdict.findings.first().filter(|_| !manifest.runtimes.is_empty()) {
+        manifest.runtimes = gptoss::runtimes::none_loads(&format!("{}: {}", finding.file, finding.message));
+    }
     manifest.verdict = Some(verdict);
     let located = Located { dir: src.unwrap_or(dir).to_path_buf(), hub: None };
     let mut run = volatile(&located, Some(dir), meter.read(), resources.threads, 0);

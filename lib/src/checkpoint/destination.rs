@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::files::is_there;
 use super::source::is_side_file;
 use super::{CONFIG, GGUF, INDEX, JOURNAL, MANIFEST};
 use crate::error::{Error, Result};
@@ -115,23 +116,33 @@ pub(super) fn check_occupant(dst: &Path, force: bool) -> Result<()> {
         return Ok(());
     }
     if !force {
-        return Err(Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display())));
+        return Err(refuse_occupied(dst));
     }
-    let weights = [INDEX, "model.safetensors", GGUF].iter().any(|name| dst.join(name).exists());
-    let is_checkpoint = dst.join(MANIFEST).exists() || (dst.join(CONFIG).exists() && weights);
-    if !is_checkpoint {
+    let there = |name: &str| is_there(&dst.join(name));
+    let weights = || Ok::<_, Error>(there(INDEX)? || there("model.safetensors")? || there(GGUF)?);
+    if !(there(MANIFEST)? || (there(CONFIG)? && weights()?)) {
         return Err(Error::Refused(format!(
             "{} holds no checkpoint; --force replaces only a checkpoint",
             dst.display()
         )));
     }
-    match inside.iter().find(|p| !is_checkpoint_file(p)) {
+    match first_foreign(dst)? {
         Some(other) => Err(Error::Refused(format!(
             "{} is no file of a checkpoint; --force replaces only a checkpoint, so move it away first",
             other.display()
         ))),
         None => Ok(()),
     }
+}
+
+/// That something stands at `dst` which nobody said may go.
+pub(super) fn refuse_occupied(dst: &Path) -> Error {
+    Error::Refused(format!("{} exists and is not empty; --force replaces it", dst.display()))
+}
+
+/// What lies in a folder and is no file of a checkpoint.
+pub(super) fn first_foreign(dir: &Path) -> Result<Option<PathBuf>> {
+    Ok(contents(dir)?.into_iter().find(|p| !is_checkpoint_file(p)))
 }
 
 /// True for the files that make a checkpoint, ours or one from the hub.

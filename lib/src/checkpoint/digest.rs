@@ -1,6 +1,6 @@
 //! SHA-256 of files.
 
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -26,16 +26,20 @@ pub fn sha256(bytes: &[u8]) -> String {
 /// Length and SHA-256 of a file, read piece by piece: a map would count as this process's memory.
 pub fn of_file(path: &Path) -> Result<(u64, String)> {
     let mut file = files::open(path)?;
-    let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0u8; 1 << 18], 0);
+    let hash = of_reader::<Sha256>(&mut file, &[]).map_err(Error::io("read", path))?;
+    let bytes = file.stream_position().map_err(Error::io("read", path))?;
+    Ok((bytes, hash))
+}
+
+/// The hash of `prefix` and of everything behind it that `file` gives, in hexadecimal.
+pub fn of_reader<D: Digest>(mut file: impl Read, prefix: &[u8]) -> std::io::Result<String> {
+    let (mut hash, mut buffer) = (D::new_with_prefix(prefix), vec![0u8; 1 << 18]);
     loop {
         match file.read(&mut buffer) {
-            Ok(0) => return Ok((bytes, hex(&hash.finalize()))),
-            Ok(n) => {
-                hash.update(&buffer[..n]);
-                bytes += n as u64;
-            }
+            Ok(0) => return Ok(hex(&hash.finalize())),
+            Ok(n) => hash.update(&buffer[..n]),
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(Error::io("read", path)(e)),
+            Err(e) => return Err(e),
         }
     }
 }

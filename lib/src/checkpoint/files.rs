@@ -23,10 +23,26 @@ pub fn open(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Reads a whole file that is no pointer to one.
+/// Largest file that is read as a whole. A tokenizer of 262,000 words has 33 MB.
+pub const LARGEST: u64 = 256 << 20;
+
+/// Refuses a file of this length that would be read as a whole.
+pub fn refuse_large(path: &Path, len: u64) -> Result<()> {
+    if len > LARGEST {
+        let most = LARGEST >> 20;
+        return Err(Error::file(
+            path,
+            format!("has {len} bytes; a file of its name has at most {most} MiB: move it away"),
+        ));
+    }
+    Ok(())
+}
+
+/// Reads a whole file that is no pointer to one, and no larger than [`LARGEST`].
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open(path)?.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    open(path)?.take(LARGEST + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    refuse_large(path, bytes.len() as u64)?;
     refuse_lfs(path, &bytes)?;
     Ok(bytes)
 }
@@ -91,6 +107,13 @@ impl Stamp {
             Ok(_) => Err(changed("was changed")),
             Err(_) => Err(changed("went away")),
         }
+    }
+}
+
+impl std::fmt::Display for Stamp {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let ([device, inode, len], [seconds, nanos]) = (self.0, self.1);
+        write!(f, "{device} {inode} {len} {seconds} {nanos}")
     }
 }
 

@@ -12,6 +12,7 @@ use hf_hub::RepoType;
 
 use self::client::Hub;
 pub use self::client::Settings;
+use super::files;
 use super::source::is_side_file;
 use super::{CONFIG, INDEX};
 use crate::error::{Error, Result};
@@ -64,7 +65,7 @@ impl HubId {
 pub fn locate(text: &str, wanted: Wanted, progress: &Progress) -> Result<Located> {
     let path = Path::new(text);
     match HubId::parse(text) {
-        Some(id) if !path.exists() => match fetch(&id, &Settings::from_env()?, wanted, progress) {
+        Some(id) if !files::is_there(path)? => match fetch(&id, &Settings::from_env()?, wanted, progress) {
             Err(Error::Hub { repo, reason }) => Err(Error::Hub {
                 repo,
                 reason: format!("{reason} (there is no folder {text} here, so it was taken for a hub id)"),
@@ -123,7 +124,9 @@ pub fn dataset_file(id: &HubId, pattern: &str, settings: &Settings, progress: &P
     let (dir, commit, name) = if settings.offline {
         let (dir, commit) = hub.cached()?;
         let name = first_match(files_beside(&dir, pattern), pattern);
-        (dir, commit, name.ok_or_else(|| hub.not_cached(pattern))?)
+        let name = name.ok_or_else(|| hub.not_cached(pattern))?;
+        hub.check_file(&dir.join(&name))?;
+        (dir, commit, name)
     } else {
         let mut listing = hub.list()?;
         let name = first_match(std::mem::take(&mut listing.names), pattern);

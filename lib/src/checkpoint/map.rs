@@ -1,5 +1,5 @@
 //! Files that are read through a map. A map of a file that becomes shorter ends the process with SIGBUS where nobody minds
-//! it; here the pages that are gone become zeros, and the file is known to be lost: [`Mapped::unchanged`] and [`lost`] say so,
+//! it; here the pages that are gone become zeros, and the file is known to be lost: [`Mapped::unchanged`] and [`intact`] say so,
 //! and whoever made something of it throws that away.
 
 use std::path::{Path, PathBuf};
@@ -36,9 +36,13 @@ static TABLE: [Slot; SLOTS] =
 /// Whether pages of any map were lost.
 static LOST: AtomicBool = AtomicBool::new(false);
 
-/// Whether a file that this process has mapped lost pages. What is read since may be zeros.
-pub fn lost() -> bool {
-    LOST.load(Ordering::Relaxed)
+/// Checks that no file which this process has, or had, mapped lost pages: what was read since may be zeros.
+pub fn intact() -> Result<()> {
+    if LOST.load(Ordering::Relaxed) {
+        let reason = "a file became shorter while it was read: start again once nobody writes there";
+        return Err(Error::Refused(reason.into()));
+    }
+    Ok(())
 }
 
 impl Slot {
@@ -170,7 +174,7 @@ mod tests {
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
         assert_eq!(map[2 << 20], 0);
         assert_eq!(map[(3 << 20) - 1], 0);
-        assert!(lost());
+        assert!(intact().is_err());
         let said = map.unchanged().unwrap_err().to_string();
         assert!(said.contains("was truncated while it was read"), "{said}");
     }

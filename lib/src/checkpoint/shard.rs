@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::Mmap;
 use rustix::fs::FallocateFlags;
@@ -28,6 +29,8 @@ pub(super) struct OpenShard {
     /// Ranges that hold their final bytes, merged: start to end.
     written: Mutex<BTreeMap<u64, u64>>,
     hash: Mutex<HashState>,
+    /// Whether the system failed to make bytes durable. It says so once, and takes them for written from then on.
+    broken: AtomicBool,
 }
 
 struct HashState {
@@ -53,7 +56,8 @@ impl OpenShard {
         // SAFETY: the folder is locked, so nobody else truncates the file; it is read only where it was written before.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
         let hash = HashState { hasher: Sha256::new(), at: 0 };
-        let mut shard = Self { path, file, map, written: Mutex::default(), hash: Mutex::new(hash) };
+        let mut shard =
+            Self { path, file, map, written: Mutex::default(), hash: Mutex::new(hash), broken: AtomicBool::new(false) };
         shard.forget(layout)?;
         Ok(shard)
     }
@@ -72,8 +76,8 @@ impl OpenShard {
     /// Writes final bytes.
     pub(super) fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.file.write_all_at(bytes, at).map_err(Error::io("write", &self.path))?;
-        // Mapped by the thread that wrote them, so that the one that hashes, the slowest link, does not stop at each
-        // page; it lets them go behind itself, so that the output does not count as this process's memory.
+        // The thread that wrote the pages maps them, for hashing is the slowest link and would stop at each one. The thread
+        // that hashes unmaps them, so that the output does not count as this process's memory.
         self.advise(at, bytes.len(), Advice::LinuxPopulateRead);
         self.mark(at, at + bytes.len() as u64);
         Ok(())
@@ -144,9 +148,27 @@ impl OpenShard {
         self.written.lock().expect("no writer panics while it holds this").get(&0).copied().unwrap_or(0)
     }
 
-    /// Makes what was written durable.
+    /// Makes what was written durable. After one failure every later call fails too: the system reports lost bytes once, and
+    /// calls them durable the next time.
     pub(super) fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io("sync", &self.path))
+        let synced = if self.broken.load(Ordering::SeqCst) {
+            Err(std::io::Error::other("earlier bytes could not be made durable"))
+        } else {
+            self.file.sync_data()
+        };
+        synced.map_err(|e| {
+            self.broken.store(true, Ordering::SeqCst);
+            Error::io("sync", &self.path)(e)
+        })
+    }
+
+    /// Lets go of what the system has in memory of the file, so that the next look is at the disk: bytes that an earlier
+    /// run failed to make durable are in memory still, and pass for written.
+    pub(super) fn reread(&self) -> Result<()> {
+        self.sync()?;
+        // A hint; file systems in memory have nothing else to look at.
+        let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
+        Ok(())
     }
 
     /// Makes the whole file, of `len` bytes, durable; gives its SHA-256.
@@ -155,6 +177,7 @@ impl OpenShard {
     /// [`Error::Fault`] where bytes of it were never written.
     pub(super) fn finish(self, len: u64) -> Result<String> {
         self.advance();
+        self.sync()?;
         let state = self.hash.into_inner().expect("no thread panics while it hashes");
         if state.at != len {
             let path = self.path.display();

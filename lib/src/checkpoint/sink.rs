@@ -13,7 +13,10 @@ use rustix::io::Errno;
 use serde_json::Value;
 use twox_hash::XxHash3_128;
 
-use super::destination::{check_occupant, check_partial, check_room, contents, is_checkpoint_file, partial_path};
+use super::destination::{
+    check_occupant, check_partial, check_room, contents, first_foreign, is_checkpoint_file, partial_path,
+    refuse_occupied,
+};
 use super::files::sync_dir;
 use super::journal::{Finished, Journal};
 use super::layout::{Layout, ShardLayout};
@@ -59,7 +62,7 @@ impl Sink {
         let lock = take_lock(&partial)?;
         refuse_foreign(&partial)?;
         let path = partial.join(JOURNAL);
-        if !path.exists() {
+        if !files::is_there(&path)? {
             clear_leftovers(&partial, &layout, force)?;
         }
         let (journal, done) = match Journal::open(&path, fingerprint)? {
@@ -94,6 +97,9 @@ impl Sink {
 
     /// Takes over of `done` what is still as it was written.
     fn resume(&mut self, done: Vec<Finished>, order: Order) -> Result<()> {
+        if !done.is_empty() {
+            self.shards.iter().try_for_each(OpenShard::reread)?;
+        }
         let mut kept = Vec::new();
         for entry in done {
             if self.checksum(entry.group)? == entry.bytes {
@@ -220,8 +226,15 @@ impl Sink {
         // The destination was free when the run began; it may not be now, and the journal is still there to resume from.
         check_occupant(&self.dst, self.force)?;
         let journal = self.partial.join(JOURNAL);
+        let noted = files::read(&journal)?;
         std::fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
-        put_in_place(&self.partial, &self.dst)?;
+        if let Err(error) = put_in_place(&self.partial, &self.dst, self.force) {
+            // Without its journal an output that is still here would be nobody's, and the next run would make all of it again.
+            if is_at(&self.lock, &self.partial) {
+                let _ = files::write(&journal, &noted).and_then(|()| sync_dir(&self.partial));
+            }
+            return Err(error);
+        }
         drop(self.lock);
         Ok(records)
     }
@@ -245,6 +258,12 @@ pub fn to_text(value: &impl serde::Serialize) -> String {
     text
 }
 
+/// Whether an open folder is the one at `path` now.
+fn is_at(folder: &File, path: &Path) -> bool {
+    let inode = |m: std::io::Result<std::fs::Metadata>| m.ok().map(|m| (m.dev(), m.ino()));
+    inode(folder.metadata()) == inode(std::fs::metadata(path))
+}
+
 /// Locks the folder for this process. A run that was just killed may still be in the kernel, so it waits a moment.
 fn take_lock(partial: &Path) -> Result<File> {
     let busy = || Error::Refused(format!("another run is writing {}", partial.display()));
@@ -255,9 +274,7 @@ fn take_lock(partial: &Path) -> Result<File> {
         std::thread::sleep(std::time::Duration::from_millis(wait));
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
             // Another run may have renamed the folder away between opening and locking.
-            let inode = |m: std::io::Result<std::fs::Metadata>| m.ok().map(|m| (m.dev(), m.ino()));
-            let same = inode(lock.metadata()) == inode(std::fs::metadata(partial));
-            return if same { Ok(lock) } else { Err(busy()) };
+            return if is_at(&lock, partial) { Ok(lock) } else { Err(busy()) };
         }
     }
     Err(busy())
@@ -266,7 +283,7 @@ fn take_lock(partial: &Path) -> Result<File> {
 /// A partial folder with something in it that no run of this tool puts there is somebody's own. An unfinished output has no
 /// links in it; a finished one that an exchange left there may have.
 fn refuse_foreign(partial: &Path) -> Result<()> {
-    let unfinished = partial.join(JOURNAL).exists();
+    let unfinished = files::is_there(&partial.join(JOURNAL))?;
     let foreign = |p: &&PathBuf| !is_checkpoint_file(p) || (unfinished && p.is_symlink());
     match contents(partial)?.iter().find(foreign) {
         Some(foreign) => Err(Error::Refused(format!(
@@ -291,8 +308,8 @@ fn is_intact(partial: &Path, layout: &ShardLayout) -> bool {
 /// A partial folder without a journal was left in the last moments of a run: just before its rename, when it is this very
 /// output, or just after an exchange under `force`, with the old checkpoint in it. Any other checkpoint is somebody's.
 fn clear_leftovers(partial: &Path, layout: &Layout, force: bool) -> Result<()> {
-    let this_output = || partial.join(MANIFEST).exists() && layout.shards.iter().all(|s| is_intact(partial, s));
-    if force || contents(partial)?.is_empty() || this_output() {
+    let this_output = files::is_there(&partial.join(MANIFEST))? && layout.shards.iter().all(|s| is_intact(partial, s));
+    if force || contents(partial)?.is_empty() || this_output {
         return clear(partial);
     }
     Err(Error::Refused(format!(
@@ -318,6 +335,13 @@ fn replace_in_steps(partial: &Path, dst: &Path) -> Result<()> {
     let mut name = dst.file_name().unwrap_or_default().to_os_string();
     name.push(".replaced");
     let aside = dst.with_file_name(name);
+    if files::is_there(&aside)? {
+        return Err(Error::Refused(format!(
+            "{} is in the way: the checkpoint at {} is moved there while the new one takes its place; look at it, and move it away",
+            aside.display(),
+            dst.display()
+        )));
+    }
     std::fs::rename(dst, &aside).map_err(Error::io("move aside", dst))?;
     if let Err(e) = std::fs::rename(partial, dst) {
         // The old one is still whole: it gets its name back.
@@ -325,6 +349,13 @@ fn replace_in_steps(partial: &Path, dst: &Path) -> Result<()> {
         return Err(Error::io("rename the finished output to", dst)(e));
     }
     sync_dir(parent(dst))?;
+    if let Some(foreign) = first_foreign(&aside)? {
+        return Err(Error::Refused(format!(
+            "{} came while the checkpoint was replaced: the new one is in place, and the old one stays with it in {}",
+            foreign.display(),
+            aside.display()
+        )));
+    }
     remove_checkpoint(&aside)
 }
 
@@ -333,23 +364,35 @@ fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("/"))
 }
 
-/// The one moment at which the output appears. An old checkpoint under that name is exchanged in the same step.
-fn put_in_place(partial: &Path, dst: &Path) -> Result<()> {
+/// The one moment at which the output appears. Under `force` an old checkpoint of that name is exchanged in the same step;
+/// without it the system itself refuses a folder that is not empty, however late its content came.
+fn put_in_place(partial: &Path, dst: &Path, force: bool) -> Result<()> {
     sync_dir(partial)?;
-    let occupied = std::fs::read_dir(dst).is_ok_and(|mut d| d.next().is_some());
-    if occupied {
-        match rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE) {
-            Ok(()) => {
-                // Before the old files go: a power cut could undo the exchange, and the old checkpoint would be half of one.
-                sync_dir(parent(dst))?;
-                remove_checkpoint(partial)?;
+    match std::fs::rename(partial, dst) {
+        Ok(()) => return sync_dir(parent(dst)),
+        Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && force => {}
+        Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => return Err(refuse_occupied(dst)),
+        Err(e) => return Err(Error::io("rename the finished output to", dst)(e)),
+    }
+    let exchange = || rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE);
+    match exchange() {
+        Ok(()) => {
+            // What lies there now was looked at before; it may have got more since.
+            if let Some(foreign) = first_foreign(partial)? {
+                exchange().map_err(|e| Error::io("put back", dst)(e.into()))?;
+                let name = foreign.file_name().unwrap_or_default().to_string_lossy();
+                return Err(Error::Refused(format!(
+                    "{name} came into {} meanwhile, and is no file of a checkpoint; move it away, and the same command resumes",
+                    dst.display()
+                )));
             }
-            // Network file systems have no exchange.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => replace_in_steps(partial, dst)?,
-            Err(e) => return Err(Error::io("replace", dst)(e.into())),
+            // Before the old files go: a power cut could undo the exchange, and the old checkpoint would be half of one.
+            sync_dir(parent(dst))?;
+            remove_checkpoint(partial)?;
         }
-    } else {
-        std::fs::rename(partial, dst).map_err(Error::io("rename the finished output to", dst))?;
+        // Network file systems have no exchange.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => replace_in_steps(partial, dst)?,
+        Err(e) => return Err(Error::io("replace", dst)(e.into())),
     }
     sync_dir(parent(dst))
 }

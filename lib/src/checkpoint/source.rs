@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use safetensors::Dtype;
 use serde_json::Value;
@@ -92,6 +93,8 @@ pub struct Checkpoint {
     pub remarks: Vec<String>,
     /// The small files as they were when it was opened.
     small: Vec<(String, Stamp)>,
+    /// Names of the tensors that were asked for since [`Self::used_by`] began, while it runs.
+    used: Mutex<Option<BTreeSet<String>>>,
 }
 
 /// A small file that travels with the weights.
@@ -144,10 +147,14 @@ impl Checkpoint {
     /// # Errors
     /// Where a file is missing, truncated or contradicts itself; names the file and, where there is one, the tensor.
     pub fn open(dir: &Path) -> Result<Self> {
+        // Their stamps are taken before they are read, so that a change in between is seen. What is wrong with the folder
+        // itself is said first.
+        let small = small_files(dir);
         let config = read_config(dir)?;
+        let small = small?;
         let parts = gguf_files(dir)?;
         if !parts.is_empty() {
-            return Self::open_gguf(dir, config, &parts);
+            return Self::open_gguf(dir, config, &parts, small);
         }
         let listed = listed_shards(dir)?;
         let names: BTreeSet<&String> = listed.values().collect();
@@ -165,17 +172,31 @@ impl Checkpoint {
                  would take {SINGLE}, so remove the one that is stale"
             ));
         }
-        let small = small_files(dir)?;
         remarks.extend(links_out(dir, &small)?);
         let dir = dir.to_path_buf();
-        let mut opened =
-            Self { dir, config, shards, index, gguf: false, padding: None, index_findings, remarks, small };
+        let mut opened = Self {
+            dir,
+            config,
+            shards,
+            index,
+            gguf: false,
+            padding: None,
+            index_findings,
+            remarks,
+            small,
+            used: Mutex::default(),
+        };
         model::contradictions::settle(&mut opened);
         Ok(opened)
     }
 
     /// Opens one GGUF file, or all parts of a split one.
-    fn open_gguf(dir: &Path, config: serde_json::Map<String, Value>, parts: &[PathBuf]) -> Result<Self> {
+    fn open_gguf(
+        dir: &Path,
+        config: serde_json::Map<String, Value>,
+        parts: &[PathBuf],
+        small: Vec<(String, Stamp)>,
+    ) -> Result<Self> {
         let (mut shards, mut index) = (Vec::new(), BTreeMap::new());
         for (number, path) in parts.iter().enumerate() {
             let map = Mapped::open(path)?;
@@ -192,11 +213,21 @@ impl Checkpoint {
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
             shards.push(Shard { name, path: path.clone(), map, tensors });
         }
-        let small = small_files(dir)?;
         let remarks = links_out(dir, &small)?;
         let dir = dir.to_path_buf();
         let index_findings = Vec::new();
-        Ok(Self { dir, config, shards, index, gguf: true, padding: None, index_findings, remarks, small })
+        Ok(Self {
+            dir,
+            config,
+            shards,
+            index,
+            gguf: true,
+            padding: None,
+            index_findings,
+            remarks,
+            small,
+            used: Mutex::default(),
+        })
     }
 
     /// From here on it is read as the wider model that `padding` makes of it. Its tensors stay what they are; what
@@ -221,7 +252,19 @@ impl Checkpoint {
         let (name, &shard) = self.index.get_key_value(name)?;
         let s = &self.shards[shard];
         let info = &s.tensors[name.as_str()];
+        if let Some(used) = &mut *self.used.lock().expect("no thread panics while it holds this") {
+            used.insert(name.clone());
+        }
         Some(TensorRef { name, info, bytes: &s.map[info.start..info.end], file: &s.path, shard })
+    }
+
+    /// What `f` gives, and the names of the tensors that were asked for meanwhile and are there.
+    pub fn used_by<T>(&self, f: impl FnOnce() -> T) -> (T, BTreeSet<String>) {
+        let names = || self.used.lock().expect("no thread panics while it holds this");
+        *names() = Some(BTreeSet::new());
+        let given = f();
+        let used = names().take().unwrap_or_default();
+        (given, used)
     }
 
     /// The tensor called `name`.
@@ -306,6 +349,7 @@ fn small_files(dir: &Path) -> Result<Vec<(String, Stamp)>> {
         if meta.is_dir() {
             continue;
         }
+        files::refuse_large(&path, meta.len())?;
         let file = files::open(&path)?;
         let mut start = Vec::new();
         file.take(1024).read_to_end(&mut start).map_err(Error::io("read", &path))?;

@@ -125,7 +125,7 @@ pub fn open<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, linear: &Linea
 }
 
 /// Every name that a tensor of this model can have, in any container.
-pub fn known_names(config: &ModelConfig) -> BTreeSet<String> {
+fn known_names(config: &ModelConfig) -> BTreeSet<String> {
     const OF_A_MODULE: [&str; 8] = [
         "weight",
         "weight_packed",
@@ -163,12 +163,36 @@ pub fn known_names(config: &ModelConfig) -> BTreeSet<String> {
     known
 }
 
-/// Tensors of a checkpoint that are no part of the model; an output leaves them out.
+/// Tensors of a checkpoint that no reading of the model asks for: an output leaves them out. They are found by reading all
+/// of the model, so a bias that config.json denies, or a zero point beside symmetric codes, is among them.
 pub fn foreign_tensors<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig) -> Vec<&'a str> {
-    let known = known_names(config);
+    let (read, mut known) = checkpoint.used_by(|| read_all(checkpoint, config));
+    if read.is_err() {
+        // What is wrong is said elsewhere; what belongs to the model by its name is no stranger beside it.
+        known.extend(known_names(config));
+    }
     // Tables that old versions of transformers saved beside the weights, and a head that is the embedding again.
     let spare = |n: &str| n.ends_with(".rotary_emb.inv_freq") || (config.tied && n == "lm_head.weight");
     checkpoint.names().filter(|n| !known.contains(*n) && !spare(n)).collect()
+}
+
+/// Asks for every tensor of the model once.
+fn read_all(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()> {
+    for slot in model::slots(config) {
+        match slot.role {
+            Role::Weight(linear) => drop(open(checkpoint, config, &linear)?),
+            Role::Experts(fused, layer) => {
+                for expert in 0..config.experts {
+                    for &(proj, _, _) in fused.parts() {
+                        open(checkpoint, config, &Linear { proj, layer, expert })?;
+                    }
+                }
+            }
+            Role::ExpertBias(fused, layer) => drop(expert_biases(checkpoint, config, fused, layer)?),
+            Role::Plain => drop(checkpoint.tensor(&slot.name)?),
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a weight that is there in two forms, blocks beside floats say: whichever were read, the other would be lost.

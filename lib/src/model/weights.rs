@@ -62,6 +62,7 @@ impl Model {
         padding.into_iter().for_each(|p| checkpoint.pad(p));
         let config = ModelConfig::parse(dir, &checkpoint.config)?;
         let settings = Settings::parse(dir, &checkpoint.config, &config)?;
+        crate::containers::refuse_twice(&checkpoint, &config)?;
         Ok(Self { checkpoint, config, settings })
     }
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
-use super::{Paths, Resources, copy, half_range, refuse_unknown, seal, side_files, source_notes};
+use super::{Paths, Resources, copy, half_range, refuse_what_would_be_lost, seal, side_files, source_notes};
 use crate::checkpoint::header::TensorSpec;
 use crate::checkpoint::layout::{Layout, Planned};
 use crate::checkpoint::sink::{Order, Sink};
@@ -204,7 +204,7 @@ impl<'a> Plan<'a> {
             layout: Layout::new(std::mem::take(&mut self.tensors), self.options.shard_size),
             units: std::mem::take(&mut self.units),
         };
-        refuse_unknown(self.source, &self.config, paths.drop_unknown)?;
+        refuse_what_would_be_lost(self.source, &self.config, paths.drop_unknown)?;
         let done = task::run(&self, task, paths, resources)?;
         let mut manifest = self.manifest(job, &done.groups, done.source)?;
         if self.options.dtype == Float::F16 {
@@ -354,10 +354,18 @@ impl<'a> Plan<'a> {
             })
             .collect();
         manifest.notes = source_notes(self.source, &self.config)?;
-        let finer = |t: TensorRef| t.info.dtype == Dtype::F32 || t.info.blocks.is_some_and(|b| b != Ggml::Mxfp4);
-        if self.source.names().filter_map(|n| self.source.get(n)).any(finer) {
-            let dtype = self.options.dtype.config_name();
-            manifest.notes.push(format!("the source has F32 numbers, or scales in F16: they were rounded to {dtype}"));
+        let foreign = crate::containers::foreign_tensors(self.source, &self.config);
+        let read = || self.source.names().filter(|n| !foreign.contains(n)).filter_map(|n| self.source.get(n));
+        let to = self.options.dtype;
+        let coded = |t: &TensorRef| t.info.blocks.is_some_and(|b| b != Ggml::Mxfp4);
+        for (found, what) in [
+            (to != Float::F32 && read().any(|t| t.info.dtype == Dtype::F32), "F32 numbers"),
+            (to == Float::Bf16 && read().any(|t| t.info.dtype == Dtype::F16), "F16 numbers"),
+            (read().any(|t| coded(&t)), "scales in F16"),
+        ] {
+            if found {
+                manifest.notes.push(format!("the source has {what}: they were rounded to {}", to.config_name()));
+            }
         }
         if self.source.config.contains_key(QUANTIZATION) && self.all_floats {
             manifest.notes.push(format!(

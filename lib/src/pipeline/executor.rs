@@ -45,7 +45,7 @@ struct Group<R> {
 }
 
 /// A group whose units are all done.
-type Done<R> = (usize, Vec<R>);
+type Closed<R> = (usize, Vec<R>);
 
 /// Runs `steps` on `workers` threads. `work` does one with its thread's scratch, `close` turns a group's results, in unit
 /// order, into what the journal keeps. One more thread waits for the disk, so that no worker does. The first error (by
@@ -68,7 +68,7 @@ pub fn run<T: Sync, S, R: Send>(
         errors.lock().expect("no thread panics while it holds this").push((unit, error));
         stop.store(true, Ordering::Relaxed);
     };
-    let worker = |done: Sender<Done<R>>| {
+    let worker = |done: Sender<Closed<R>>| {
         let mut scratch = scratch();
         while !stop.load(Ordering::Relaxed) {
             let i = next.fetch_add(1, Ordering::Relaxed);
@@ -86,7 +86,7 @@ pub fn run<T: Sync, S, R: Send>(
             }
         }
     };
-    let keeper = |done: Receiver<Done<R>>| {
+    let keeper = |done: Receiver<Closed<R>>| {
         let mut flushed = 0;
         loop {
             let result = match done.recv_timeout(Duration::from_millis(10)) {
@@ -100,6 +100,8 @@ pub fn run<T: Sync, S, R: Send>(
             };
             if let Err(e) = result {
                 fail(usize::MAX, e);
+                // Nothing may be journaled behind what could not be. The workers stop; what they still send is taken.
+                return done.into_iter().for_each(drop);
             }
         }
     };
@@ -137,7 +139,7 @@ fn group_table<T, R>(steps: &[Step<T>]) -> Groups<R> {
 }
 
 /// Notes a step's result; gives the whole group where this was its last step.
-fn finish_step<R>(groups: &Groups<R>, group: Option<usize>, step: usize, result: R) -> Option<Done<R>> {
+fn finish_step<R>(groups: &Groups<R>, group: Option<usize>, step: usize, result: R) -> Option<Closed<R>> {
     let group = group?;
     let mut slot = groups[&group].lock().expect("no thread panics while it holds this");
     slot.results.insert(step, result);

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::checkpoint::CONFIG;
 use crate::checkpoint::sink::to_text;
 use crate::checkpoint::source::{Checkpoint, SideFile};
+use crate::checkpoint::{CONFIG, map};
 use crate::error::{Error, Result};
 use crate::manifest::{FileRecord, FileSet, Manifest};
 use progress::Progress;
@@ -98,12 +98,12 @@ pub fn model_name(dir: &Path, config: &crate::model::ModelConfig) -> String {
     config.known_name().map(str::to_owned).or_else(folder).unwrap_or_else(|| "model".into())
 }
 
-/// Refuses a source with tensors that an output would silently lack: such as are no part of the model, and second forms of a
-/// weight.
+/// Refuses a source with tensors that an output would silently lack: tensors that are no part of the model, and second forms
+/// of a weight.
 ///
 /// # Errors
-/// [`Error::BadTensor`] for the first of them; those of the first kind are let pass where `drop_unknown`.
-pub(crate) fn refuse_unknown(
+/// [`Error::BadTensor`] for the first of them. With `drop_unknown`, tensors that are no part of the model are allowed.
+pub(crate) fn refuse_what_would_be_lost(
     source: &Checkpoint,
     config: &crate::model::ModelConfig,
     drop_unknown: bool,
@@ -143,6 +143,7 @@ pub(crate) fn side_files(source: &Checkpoint, config: &serde_json::Map<String, V
     files.extend(source.read_side_files()?);
     // The last look: everything was read by now.
     source.unchanged()?;
+    map::intact()?;
     Ok(files)
 }
 

@@ -196,11 +196,11 @@ impl<'a, W: Sync> Opened<'a, W> {
             }
             Err(error) => {
                 resources.progress.clear();
-                if !error.is_transient() {
-                    self.sink.discard()?;
-                } else {
-                    let partial = self.sink.partial().display();
+                let partial = self.sink.partial().display().to_string();
+                if error.is_transient() {
                     resources.progress.note(&format!("unfinished output stays in {partial}; the same command resumes"));
+                } else if let Err(second) = self.sink.discard() {
+                    resources.progress.note(&format!("unfinished output stays in {partial}, for {second}"));
                 }
                 Err(error)
             }
@@ -232,12 +232,14 @@ fn work<P: Pipeline>(
                 Ok(None)
             }
             Do::Work(work) => {
-                let found = pipeline.work(work, scratch, sink)?;
-                // Nothing that was made of zeros where the source was cut off may be journaled.
-                if map::lost() {
+                let found = pipeline.work(work, scratch, sink);
+                // Nothing that was made of zeros where the source was cut off may be journaled; and where a unit failed, a
+                // source that changed is why.
+                let lost = map::intact();
+                if lost.is_err() || found.is_err() {
                     source.unchanged()?;
                 }
-                Ok(Some(found))
+                lost.and(found).map(Some)
             }
         },
         |group, found: Vec<Option<P::Found>>| close(pipeline, group, found.into_iter().flatten().collect(), closed),

@@ -14,21 +14,22 @@ const MAX_BYTES: u64 = 1 << 20;
 
 /// The text of a recipe's file.
 pub fn text(file: &Path) -> Result<String> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     // It may be a pipe, whose length nobody knows.
     let opened = std::fs::File::open(file).map_err(Error::io("open", file))?;
-    opened.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(Error::io("read", file))?;
-    if text.len() as u64 > MAX_BYTES {
+    opened.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", file))?;
+    if bytes.len() as u64 > MAX_BYTES {
         return Err(Error::file(file, format!("has more than {MAX_BYTES} bytes, and no recipe has")));
     }
-    Ok(text)
+    String::from_utf8(bytes).map_err(|_| Error::file(file, "is no UTF-8 text"))
 }
 
 /// Deepest nesting of a recipe in YAML that is read.
 const MAX_DEPTH: usize = 64;
 
 /// Refuses YAML that nests deeper than any recipe: a reader's time grows with the square of the depth. The depth is
-/// estimated from brackets, dashes and indents, so it may come out larger than it is, by what stands in strings.
+/// estimated from brackets, dashes and indents, so what stands in strings may make it come out larger or smaller than it is; the
+/// reader's time has a limit besides.
 pub fn refuse_deep_yaml(file: &Path, text: &str) -> Result<()> {
     let (mut brackets, mut indents) = (0usize, Vec::<usize>::new());
     for (number, line) in text.lines().enumerate() {

@@ -6,8 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
@@ -19,18 +18,17 @@ use super::config::{self, SpecialTokens, TOKENIZER_CONFIG};
 use super::python::{self, Dumps};
 use crate::checkpoint::files;
 use crate::error::{Error, Result};
-use crate::pipeline::meter;
+use crate::guard::{Limits, limited};
 
 /// Name of the file in a checkpoint's folder.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Steps of a template's program; a long chat takes some ten thousand.
 const FUEL: u64 = 5_000_000;
-/// Time that a chat may take.
-const TIME: Duration = Duration::from_secs(10);
-/// Bytes of stack: what a template may nest is bounded by its own reader, not by this.
-const STACK: usize = 16 << 20;
-/// Bytes by which the process may grow meanwhile.
-const MEMORY: u64 = 512 << 20;
+/// Largest template that is read; gpt-oss's has 17 kB.
+const MAX_BYTES: usize = 256 << 10;
+/// Steps are counted inside, but one step can double a text. Operators in a row, of which [`MAX_BYTES`] has 131,000, nest in
+/// the reader, which takes some hundred bytes of stack for each.
+const LIMITS: Limits = Limits { time: Duration::from_secs(10), memory: 512 << 20, stack: 256 << 20 };
 
 /// Name of the one template in its environment. It has no extension that would switch escaping on.
 const NAME: &str = "chat";
@@ -50,10 +48,17 @@ impl ChatTemplate {
         let Some((file, source)) = find(dir)? else { return Ok(None) };
         // Jinja2 reads every kind of line end as one newline.
         let source = generation_as_with(&source.replace("\r\n", "\n").replace('\r', "\n"));
-        let mut environment = environment(clock);
-        environment
-            .add_template_owned(NAME, source)
-            .map_err(|e| Error::file(&file, format!("is no chat template that can be read: {}", explain(&e))))?;
+        if source.len() > MAX_BYTES {
+            return Err(Error::file(&file, format!("has more than {MAX_BYTES} bytes, and no chat template has")));
+        }
+        // Its constants are computed as it is read, so this has limits too.
+        let read = limited("the template", LIMITS, move || {
+            let mut environment = environment(clock);
+            environment.add_template_owned(NAME, source).map(|()| environment).map_err(|e| explain(&e))
+        });
+        let environment = read
+            .and_then(|r| r)
+            .map_err(|reason| Error::file(&file, format!("is no chat template that can be read: {reason}")))?;
         Ok(Some(Self { environment: Arc::new(environment), special: SpecialTokens::read(dir)?, file }))
     }
 
@@ -81,40 +86,14 @@ impl ChatTemplate {
             ..special
         };
         let environment = self.environment.clone();
-        let text = limited(move || environment.get_template(NAME).and_then(|t| t.render(variables)));
+        let text =
+            limited("the template", LIMITS, move || environment.get_template(NAME).and_then(|t| t.render(variables)));
         let explained = text.map(|r| r.map_err(|e| explain(&e)));
         let reason = match explained {
             Ok(Ok(text)) => return Ok(text),
             Ok(Err(reason)) | Err(reason) => reason,
         };
         Err(Error::file(&self.file, format!("cannot render a chat: {reason}")))
-    }
-}
-
-/// Runs a template's program, which came with a checkpoint, to its end or to a limit. Steps are counted inside, but one step
-/// can double a text: time and memory are watched from outside.
-///
-/// # Errors
-/// What was exceeded. The program's thread is left behind then; the error ends the process.
-fn limited<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> std::result::Result<T, String> {
-    let (sender, receiver) = sync_channel(1);
-    let (start, before) = (Instant::now(), meter::anonymous());
-    std::thread::Builder::new()
-        .stack_size(STACK)
-        .spawn(move || drop(sender.send(run())))
-        .map_err(|e| format!("no thread can be started for it: {e}"))?;
-    loop {
-        match receiver.recv_timeout(Duration::from_millis(2)) {
-            Ok(done) => return Ok(done),
-            Err(RecvTimeoutError::Disconnected) => return Err("the template's program broke down".into()),
-            Err(RecvTimeoutError::Timeout) if start.elapsed() > TIME => {
-                return Err(format!("the template takes more than {} s", TIME.as_secs()));
-            }
-            Err(RecvTimeoutError::Timeout) if meter::anonymous().saturating_sub(before) > MEMORY => {
-                return Err(format!("the template takes more than {} MB of memory", MEMORY >> 20));
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-        }
     }
 }
 

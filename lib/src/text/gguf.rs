@@ -8,6 +8,7 @@ use serde_json::{Map, Value as Json};
 use super::chat;
 use super::config::SpecialTokens;
 use super::tokenizer::TOKENIZER;
+use crate::checkpoint::files;
 use crate::checkpoint::gguf::Value;
 use crate::checkpoint::source::read_object;
 use crate::error::{Error, Result};
@@ -28,7 +29,7 @@ const PRE: &str = "gpt-4o";
 /// [`Error::Refused`] without a tokenizer; [`Error::BadFile`] for one that is no byte-level BPE, or another model's.
 pub fn metadata(dir: &Path, config: &Map<String, Json>, vocab: usize) -> Result<Vec<(String, Value)>> {
     let file = dir.join(TOKENIZER);
-    if !file.exists() {
+    if !files::is_there(&file)? {
         return Err(Error::Refused(format!(
             "a GGUF file holds the model's tokenizer, and {} has no {TOKENIZER}: put it (and tokenizer_config.json) there; it is \
              not read out of other GGUF files",

@@ -9,7 +9,6 @@ pub mod clock;
 pub mod config;
 pub mod dataset;
 pub mod gguf;
-mod guard;
 mod parquet;
 mod python;
 pub mod reader;

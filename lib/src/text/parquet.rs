@@ -11,14 +11,15 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type, TypePtr};
 use serde_json::{Map, Value};
 
-use super::guard::guarded;
 use super::reader::until_error;
 use super::rows::{Placed, Rows};
+use crate::checkpoint::files;
 use crate::error::{Error, Result};
+use crate::guard::guarded;
 
 /// Opens `file`; its columns and their compression are checked before any row is read.
 pub(super) fn open(file: &Path, rows: Rows) -> Result<impl Iterator<Item = Result<Placed>> + use<>> {
-    let handle = File::open(file).map_err(Error::io("open", file))?;
+    let handle = files::open(file)?;
     let reader = checked(file, || SerializedFileReader::new(handle))?;
     let columns = wanted_columns(file, reader.metadata().file_metadata().schema_descr(), rows)?;
     let compressed = reader.metadata().row_groups().iter().flat_map(|g| g.columns()).find(|c| {

@@ -44,9 +44,23 @@ pub fn open(file: &Path, rows: Rows) -> Result<Documents> {
     })
 }
 
-fn plain_text(file: &Path, mut input: Box<dyn BufRead>) -> Result<Placed> {
+/// Bytes of the largest document that is read, unpacked: of a line, or of a file of plain text.
+const LARGEST: u64 = 512 << 20;
+
+fn refuse_large(file: &Path, bytes: &[u8], place: &str) -> Result<()> {
+    if bytes.len() as u64 > LARGEST {
+        let most = LARGEST >> 20;
+        let reason =
+            format!("{place}has more than {most} MiB: cut it into smaller documents, one a line of a .jsonl file");
+        return Err(Error::file(file, reason));
+    }
+    Ok(())
+}
+
+fn plain_text(file: &Path, input: Box<dyn BufRead>) -> Result<Placed> {
     let mut bytes = Vec::new();
-    input.read_to_end(&mut bytes).map_err(Error::io("read", file))?;
+    input.take(LARGEST + 1).read_to_end(&mut bytes).map_err(Error::io("read", file))?;
+    refuse_large(file, &bytes, "")?;
     match String::from_utf8(bytes) {
         Ok(text) => Ok(placed(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))),
         Err(e) => Err(Error::file(
@@ -100,9 +114,11 @@ impl Lines {
         loop {
             line.clear();
             self.number += 1;
-            if self.input.read_until(b'\n', &mut line).map_err(Error::io("read", &self.file))? == 0 {
+            let read = (&mut self.input).take(LARGEST + 1).read_until(b'\n', &mut line);
+            if read.map_err(Error::io("read", &self.file))? == 0 {
                 return Ok(None);
             }
+            refuse_large(&self.file, &line, &format!("line {}: ", self.number))?;
             let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line).trim_ascii();
             if !line.is_empty() {
                 let document = self.document(line)?;

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use tokenizers::models::ModelWrapper;
 
 use super::config::SpecialTokens;
-use super::guard::guarded;
 use crate::checkpoint::files;
 use crate::error::{Error, Result};
+use crate::guard::guarded;
 
 /// Name of the file in a checkpoint's folder.
 pub const TOKENIZER: &str = "tokenizer.json";

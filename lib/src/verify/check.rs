@@ -185,6 +185,7 @@ fn structure(checkpoint: &Checkpoint, config: &ModelConfig, announced: bool, fin
             }
         }
     }
+    findings.absorb(containers::refuse_twice(checkpoint, config))?;
     for name in containers::foreign_tensors(checkpoint, config) {
         findings.add("extra", shard_of(checkpoint, name), format!("tensor {name} is no part of this model"));
     }

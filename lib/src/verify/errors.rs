@@ -30,7 +30,7 @@ impl Family {
 }
 
 /// `relative` of some sums: the norm of the difference over the norm of the original.
-fn relative(s: &ErrorSums) -> f64 {
+pub fn relative(s: &ErrorSums) -> f64 {
     let (error, weight): (f64, f64) = (s.squared_error.iter().sum(), s.squared_weight.iter().sum());
     // Something out of nothing is as wrong as can be, but JSON has no infinity.
     if error == 0.0 { 0.0 } else { (error / weight).sqrt().min(f64::MAX) }
@@ -56,18 +56,16 @@ pub fn summary(s: &ErrorSums, worst: Option<Worst>) -> ErrorReport {
     ErrorReport { max: f64::from(s.max_error), rms, relative: relative(s), zeros, non_finite: s.non_finite, worst }
 }
 
-/// One line a family, from matrices in a fixed order, each with how it is stored.
+/// One line a family and way of being stored, from matrices in a fixed order.
 pub fn report(matrices: impl Iterator<Item = (Linear, String, ErrorSums)>) -> Vec<TensorReport> {
     struct Line {
-        stored: String,
         tensors: u64,
         sums: ErrorSums,
         worst: Option<Worst>,
     }
-    let mut lines: BTreeMap<Family, Line> = BTreeMap::new();
+    let mut lines: BTreeMap<(Family, String), Line> = BTreeMap::new();
     for (linear, stored, sums) in matrices {
-        let line = lines.entry(Family::of(&linear)).or_insert_with(|| Line {
-            stored,
+        let line = lines.entry((Family::of(&linear), stored)).or_insert_with(|| Line {
             tensors: 0,
             sums: ErrorSums::default(),
             worst: None,
@@ -81,11 +79,11 @@ pub fn report(matrices: impl Iterator<Item = (Linear, String, ErrorSums)>) -> Ve
     }
     lines
         .into_iter()
-        .map(|(family, line)| TensorReport {
+        .map(|((family, stored), line)| TensorReport {
             name: family.name(),
             tensors: line.tensors,
             parameters: line.sums.count,
-            stored: line.stored,
+            stored,
             error: Some(summary(&line.sums, line.worst)),
         })
         .collect()

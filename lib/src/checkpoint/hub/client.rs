@@ -1,17 +1,18 @@
 //! One repository on the hub: its file list at one commit, and downloads that are checked.
 
-use std::io::Read;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hf_hub::{Cache, Repo, RepoType};
+use serde::Deserialize;
 use sha1::Sha1;
-use sha2::{Digest, Sha256};
+use sha2::Sha256;
 
 use super::HubId;
-use super::http::{Failure, Http, PATIENCE, encoded};
+use super::http::{Failure, Http, Meta, PATIENCE, encoded};
 use crate::checkpoint::destination::{check_free, taken};
-use crate::checkpoint::digest::hex;
+use crate::checkpoint::digest;
 use crate::checkpoint::files::{self, Stamp};
 use crate::error::{Error, Result};
 use crate::pipeline::progress::Progress;
@@ -50,8 +51,9 @@ impl Settings {
         };
         let cache = var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
         let stored =
-            || std::fs::read_to_string(var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from)).ok();
-        let token = var("HF_TOKEN").or_else(stored).map(|t| t.trim().to_owned()).filter(|t| !t.is_empty());
+            || files::read_text_if_there(&var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from));
+        let token = var("HF_TOKEN").map_or_else(stored, |token| Ok(Some(token)))?;
+        let token = token.map(|t| t.trim().to_owned()).filter(|t| !t.is_empty());
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         let offline =
             var("HF_HUB_OFFLINE").is_some_and(|v| !["0", "false", "no", "off"].contains(&v.to_lowercase().as_str()));
@@ -78,6 +80,18 @@ pub(super) struct Hub<'a> {
     pub(super) settings: &'a Settings,
 }
 
+/// The hub's answer for a repository, as far as it is wanted.
+#[derive(Deserialize)]
+struct Found {
+    sha: String,
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+}
+
 /// A repository at one commit.
 pub(super) struct Listing {
     pub(super) commit: String,
@@ -92,14 +106,12 @@ impl Hub<'_> {
         let kind = if matches!(self.kind, RepoType::Dataset) { "datasets" } else { "models" };
         let revision = encoded(&self.id.revision).replace('/', "%2F");
         let url = format!("{}/api/{kind}/{}/revision/{revision}", self.settings.endpoint, self.id.repo);
-        let info = self.patiently(|| http.json(&url)).map_err(|e| self.explain(e, "the repository"))?;
-        let commit = info["sha"].as_str().unwrap_or_default().to_owned();
+        let found: Found = self.patiently(|| http.json(&url)).map_err(|e| self.explain(e, "the repository"))?;
+        let commit = found.sha;
         if !is_hash(&commit, &[40, 64]) {
             return Err(self.error(format!("the hub calls its commit {commit:?}, which is no hash")));
         }
-        let siblings = info["siblings"].as_array().into_iter().flatten();
-        let names = siblings.filter_map(|s| s["rfilename"].as_str().map(str::to_owned)).collect();
-        Ok(Listing { commit, names })
+        Ok(Listing { commit, names: found.siblings.into_iter().map(|s| s.rfilename).collect() })
     }
 
     /// Downloads `names`, which must be safe as paths, and gives the folder in which they lie.
@@ -122,7 +134,7 @@ impl Hub<'_> {
     pub(super) fn cached(&self) -> Result<(PathBuf, String)> {
         let (revision, cache) = (&self.id.revision, &self.settings.cache);
         let folder = cache.join(self.repo(revision).folder_name());
-        let named = std::fs::read_to_string(folder.join("refs").join(revision)).ok();
+        let named = files::read_text_if_there(&folder.join("refs").join(revision))?;
         let commit = named.map_or_else(|| revision.clone(), |c| c.trim().to_owned());
         let dir = folder.join("snapshots").join(&commit);
         if commit.contains("..") || !dir.is_dir() {
@@ -146,47 +158,47 @@ impl Hub<'_> {
         Error::Hub { repo: format!("{}@{}", self.id.repo, self.id.revision), reason: reason.into() }
     }
 
-    /// Checks the files of a snapshot that are links to blobs named by their hash, each once.
-    ///
-    /// # Errors
-    /// [`Error::Hub`] for one that has other bytes.
+    /// Checks the files of a snapshot's folder, each once.
     fn check_snapshot(&self, dir: &Path) -> Result<()> {
         for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
-            let path = entry.map_err(Error::io("list", dir))?.path();
-            let Ok(target) = std::fs::read_link(&path) else { continue };
-            let hash = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if !is_hash(&hash, &[40, 64]) {
-                continue;
-            }
-            let size = std::fs::metadata(&path).map_err(Error::io("follow the link", &path))?.len();
-            if let Err(reason) = self.verify_once(&path, size, &hash) {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                return Err(self.error(format!(
-                    "{name} in the cache is damaged: {reason}; remove {} and run once without HF_HUB_OFFLINE",
-                    target.display()
-                )));
-            }
+            self.check_file(&entry.map_err(Error::io("list", dir))?.path())?;
         }
         Ok(())
     }
 
-    /// [`Self::verify`], where nobody did it yet for a file of this size and time.
-    fn verify_once(&self, blob: &Path, size: u64, etag: &str) -> std::result::Result<(), String> {
-        let stamp = Stamp::at(blob).map_err(|e| e.to_string())?;
-        let (bytes, seconds, nanos) = stamp.dated();
-        let said = format!("{bytes} {seconds} {nanos}\n");
-        let record = self.settings.verified.as_ref().map(|dir| dir.join(etag));
-        let known = record.as_ref().is_some_and(|r| std::fs::read_to_string(r).is_ok_and(|t| t == said));
-        if known && bytes == size {
+    /// Checks a file of a snapshot, once, where it is a link to a blob that is named by its hash.
+    ///
+    /// # Errors
+    /// [`Error::Hub`] where it has other bytes.
+    pub(super) fn check_file(&self, path: &Path) -> Result<()> {
+        let Ok(target) = std::fs::read_link(path) else { return Ok(()) };
+        let hash = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if !is_hash(&hash, &[40, 64]) {
             return Ok(());
         }
-        self.verify(blob, size, etag)?;
-        if let Some(record) = record {
+        let size = std::fs::metadata(path).map_err(Error::io("follow the link", path))?.len();
+        let Some(damage) = self.damage(path, size, &hash)? else { return Ok(()) };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        Err(self.error(format!(
+            "{name} in the cache is damaged: {damage}; remove {} and run once without HF_HUB_OFFLINE",
+            target.display()
+        )))
+    }
+
+    /// [`damage`], where nobody looked yet at this file as it is now.
+    fn damage(&self, blob: &Path, size: u64, etag: &str) -> Result<Option<String>> {
+        let said = Stamp::at(blob)?.to_string() + "\n";
+        let record = self.settings.verified.as_ref().map(|dir| dir.join(etag));
+        if record.as_ref().is_some_and(|r| std::fs::read_to_string(r).is_ok_and(|t| t == said)) {
+            return Ok(None);
+        }
+        let found = damage(blob, size, etag)?;
+        if let (Some(record), None) = (record, &found) {
             // Without a record it is done again next time.
             let _ = std::fs::create_dir_all(record.parent().expect("it lies in a folder"));
             let _ = files::replace(&record, said.as_bytes());
         }
-        Ok(())
+        Ok(found)
     }
 
     /// What a failure means for the user.
@@ -243,40 +255,36 @@ impl Hub<'_> {
             return Err(self.error(format!("the hub names {name} by {:?}, which is no hash", meta.etag)));
         }
         let (size, blob, pointer) = (meta.size, cache.blob_path(&meta.etag), cache.pointer_path(commit).join(name));
-        let length = |p: &Path| std::fs::metadata(p).map(|m| m.len()).ok();
-        if length(&blob) == Some(size) {
-            match self.verify_once(&blob, size, &meta.etag) {
-                Ok(()) => return link(&pointer, &meta.etag, name),
-                Err(reason) => {
-                    progress.note(&format!("{name} in the cache is damaged ({reason}); it is fetched again"))
-                }
-            }
+        if self.have(&blob, &meta, name, progress)? {
+            return link(&pointer, &meta.etag, name);
         }
-        remove(&blob)?;
-        let part = blob.with_extension("part");
         for dir in [blob.parent(), pointer.parent()].into_iter().flatten() {
             std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         }
-        check_free(blob.parent().expect("it lies in a folder"), size, taken(&part))?;
+        let mut part = Part::lock(blob.with_extension("part"))?;
+        // Whoever had it until now may have completed the file.
+        if self.have(&blob, &meta, name, progress)? {
+            remove(&part.path)?;
+            return link(&pointer, &meta.etag, name);
+        }
+        check_free(blob.parent().expect("it lies in a folder"), size, taken(&part.path))?;
         // A part that is longer than the file, or exactly as long, is not trusted.
-        if length(&part).is_some_and(|n| n >= size) {
-            remove(&part)?;
+        if part.len()? >= size {
+            part.empty()?;
         }
         let (mut tries, mut damaged) = (0, false);
         loop {
-            let before = length(&part).unwrap_or(0);
+            let before = part.len()?;
             progress.start(name, size);
-            match http.download(&url, &part, size, progress) {
-                Ok(()) => match self.verify(&part, size, &meta.etag) {
-                    Ok(()) => {
+            match http.download(&url, &mut part, size, progress) {
+                Ok(()) => match damage(&part.path, size, &meta.etag)? {
+                    None => {
                         progress.finish();
-                        std::fs::rename(&part, &blob).map_err(Error::io("rename the download to", &blob))?;
-                        // What was just checked is known from here on.
-                        self.verify_once(&blob, size, &meta.etag).map_err(|e| self.error(format!("{name}: {e}")))?;
+                        std::fs::rename(&part.path, &blob).map_err(Error::io("rename the download to", &blob))?;
                         return link(&pointer, &meta.etag, name);
                     }
-                    Err(reason) => {
-                        remove(&part)?;
+                    Some(reason) => {
+                        part.empty()?;
                         if std::mem::replace(&mut damaged, true) {
                             return Err(self.error(format!("{name} arrived damaged twice: {reason}")));
                         }
@@ -284,7 +292,7 @@ impl Hub<'_> {
                     }
                 },
                 Err(e) if e.is_passing() => {
-                    let now = length(&part).unwrap_or(0);
+                    let now = part.len()?;
                     tries = if now > before { 0 } else { tries + 1 };
                     if tries >= TRIES {
                         return Err(self.explain(e, name));
@@ -297,33 +305,75 @@ impl Hub<'_> {
         }
     }
 
-    /// Size, and the hash by which the hub names the file: SHA-256 (64 digits), or git's blob SHA-1 (40).
-    fn verify(&self, blob: &Path, size: u64, etag: &str) -> std::result::Result<(), String> {
-        let open = || files::open(blob).map_err(|e| e.to_string());
-        let have = open()?.metadata().map_err(|e| e.to_string())?.len();
-        if have != size {
-            return Err(format!("it has {have} bytes, wanted {size}"));
+    /// Whether the cache has the file that `meta` speaks of. One that it has with other bytes is removed; one that cannot be
+    /// read stays, and is an error.
+    fn have(&self, blob: &Path, meta: &Meta, name: &str, progress: &Progress) -> Result<bool> {
+        if !files::is_there(blob)? {
+            return Ok(false);
         }
-        let digest = if etag.len() == 64 {
-            hash_file::<Sha256>(open()?, &[])
-        } else {
-            hash_file::<Sha1>(open()?, format!("blob {size}\0").as_bytes())
-        }
-        .map_err(|e| e.to_string())?;
-        if digest.eq_ignore_ascii_case(etag) { Ok(()) } else { Err(format!("its hash is {digest}, wanted {etag}")) }
+        let Some(damage) = self.damage(blob, meta.size, &meta.etag)? else { return Ok(true) };
+        progress.note(&format!("{name} in the cache is damaged ({damage}); it is fetched again"));
+        remove(blob)?;
+        Ok(false)
     }
 }
 
-fn hash_file<D: Digest>(mut file: std::fs::File, prefix: &[u8]) -> std::io::Result<String> {
-    let mut hasher = D::new();
-    hasher.update(prefix);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hex(&hasher.finalize())),
-            n => hasher.update(&buffer[..n]),
+/// A file that is being downloaded, locked: nobody else writes, renames or removes it meanwhile.
+pub(super) struct Part {
+    path: PathBuf,
+    file: std::fs::File,
+}
+
+impl Part {
+    fn lock(path: PathBuf) -> Result<Self> {
+        let busy = || Error::Refused(format!("another program is downloading {}", path.display()));
+        let file = files::open_own(&path, std::fs::OpenOptions::new().create(true).append(true))?;
+        let lock = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+        lock.map_err(|_| busy())?;
+        // Between opening and locking it may have been completed and renamed by another program.
+        let meta = file.metadata().map_err(Error::io("look at", &path))?;
+        if Stamp::at(&path).ok() != Some(Stamp::of(&meta)) {
+            return Err(busy());
         }
+        Ok(Self { path, file })
     }
+
+    /// Bytes that are there.
+    pub(super) fn len(&self) -> Result<u64> {
+        Ok(self.file.metadata().map_err(Error::io("look at", &self.path))?.len())
+    }
+
+    /// Takes all bytes out.
+    pub(super) fn empty(&mut self) -> Result<()> {
+        self.file.set_len(0).map_err(Error::io("write", &self.path))
+    }
+
+    /// Appends.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(Error::io("write", &self.path))
+    }
+
+    /// Makes it durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(Error::io("sync", &self.path))
+    }
+}
+
+/// What is wrong with a file of this size and this hash, by which the hub names it: SHA-256 (64 digits), or git's SHA-1 of a
+/// blob (40).
+fn damage(file: &Path, size: u64, etag: &str) -> Result<Option<String>> {
+    let opened = files::open(file)?;
+    let have = opened.metadata().map_err(Error::io("look at", file))?.len();
+    if have != size {
+        return Ok(Some(format!("it has {have} bytes, wanted {size}")));
+    }
+    let digest = if etag.len() == 64 {
+        digest::of_reader::<Sha256>(opened, &[])
+    } else {
+        digest::of_reader::<Sha1>(opened, format!("blob {size}\0").as_bytes())
+    };
+    let digest = digest.map_err(Error::io("read", file))?;
+    Ok((!digest.eq_ignore_ascii_case(etag)).then(|| format!("its hash is {digest}, wanted {etag}")))
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -1,17 +1,16 @@
 //! Requests to the hub and to whatever it redirects to. The token goes to the hub alone; redirects are counted, a body is cut
 //! off where it exceeds what was announced, and nobody is waited for longer than the environment allows.
 
-use std::io::{Read, Write};
-use std::path::Path;
+use std::io::Read;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde::de::DeserializeOwned;
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::Settings;
-use crate::checkpoint::files;
+use super::client::Part;
 use crate::error::{Error, Result};
 use crate::pipeline::progress::Progress;
 
@@ -86,15 +85,15 @@ impl<'a> Http<'a> {
         Self { agent: Agent::new_with_config(config), settings }
     }
 
-    /// A JSON object.
-    pub(super) fn json(&self, url: &str) -> Outcome<Value> {
+    /// An object in JSON; what is not wanted of it is passed over.
+    pub(super) fn json<T: DeserializeOwned>(&self, url: &str) -> Outcome<T> {
         let answer = self.follow(url, None, |_| {})?;
         let mut text = Vec::new();
         self.read(answer.into_body(), MAX_LIST, |piece| {
             text.extend_from_slice(piece);
             Ok(())
         })?;
-        serde_json::from_slice(&text).map_err(|e| Failure::Wrong(format!("{url} gives no JSON: {e}")))
+        serde_json::from_slice(&text).map_err(|e| Failure::Wrong(format!("{url} gives no such JSON: {e}")))
     }
 
     /// What the hub says of the file at `url`; the first answers count that have a hash.
@@ -127,13 +126,10 @@ impl<'a> Http<'a> {
     }
 
     /// Downloads what `part` lacks of the `size` bytes at `url`.
-    pub(super) fn download(&self, url: &str, part: &Path, size: u64, progress: &Progress) -> Outcome<()> {
-        let mut file = files::open_own(part, std::fs::OpenOptions::new().create(true).append(true))?;
-        let lock = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
-        lock.map_err(|_| Error::Refused(format!("another program is downloading {}", part.display())))?;
-        let mut have = file.metadata().map_err(Error::io("look at", part))?.len();
+    pub(super) fn download(&self, url: &str, part: &mut Part, size: u64, progress: &Progress) -> Outcome<()> {
+        let mut have = part.len()?;
         if have > size {
-            file.set_len(0).map_err(Error::io("write", part))?;
+            part.empty()?;
             have = 0;
         }
         if have == size {
@@ -142,12 +138,12 @@ impl<'a> Http<'a> {
         let answer = self.follow(url, Some(&format!("bytes={have}-")), |_| {})?;
         if answer.status() != StatusCode::PARTIAL_CONTENT && have > 0 {
             // The server gives the whole file.
-            file.set_len(0).map_err(Error::io("write", part))?;
+            part.empty()?;
             have = 0;
         }
         progress.advance(have);
         self.read(answer.into_body(), size - have, |piece| {
-            file.write_all(piece).map_err(Error::io("write", part))?;
+            part.write(piece)?;
             progress.advance(piece.len() as u64);
             have += piece.len() as u64;
             Ok(())
@@ -155,7 +151,7 @@ impl<'a> Http<'a> {
         if have < size {
             return Err(Failure::Passing(format!("the connection broke at {have} of {size} bytes")));
         }
-        file.sync_all().map_err(Error::io("sync", part))?;
+        part.sync()?;
         Ok(())
     }
 

@@ -8,9 +8,10 @@ use super::store::Values;
 use super::{Plan, Role, Scratch, Work};
 use crate::algorithms::Algorithm;
 use crate::calibrate::{Calibrator, LayerReport, Output, Room, Rounded, Saved, check_memory};
-use crate::checkpoint::destination::{check_free, check_offload};
-use crate::checkpoint::digest;
+use crate::checkpoint::destination::{check_free, check_offload, check_room};
 use crate::checkpoint::sink::Sink;
+use crate::checkpoint::source::Checkpoint;
+use crate::checkpoint::{digest, map};
 use crate::device::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::formats::activations::Activations;
@@ -38,10 +39,21 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
     crate::evaluate::fits(&model, &model, &text.sequences)?;
     let device = Cpu::new(resources.threads)?;
     check_memory(resources.max_memory, &model.config)?;
-    let mut opened = Opened::new(task, paths, resources)?;
     if let Some(offload) = &resources.offload {
         check_offload(&paths.src, offload)?;
     }
+    let tokens = text.sequences.iter().map(|s| s.real as u64).sum();
+    if resources.offload.is_none() {
+        // Hidden states lie beside the output then, so both have to fit, and nothing is made where they do not.
+        let room = Room {
+            memory: resources.max_memory,
+            offload: &paths.dst,
+            offload_hessians: resources.offload_hessians,
+            progress: &resources.progress,
+        };
+        check_room(&paths.dst, task.layout.total_bytes() + room.offloaded(&model, tokens))?;
+    }
+    let mut opened = Opened::new(task, paths, resources)?;
     let offload = resources.offload.clone().unwrap_or_else(|| opened.sink.partial().to_path_buf());
     let saved = Saved::new(&offload, opened.sink.partial(), &opened.fingerprint);
     let room = Room {
@@ -50,7 +62,6 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
         offload_hessians: resources.offload_hessians,
         progress: &resources.progress,
     };
-    let tokens = text.sequences.iter().map(|s| s.real as u64).sum();
     let room_enough = check_free(&offload, room.offloaded(&model, tokens), saved.taken());
     let calibrator = || Calibrator::new(&device, &model, &plan.recipe, &text.sequences, room);
     let begun = room_enough.and_then(|()| calibrator()).and_then(|mut calibrator| {
@@ -72,14 +83,14 @@ pub(super) fn run(plan: &Plan, task: Task<Work>, paths: &Paths, resources: &Reso
         let left = model.config.layers.saturating_sub(opened.sink.resumed.len().saturating_sub(1));
         resources.progress.start_counting("calibrate", calibrator.work_a_layer() * left as u64, Unit::Work);
         let state = Mutex::new(State { calibrator, at, reports: BTreeMap::new() });
-        let run = Calibrated { plan, taker: &taker, saved: &saved, state };
+        let run = Calibrated { plan, taker: &taker, saved: &saved, source: &model.checkpoint, state };
         opened.work(&run, resources)
     });
     let kept = matches!(&outcome, Err(e) if e.is_transient());
-    if !kept {
-        saved.remove()?;
-    }
-    opened.end(outcome, resources)
+    let removed = if kept { Ok(()) } else { saved.remove() };
+    // What ended the run is told before what could not be cleaned up behind it.
+    let done = opened.end(outcome, resources)?;
+    removed.map(|()| done)
 }
 
 /// The layer whose hidden states a run needs to go on: the first one that is left, where that is not the first of all.
@@ -135,6 +146,8 @@ struct Calibrated<'p, 'm> {
     plan: &'p Plan<'p>,
     taker: &'p Taker<'p>,
     saved: &'p Saved,
+    /// The source as the calibration has it open.
+    source: &'p Checkpoint,
     state: Mutex<State<'m>>,
 }
 
@@ -164,8 +177,12 @@ impl<'p> Pipeline for Calibrated<'p, '_> {
             None if layer == 0 => state.calibrator.embed()?,
             None => return Err(Error::Fault(format!("layer {layer} comes first, and nobody has its hidden states"))),
         }
-        let report =
-            if head { state.calibrator.head(self.taker)? } else { state.calibrator.layer(layer, self.taker)? };
+        let made = if head { state.calibrator.head(self.taker) } else { state.calibrator.layer(layer, self.taker) };
+        // The calibration reads the source through maps of its own. What it made of a source that changed meanwhile may not
+        // be journaled, and where it failed, the change is why.
+        self.source.unchanged()?;
+        map::intact()?;
+        let report = made?;
         if !head && state.calibrator.is_read(layer, self.taker) {
             self.saved.save(layer + 1, state.calibrator.states())?;
         }
@@ -180,7 +197,7 @@ impl<'p> Pipeline for Calibrated<'p, '_> {
         let measured = report.errors.iter().map(|(linear, sums)| (self.taker.jobs[linear], *sums));
         let mut result = self.plan.result(group, found.into_iter().flatten().chain(measured));
         result.coverage = report.coverage.into_iter().collect();
-        result.notes = report.notes;
+        result.notes.extend(report.notes);
         result
     }
 }

@@ -7,6 +7,7 @@ use safetensors::Dtype;
 use super::store::{Place, Store};
 use super::{Plan, Split, Work};
 use crate::algorithms::rtn::Codes;
+use crate::checkpoint::files;
 use crate::checkpoint::gguf::{Storage, Value};
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::sink::Sink;
@@ -79,7 +80,7 @@ impl<'a> Plan<'a> {
         let name = self.config.known_name().unwrap_or(model::gguf::ARCHITECTURE);
         let mut keys = model::gguf::metadata(&self.config, &settings, name)?;
         keys.push(("general.file_type".into(), Value::U32(self.file_type())));
-        if self.source.is_some() || dir.join(text::tokenizer::TOKENIZER).exists() {
+        if self.source.is_some() || files::is_there(&dir.join(text::tokenizer::TOKENIZER))? {
             keys.extend(text::gguf::metadata(dir, &self.raw_config, self.config.vocab)?);
         }
         Ok(keys)

@@ -21,7 +21,7 @@ mod treat;
 
 use super::executor::Unit;
 use super::task::{self, GroupResult, Pipeline, Task};
-use super::{Paths, Resources, copy, half_range, refuse_unknown, seal, side_files, source_notes};
+use super::{Paths, Resources, copy, half_range, refuse_what_would_be_lost, seal, side_files, source_notes};
 use crate::algorithms::rtn::{Codes, ErrorSums, Target, rtn};
 use crate::checkpoint::gguf as gguf_file;
 use crate::checkpoint::header::TensorSpec;
@@ -41,7 +41,7 @@ use crate::ops::dequantize::Blocks;
 use crate::ops::round;
 use crate::recipe::{Container, Recipe, Treatment};
 use crate::text::Text;
-use crate::verify::errors::report;
+use crate::verify::errors::{relative, report};
 
 use linears::Experts;
 use store::{Store, Values};
@@ -137,8 +137,8 @@ impl<'a> Plan<'a> {
             p.apply(&mut raw_config);
             config = ModelConfig::parse(dir, &raw_config)?;
         }
-        let method =
-            raw_config.get("quantization_config").map(|q| q["quant_method"].as_str().unwrap_or("?").to_owned());
+        let said = raw_config.get("quantization_config").filter(|q| !q.is_null());
+        let method = said.map(|q| q["quant_method"].as_str().unwrap_or("?").to_owned());
         if source.is_some_and(Checkpoint::is_gguf) && !recipe.keep_codes {
             return Err(Error::Refused(format!(
                 "{} is a GGUF file, which --keep-codes puts into another container; to quantize, give the checkpoint that it \
@@ -305,7 +305,8 @@ impl<'a> Plan<'a> {
         let text = match (self.calibrated, text) {
             (true, None) => {
                 return Err(Error::Refused(
-                    "this recipe needs a calibration text: give --calib-jsonl FILE, or --algo rtn, which needs none"
+                    "this recipe needs a calibration text: give --calib-jsonl FILE, or --algo rtn, which needs none where no scheme \
+                     fixes the scale of its inputs (fp8_static does)"
                         .into(),
                 ));
             }
@@ -323,7 +324,7 @@ impl<'a> Plan<'a> {
             layout: self.layout(),
             units: std::mem::take(&mut self.units),
         };
-        refuse_unknown(source, &self.config, paths.drop_unknown)?;
+        refuse_what_would_be_lost(source, &self.config, paths.drop_unknown)?;
         let done = match text {
             None => task::run(&self, task, paths, resources)?,
             Some(text) => calibrated::run(&self, task, paths, resources, text)?,
@@ -520,12 +521,24 @@ impl Plan<'_> {
         }
         let measured =
             jobs.iter().map(|(&job, sums)| (self.jobs[job].linear, output::stored_as(&self.jobs[job]), *sums));
+        let lost: Vec<_> = jobs.iter().filter(|(_, sums)| relative(sums) > LOST).map(|(&job, _)| job).collect();
+        let notes = lost.first().map(|&job| {
+            let (module, more) = (self.jobs[job].linear.module(), lost.len() - 1);
+            format!(
+                "{module}{} lost its values (relative error above {LOST}): scales that the source's type cannot hold become \
+                 zero; give a source in BF16 or F32",
+                if more > 0 { format!(" and {more} more of its layer each") } else { String::new() }
+            )
+        });
         let mut tensors = report(measured);
         tensors.extend(self.stays.iter().filter(|s| s.0 == group).map(|s| s.1.clone()));
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        GroupResult { tensors, ..GroupResult::default() }
+        GroupResult { tensors, notes: notes.into_iter().collect(), ..GroupResult::default() }
     }
 }
+
+/// Relative error above which nothing of a weight is left. Ternary weights have 0.5.
+const LOST: f64 = 0.99;
 
 /// A worker's buffers.
 #[derive(Default)]

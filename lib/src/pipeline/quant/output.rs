@@ -229,15 +229,15 @@ impl Plan<'_> {
         groups
     }
 
-    /// One line a family of the jobs that `takes` takes, with its group.
+    /// One line a family and way of being stored, of the jobs that `takes` takes, with its group.
     fn families(&self, takes: impl Fn(&LinearJob) -> bool) -> Vec<(usize, TensorReport)> {
-        let mut families: BTreeMap<(usize, String), TensorReport> = BTreeMap::new();
+        let mut families: BTreeMap<(usize, String, String), TensorReport> = BTreeMap::new();
         for job in self.jobs.iter().filter(|j| takes(j)) {
             let (out, inp) = job.linear.shape(&self.config);
             let family = Family::of(&job.linear);
             let group = job.linear.layer + 1;
             let stored = stored_as(job);
-            let line = families.entry((group, family.name())).or_insert_with(|| TensorReport {
+            let line = families.entry((group, family.name(), stored.clone())).or_insert_with(|| TensorReport {
                 name: family.name(),
                 tensors: 0,
                 parameters: 0,
@@ -247,7 +247,7 @@ impl Plan<'_> {
             line.tensors += 1;
             line.parameters += (out * inp) as u64;
         }
-        families.into_iter().map(|((g, _), r)| (g, r)).collect()
+        families.into_iter().map(|((g, ..), r)| (g, r)).collect()
     }
 
     /// Notes what keeps its codes as what stays: nobody measures it.

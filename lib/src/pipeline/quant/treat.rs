@@ -42,6 +42,13 @@ impl Plan<'_> {
                 let as_floats = self.recipe.container == Container::Dense;
                 let sparse = rules.sparse(&linear).cloned();
                 if scheme.is_some() || sparse.is_some() {
+                    if self.config.tied && linear.proj == Proj::LmHead {
+                        return Err(Error::Refused(
+                            "lm_head: config.json says tie_word_embeddings, so the head is the embedding and has no weight of its \
+                             own to quantize: give --lm-head keep (--embed-tokens rounds the weight that is both)"
+                                .into(),
+                        ));
+                    }
                     self.treated.insert(linear, Treatment { layer: layer.clone(), scheme, sparse, as_floats });
                 }
             }

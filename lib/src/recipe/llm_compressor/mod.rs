@@ -11,6 +11,8 @@ mod scheme;
 
 use std::path::Path;
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use self::modifiers::{MODIFIERS, Reading};
@@ -20,7 +22,12 @@ use super::pattern::Patterns;
 use super::simplify::simplify;
 use super::{LayerRecipe, Override, Recipe, SchemeName};
 use crate::error::{Error, Result};
+use crate::guard::{Limits, limited};
 use crate::model::{Linear, ModelConfig, Proj};
+
+/// What the reader of YAML may take. A recipe takes a millisecond; some texts take a time that grows with the square of their
+/// length.
+const LIMITS: Limits = Limits { time: Duration::from_secs(5), memory: 512 << 20, stack: 16 << 20 };
 
 /// Reads a file for a model of these shapes.
 ///
@@ -34,8 +41,12 @@ fn parse(file: &Path, text: &str, config: &ModelConfig) -> Result<Recipe> {
     let bad = |e: String| Error::file(file, format!("is not YAML: {e}"));
     // Through YAML's own type, which refuses keys that stand twice.
     keys::refuse_deep_yaml(file, text)?;
-    let yaml: yaml_serde::Value = yaml_serde::from_str(text).map_err(|e| bad(e.to_string()))?;
-    let value: Value = serde_json::to_value(yaml).map_err(|e| bad(e.to_string()))?;
+    let text = text.to_owned();
+    let read = limited("it", LIMITS, move || {
+        let yaml: yaml_serde::Value = yaml_serde::from_str(&text).map_err(|e| e.to_string())?;
+        serde_json::to_value(yaml).map_err(|e| e.to_string())
+    });
+    let value: Value = read.and_then(|r| r).map_err(bad)?;
     let root = Object::new(file, "", &value)?;
     let mut reading = Reading::default();
     stages(&root, &mut reading)?;

@@ -60,11 +60,7 @@ impl Sensitivity {
     }
 
     pub(super) fn read(file: &Path) -> Result<Option<Self>> {
-        let text = match std::fs::read(file).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io("read", file)(e)),
-        };
+        let Some(text) = files::read_text_if_there(file)? else { return Ok(None) };
         let bad = |e: serde_json::Error| Error::file(file, format!("is no list of measured errors: {e}; remove it"));
         serde_json::from_str(&text).map(Some).map_err(bad)
     }

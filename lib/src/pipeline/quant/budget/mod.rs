@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use super::{Plan, calibrated, task};
 use crate::algorithms::Algorithm;
 use crate::calibrate::{Calibrator, Room, check_memory};
+use crate::checkpoint::map;
 use crate::checkpoint::source::Checkpoint;
 use crate::device::cpu::Cpu;
 use crate::error::{Error, Result};
@@ -286,7 +287,11 @@ impl<'a> Budget<'a> {
                 calibrator.pass(l)?;
                 continue;
             }
-            let errors = calibrator.measure(l, &attention.trials(), &experts.trials())?;
+            let errors = calibrator.measure(l, &attention.trials(), &experts.trials());
+            // What was measured of a source that changed meanwhile is not noted.
+            model.checkpoint.unchanged()?;
+            map::intact()?;
+            let errors = errors?;
             found.layers.push(errors);
             found.check(trials, &model.config).map_err(Error::Refused)?;
             found.write(file)?;
