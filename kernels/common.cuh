@@ -111,6 +111,11 @@ HOST_DEVICE int e2m1_doubled(int code) {
   return code & 8 ? -value : value;
 }
 
+// What a number becomes where it is written as one of `type`.
+HOST_DEVICE float rounded(float value, FloatType type) {
+  return type == F32 ? value : type == BF16 ? bf16_value(to_bf16(value)) : f16_value(to_f16(value));
+}
+
 HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 #ifdef __CUDACC__
@@ -191,6 +196,10 @@ DEVICE void load_sixteen(uint32_t (&to)[4], const void* from) {
   to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
 }
 
+DEVICE void store_sixteen(void* to, const uint32_t (&from)[4]) {
+  *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+}
+
 // Eight bytes at a multiple of eight.
 DEVICE void load_eight(uint32_t (&to)[2], uint32_t from) {
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];\n" : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
@@ -259,6 +268,9 @@ DEVICE void sync_warp() { __syncwarp(); }
 // The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
 DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// The lanes that have the same number, a bit each, this one's too.
+DEVICE uint32_t lanes_alike(int number) { return __match_any_sync(0xffffffffu, number); }
+
 // The value of lane `lane`.
 DEVICE float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
@@ -269,9 +281,14 @@ DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return bytes;
 }
 
+DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+
 #endif
 
 // ---- on both sides ----
+
+// A bit for each lane in front of this one.
+DEVICE uint32_t lanes_below(int lane) { return (1u << lane) - 1; }
 
 // Eight numbers at `index`, a multiple of eight, of an array that begins at a multiple of sixteen bytes.
 DEVICE void read_eight(float (&to)[8], const void* numbers, int64_t index, FloatType type) {
@@ -292,6 +309,28 @@ DEVICE void read_eight(float (&to)[8], const void* numbers, int64_t index, Float
     uint16_t bits = uint16_t(words[i / 2] >> (16 * (i % 2)));
     to[i] = type == BF16 ? bf16_value(bits) : f16_value(bits);
   }
+}
+
+// Eight numbers to `index`, a multiple of eight, of an array that begins at a multiple of sixteen bytes.
+DEVICE void write_eight(void* numbers, int64_t index, const float (&from)[8], FloatType type) {
+  if (type == F32) {
+    float* to = static_cast<float*>(numbers) + index;
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) words[i] = to_bits(from[half + i]);
+      store_sixteen(to + half, words);
+    }
+    return;
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    auto bits = [&](float value) { return uint32_t(type == BF16 ? to_bf16(value) : to_f16(value)); };
+    words[i] = bits(from[2 * i]) | bits(from[2 * i + 1]) << 16;
+  }
+  store_sixteen(static_cast<uint16_t*>(numbers) + index, words);
 }
 
 // Four numbers at `index`.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use serde_json::Value;
 use support::{Ran, command, root, run};
@@ -70,7 +71,18 @@ fn every_kernel_gives_what_plain_loops_give_on_this_processor() {
     compile(&kernels, "check.cpp", &[], &program);
     let ran: Ran = Command::new(&program).output().unwrap().into();
     assert_eq!(ran.code, 0, "{}", ran.err);
-    assert_eq!(ran.out, "2546 launches gave what plain loops give\n");
+    assert_eq!(ran.out, "2558 launches gave what plain loops give\n");
+}
+
+/// The folder of the driver whose GPU is this processor.
+fn driver() -> &'static Path {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        compile(&root().join("kernels"), "driver.cpp", &["-fPIC", "-shared"], &dir.path().join("libcuda.so.1"));
+        dir
+    });
+    folder.path()
 }
 
 /// Compiles `source` of kernels/host against the kernels in `kernels`.
@@ -99,8 +111,7 @@ fn on_this_processor(data: &Path, driver: &Path, line: &str) -> Command {
 fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
     let dir = tempfile::tempdir().unwrap();
     let kernels = root().join("kernels");
-    compile(&kernels, "driver.cpp", &["-fPIC", "-shared"], &dir.path().join("libcuda.so.1"));
-    let verify = |line: &str| run(&mut on_this_processor(dir.path(), dir.path(), line));
+    let verify = |line: &str| run(&mut on_this_processor(dir.path(), driver(), line));
 
     let none = verify("gptoss-verify kernels");
     assert!(none.code == 2 && none.err.contains("no kernels are installed in"), "{}", none.err);
@@ -118,7 +129,7 @@ fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
     assert_eq!(manifest["environment"]["kernels"].as_array().unwrap().len(), 2);
     assert_eq!(manifest["notes"][0], "this processor ran code for 8.6");
     let tests = manifest["kernel_tests"].as_array().unwrap();
-    assert_eq!(tests.len(), 15);
+    assert_eq!(tests.len(), 16);
     for test in tests {
         assert!(test["cases"].as_u64().unwrap() > 3 && test.get("failure").is_none(), "{test}");
         // Sums of tensor cores over bf16 and the exponential are free to differ, here by nothing.
@@ -131,6 +142,35 @@ fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
     assert_eq!(names, ["w4a8", "mxfp4_a8", "w8a8", "w4a16", "mxfp4_a16"]);
     let row = &rows[0];
     assert!(row["microseconds"].as_f64().unwrap() > 0.0 && row["copies"].as_u64().unwrap() >= 8, "{row}");
+
+    // A GPU of another architecture with 33 times as many multiprocessors, whose launches begin early: the same bits.
+    with_stand_in(dir.path(), "--yes --quiet --arch 9.0a").manifest();
+    let hopper = |line: &str| run(on_this_processor(dir.path(), driver(), line).env("GPTOSS_EMULATED_GPU", "9.0:132"));
+    let other = hopper("gptoss-verify kernels --quiet").manifest();
+    assert_eq!(other["notes"][0], "this processor ran code for 9.0a");
+    for (one, other) in tests.iter().zip(other["kernel_tests"].as_array().unwrap()) {
+        assert_eq!(one["kernel"], other["kernel"]);
+        assert_eq!((&one["digest"], other.get("failure")), (&other["digest"], None), "{one} {other}");
+    }
+    // What one kernel does to its context, or never ends, is no matter of the others.
+    for (variable, kernel, words) in [
+        ("GPTOSS_EMULATED_CRASH", "w4a8_16x8", "an illegal memory access"),
+        ("GPTOSS_EMULATED_HANG", "w4a8_16x8", "did not end within 2 s"),
+    ] {
+        let line = "gptoss-verify kernels --quiet --limit 2 --only mask,w4a8,chain";
+        let ran = run(on_this_processor(dir.path(), driver(), line).env(variable, kernel));
+        let tests: Value = serde_json::from_str(&ran.out).unwrap();
+        let failed: Vec<(&str, &str)> = tests["kernel_tests"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|t| Some((t["kernel"].as_str()?, t["failure"].as_str()?)))
+            .collect();
+        assert!(
+            ran.code == 1 && failed.len() == 1 && failed[0].0 == "w4a8" && failed[0].1.contains(words),
+            "{failed:?}"
+        );
+    }
 
     // A kernel that halves what it should give, and one that reads beyond its inputs.
     let broken = dir.path().join("broken");
@@ -162,7 +202,24 @@ fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
         let line = format!("gptoss-verify kernels --only {kernel}");
         let ran = run(&mut on_this_processor(dir.path(), &broken, &line));
         assert!(ran.code == 1 && ran.err.contains(words), "{change}: {} {}", ran.code, ran.err);
+        // What is wrong of a product is said by rows, tokens and columns.
+        if !words.contains("array") {
+            assert!(ran.out.contains("outputs are wrong; rows mod 16: "), "{change}: {}", ran.out);
+        }
         std::fs::remove_dir_all(&broken).unwrap();
+    }
+
+    // One that does not wait for what it reads: seen where launches begin early, and only there.
+    let copied = Command::new("cp").arg("-r").args([&kernels, &broken]).status().unwrap();
+    assert!(copied.success());
+    let text = std::fs::read_to_string(broken.join("combine_experts.cu")).unwrap();
+    assert!(text.contains("  inputs_ready();\n"));
+    std::fs::write(broken.join("combine_experts.cu"), text.replace("  inputs_ready();\n", "")).unwrap();
+    compile(&broken, "driver.cpp", &["-fPIC", "-shared"], &broken.join("libcuda.so.1"));
+    for (gpu, flags, code) in [("8.6:4", "", 0), ("9.0:132", "", 1), ("9.0:132", "--no-early-launch", 0)] {
+        let line = format!("gptoss-verify kernels --quiet --only chain {flags}");
+        let ran = run(on_this_processor(dir.path(), &broken, &line).env("GPTOSS_EMULATED_GPU", gpu));
+        assert_eq!(ran.code, code, "{gpu} {flags}: {} {}", ran.out, ran.err);
     }
 
     // A damaged build is not run.
@@ -170,6 +227,61 @@ fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
     std::fs::write(&file, "no code").unwrap();
     let damaged = verify("gptoss-verify kernels");
     assert!(damaged.code == 2 && damaged.err.contains("damaged"), "{}", damaged.err);
+}
+
+/// The script for a machine with a GPU, from end to end; and killed in the middle of a step.
+#[test]
+fn the_script_for_a_gpu_leaves_what_it_measured_whatever_ends_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernels = root().join("kernels");
+    let packed = dir.path().join("packed");
+    std::fs::create_dir_all(packed.join("bin")).unwrap();
+    std::fs::create_dir_all(packed.join("kernels")).unwrap();
+    std::fs::copy(kernels.join("check.sh"), packed.join("kernels/check.sh")).unwrap();
+    for tool in ["gptoss-verify", "gptoss-bench"] {
+        std::os::unix::fs::symlink(support::exe(tool), packed.join("bin").join(tool)).unwrap();
+    }
+    let mut store = install(dir.path(), "--yes --quiet --arch 9.0a");
+    run(store.env("GPTOSS_KERNELS", packed.join("store")).arg("--nvcc").arg(stand_in(dir.path(), ""))).manifest();
+    let script = |out: &Path| {
+        let mut script = Command::new("bash");
+        script.arg(packed.join("kernels/check.sh")).arg(out).env("QUICK", "1").env("LD_LIBRARY_PATH", driver());
+        script.env("GPTOSS_EMULATED_GPU", "9.0:132").env_remove("GPTOSS_KERNELS");
+        script
+    };
+    let tables = |out: &Path| {
+        let tar = Command::new("tar")
+            .arg("-xOf")
+            .arg(out.join("results.tar"))
+            .arg("results/gemm-4096.jsonl")
+            .output()
+            .unwrap();
+        String::from_utf8(tar.stdout).unwrap()
+    };
+    let out = dir.path().join("whole");
+    let ran = run(&mut script(&out));
+    let log = std::fs::read_to_string(out.join("check.log")).unwrap();
+    assert_eq!(ran.code, 0, "{} {log}", ran.err);
+    // There is no cuBLAS here, so no ratio is known.
+    for words in ["right in", "UNKNOWN: w4a8, 4096 x 4096, times cuBLAS", "s in all; "] {
+        assert!(log.contains(words), "{words}: {log}");
+    }
+    assert!(tables(&out).lines().count() >= 6, "{log}");
+
+    // Killed while it measures, once the first rows are in the tar.
+    let out = dir.path().join("killed");
+    let mut killed = script(&out).stderr(std::process::Stdio::null()).spawn().unwrap();
+    while !(out.join("results.tar").exists() && tables(&out).contains("\"w4a8\"")) {
+        assert!(killed.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    killed.kill().unwrap();
+    assert_eq!(killed.wait().unwrap().code(), None, "it was over before");
+    // Every row but the one that was being written is whole.
+    let rows = tables(&out);
+    let whole = rows.lines().filter(|row| serde_json::from_str::<Value>(row).is_ok()).count();
+    assert!(whole > 0 && whole + 1 >= rows.lines().count(), "{rows}");
+    assert!(std::fs::read_to_string(out.join("check.log")).unwrap().contains(": 4096 x 4096 "), "a log");
 }
 
 #[test]
@@ -241,7 +353,7 @@ fn builds_have_the_committed_hashes_and_machine_code_for_tensor_cores() {
     for (name, hash) in have.iter().filter(|(name, _)| !name.ends_with(".so")) {
         assert_eq!(golden["files"][name], **hash, "{name}: README says how golden-hashes.json is made again");
     }
-    assert_eq!(have.len(), if all { 77 } else { 44 } + 2);
+    assert_eq!(have.len(), if all { 84 } else { 48 } + 2);
     assert_eq!(built["kernels"]["cutlass"]["version"], "4.2.0");
 
     let again = with_nvcc(other.path(), "--yes --quiet --threads 3 --arch 9.0a").manifest();

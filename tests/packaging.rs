@@ -97,6 +97,8 @@ fn enter(variables: &[(&str, &str)], kernels: &Path, words: &[&str]) -> Ran {
     let path = format!("{}:/usr/bin:/bin", binaries().display());
     let mut entry = Command::new(root().join("nix/entrypoint.sh"));
     entry.args(words).env("PATH", path).env("GPTOSS_KERNELS", kernels).envs(variables.iter().copied());
+    // A shell complains of a locale that the caller has and the machine has not.
+    entry.env("LC_ALL", "C");
     for name in ["CUDA_HOME", "VIRTUAL_ENV", "TORCH_CUDA_ARCH_LIST"] {
         entry.env_remove(name);
     }

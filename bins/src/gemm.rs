@@ -1,11 +1,13 @@
 //! `gptoss-bench gemm`, which is `gptoss-verify --bench` too.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use gptoss::bench::{Request, Shape, cpu, gpu, names, shapes_of};
+use gptoss::bench::{GemmRow, Request, Shape, cpu, gpu, mixture_of, names, shapes_of};
 use gptoss::checkpoint::hub::Located;
 use gptoss::kernels::gpu::Gpu;
 use gptoss::kernels::gpu::operations::{Block, LARGEST_GROUP};
@@ -60,9 +62,36 @@ pub struct GemmArgs {
     /// Where [default: auto]
     #[arg(long, value_enum, help_heading = "Products")]
     on: Option<On>,
+    /// Also a whole layer of experts of the model on the GPU, from grouping rows to combining outputs, as one figure
+    #[arg(long, requires = "shapes", help_heading = "Products")]
+    whole_layer: bool,
+    /// Write each row of the GPU's into this file as soon as it is measured, JSON, an object a line
+    #[arg(long, value_name = "FILE", help_heading = "Products")]
+    rows: Option<PathBuf>,
+    /// Launches begin only when those in front of them have ended, also on 9.0 and later
+    #[arg(long, help_heading = "Products")]
+    no_early_launch: bool,
     /// Draw the ratios over M into this SVG file
     #[arg(long, value_name = "FILE", help_heading = "Products")]
     plot: Option<PathBuf>,
+}
+
+/// A file that rows are written to, one by one: what was measured is there, however the program ends.
+struct RowsFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl RowsFile {
+    fn open(path: &Path) -> Result<Self> {
+        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { path: path.to_path_buf(), file })
+    }
+
+    fn write(&mut self, row: &GemmRow) -> gptoss::Result<()> {
+        let line = serde_json::to_string(row).expect("plain data serializes") + "\n";
+        self.file.write_all(line.as_bytes()).map_err(gptoss::Error::io("write", &self.path))
+    }
 }
 
 /// Runs where nothing else is said.
@@ -98,6 +127,9 @@ impl GemmArgs {
             || self.shapes.is_some()
             || self.plot.is_some()
             || self.on.is_some()
+            || self.whole_layer
+            || self.no_early_launch
+            || self.rows.is_some()
     }
 
     /// Measures, and writes a manifest with a row a product.
@@ -120,7 +152,9 @@ impl GemmArgs {
             match self.gpu() {
                 Ok(gpu) => {
                     notes.push(format!("{}, code for {}", gpu.name, gpu.target()));
-                    let (measured, more) = gpu::run(&gpu, &request, &resources.progress)?;
+                    let mut rows_file = self.rows.as_deref().map(RowsFile::open).transpose()?;
+                    let mut emit = |row: &GemmRow| rows_file.as_mut().map_or(Ok(()), |file| file.write(row));
+                    let (measured, more) = gpu::run(&gpu, &request, &resources.progress, &mut emit)?;
                     rows.extend(measured);
                     notes.extend(more);
                 }
@@ -151,10 +185,16 @@ impl GemmArgs {
 
     fn gpu(&self) -> Result<Gpu> {
         let root = kernel_dir().context("neither GPTOSS_KERNELS nor HOME says where kernels are installed")?;
-        Ok(Gpu::open(&root)?)
+        let gpu = Gpu::open(&root)?;
+        Ok(if self.no_early_launch { gpu.without_early_launch() } else { gpu })
     }
 
     fn request(&self, memory: u64) -> Result<Request> {
+        let mixture = self
+            .shapes
+            .as_ref()
+            .filter(|_| self.whole_layer)
+            .and_then(|m| mixture_of(&shapes_of(m).unwrap_or_default()));
         let mut shapes = match &self.shapes {
             Some(model) => match shapes_of(model) {
                 Some(shapes) => shapes,
@@ -187,6 +227,6 @@ impl GemmArgs {
             (m, _) => m.to_vec(),
         };
         let (group, iters, kernels) = (self.group, self.iters.unwrap_or(ITERS), self.only.clone());
-        Ok(Request { m, shapes, group, iters, kernels, block: self.block, memory })
+        Ok(Request { m, shapes, mixture, group, iters, kernels, block: self.block, memory })
     }
 }

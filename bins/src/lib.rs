@@ -2,6 +2,7 @@
 
 pub mod device;
 pub mod gemm;
+pub mod kernels;
 pub mod plot;
 pub mod quality;
 pub mod recipe;

@@ -210,7 +210,10 @@ fn kernel_tests(o: &mut String, tests: &[KernelTest]) {
         let bits = format!("{share:.1}% of {} numbers have the reference's bits", t.numbers);
         let how = if t.exact { bits } else { format!("error {:.2} of what rounding may do; {bits}", t.error) };
         let state = t.failure.as_ref().map_or("right".into(), |f| format!("WRONG: {f}"));
-        let _ = writeln!(o, "{:<22} {state} in {} launches: {how}", t.kernel, t.cases);
+        let _ = writeln!(o, "{:<22} {} in {} launches: {how}", t.kernel, printable(&state), t.cases);
+        if let Some(pattern) = &t.pattern {
+            let _ = writeln!(o, "{:<22} {pattern}", "");
+        }
     }
 }
 

@@ -13,6 +13,7 @@
 #include "../group_rows.cu"
 #include "../mxfp4_a16.cu"
 #include "../mxfp4_a8.cu"
+#include "../normalize_activations.cu"
 #include "../quantize_activations.cu"
 #include "../w4a16.cu"
 #include "../w4a8.cu"
@@ -319,6 +320,37 @@ void check_activations() {
       }
 }
 
+// RMSNorm beside a plain loop in f64, and its codes beside those of quantize_activations on the same numbers.
+void check_norm() {
+  for (FloatType type : {BF16, F16, F32})
+    for (int k : {32, 96, 2880, 12288}) {
+      const int m = 3;
+      std::vector<uint32_t> input(m * k), weight(k), output(m * k + 4, 77), again(m * k);
+      std::vector<uint8_t> codes(m * k + 1, 77), wanted(m * k);
+      std::vector<float> scales(m + 1, 77), wanted_scales(m);
+      std::normal_distribution<float> normal(0, 2);
+      for (int i = 0; i < m * k; i++) write_float(input.data(), i, type, i / k == 1 ? 0 : normal(draw));
+      for (int i = 0; i < k; i++) write_float(weight.data(), i, BF16, normal(draw));
+      activations::Arguments p = {input.data(), codes.data(), scales.data(), m, k, type, 0};
+      activations::Norm norm = {weight.data(), output.data(), BF16, 1e-5f};
+      simt::launch({m, 1, 1}, activations::THREADS, activations::THREADS * 4, k == 96, [&] { normalize_activations(p, norm); });
+      for (int t = 0; t < m; t++) {
+        double squares = 0;
+        for (int i = 0; i < k; i++) squares += pow(double(read_float(input.data(), t * k + i, type)), 2);
+        for (int i = 0; i < k; i++) {
+          double want = read_float(input.data(), t * k + i, type) / sqrt(squares / k + 1e-5) * read_float(weight.data(), i, BF16);
+          double have = read_float(output.data(), t * k + i, type), half = type == BF16 ? 1.0 / 256 : type == F16 ? 1.0 / 2048 : 0;
+          if (!(fabs(have - want) <= (half + 2e-6) * fabs(want) + 1e-7)) fprintf(stderr, "normal number %g, wanted %g\n", have, want), exit(1);
+        }
+      }
+      activations::Arguments q = {output.data(), wanted.data(), wanted_scales.data(), m, k, type, 0};
+      simt::launch({m, 1, 1}, activations::THREADS, activations::THREADS * 4, false, [&] { quantize_activations(q); });
+      bool same = memcmp(codes.data(), wanted.data(), wanted.size()) == 0 && memcmp(scales.data(), wanted_scales.data(), 4 * m) == 0;
+      if (!same || codes[m * k] != 77 || scales[m] != 77) fprintf(stderr, "codes of normal numbers\n"), exit(1);
+      checks++;
+    }
+}
+
 void check_dequantization() {
   for (FloatType type : {BF16, F16, F32})
     for (int n : {1, 65, 130})
@@ -429,7 +461,7 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
     std::fill(std::begin(tiles), std::end(tiles), -7);
     int used = -7;
     routes::Arguments r = {chosen.data(), &used, rows.data(), places.data(), tiles, tokens, top_k, count, tile, tiles_count};
-    simt::launch({1, 1, 1}, routes::THREADS, 3 * routes::THREADS * 4, backwards, [&] { group_rows(r); });
+    simt::launch({1, 1, 1}, routes::THREADS, routes::SHARED, backwards, [&] { group_rows(r); });
     // Tiles cover the rows, those of an expert after those of the one before; each row is its token's, tokens ascending.
     std::vector<int> expert_of(rows_count, -1);
     int covered = 0;
@@ -538,7 +570,7 @@ void check_mixtures() {
   using I8 = gemm::Int8Inputs;
   using B16 = gemm::Bf16Inputs;
   // As many experts as there may be.
-  check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, 3, 32, 32, routes::THREADS, 4, 32, F32);
+  check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, 3, 32, 32, routes::EXPERTS, 4, 32, F32);
   for (int tokens : {1, 5, 33}) {
     check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, tokens, 96, 64, 6, 2, 32, F32);
     check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, tokens, 64, 160, 4, 3, 32, BF16);
@@ -610,6 +642,7 @@ int main() {
   check_floats();
   check_decoders();
   check_activations();
+  check_norm();
   check_dequantization();
   check_products();
   check_mixtures();

@@ -2,12 +2,17 @@
 // libcuda.so.1 launch the kernels as they would on a GPU, so that what they pass is checked too: names, grids, shared memory, structures. Behind
 // each allocation lies a page that nobody may touch. Machine code is not looked at.
 //
+// GPTOSS_EMULATED_GPU says which GPU it is: compute capability and multiprocessors, "8.6:4" unless it is set. With 9.0 and later, launches that allow it
+// begin before the two in front of them have run, up to where they want their inputs; GPTOSS_EMULATED_CRASH names a kernel whose launch fails and ends
+// the context, GPTOSS_EMULATED_HANG one that never ends.
+//
 //     c++ -std=c++17 -O2 -fPIC -shared -I.. -o libcuda.so.1 driver.cpp
 #include <signal.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <list>
 #include <map>
 #include <string>
 
@@ -20,6 +25,7 @@
 #include "../mask_2_4.cu"
 #include "../mxfp4_a16.cu"
 #include "../mxfp4_a8.cu"
+#include "../normalize_activations.cu"
 #include "../quantize_activations.cu"
 #include "../w4a16.cu"
 #include "../w4a8.cu"
@@ -28,7 +34,7 @@
 namespace {
 
 // CUresult.
-enum Result : int { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
+enum Result : int { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 
 struct Function {
   int threads;
@@ -69,6 +75,7 @@ std::map<std::string, Function>& functions() {
   OF_PRODUCTS(mxfp4_a8, E2m1, Int8Inputs);
   OF_PRODUCTS(mxfp4_a16, E2m1, Bf16Inputs);
   OF(quantize_activations, activations::THREADS);
+  OF(normalize_activations, activations::THREADS);
   OF(group_rows, routes::THREADS);
   OF(combine_experts, combine::THREADS);
   OF(dequantize_mxfp4, mxfp4::THREADS);
@@ -106,6 +113,34 @@ void outside(int) {
 
 using Work = std::function<void()>;
 
+// The GPU that this is.
+struct Model {
+  int major = 8, minor = 6, multiprocessors = 4;
+  Model() {
+    if (const char* said = getenv("GPTOSS_EMULATED_GPU")) sscanf(said, "%d.%d:%d", &major, &minor, &multiprocessors);
+    simt::most_shared = major >= 9 ? 227 << 10 : 99 << 10;
+  }
+};
+
+Model& model() {
+  static Model model;
+  return model;
+}
+
+// Launches that have not run to their end, in order. None but the first may have what it reads.
+std::list<simt::Launch> open;
+
+// How many blocks of a launch begin early, and how many launches are open at most.
+constexpr int EARLY_BLOCKS = 24;
+constexpr size_t OPEN = 3;
+
+void finish(size_t left) {
+  for (; open.size() > left; open.pop_front()) open.front().finish();
+}
+
+// Set by a launch that failed: nothing works any more, as after an access outside memory.
+bool broken = false;
+
 std::vector<Work>* capturing = nullptr;
 
 void enqueue(Work work) { capturing ? capturing->push_back(std::move(work)) : work(); }
@@ -119,6 +154,7 @@ struct Event {
 #define API extern "C" __attribute__((visibility("default"))) int
 
 API cuInit(unsigned) {
+  model();
   signal(SIGSEGV, outside);
   return SUCCESS;
 }
@@ -134,7 +170,7 @@ API cuGetErrorName(int, const char** name) {
 }
 
 API cuGetErrorString(int code, const char** text) {
-  *text = code == NOT_FOUND ? "named symbol not found" : code == OUT_OF_MEMORY ? "out of memory" : "invalid argument";
+  *text = code == NOT_FOUND ? "named symbol not found" : code == OUT_OF_MEMORY ? "out of memory" : code == ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "invalid argument";
   return SUCCESS;
 }
 
@@ -161,11 +197,11 @@ API cuDeviceTotalMem_v2(size_t* bytes, int) {
 API cuDeviceGetAttribute(int* value, int attribute, int) {
   enum { MULTIPROCESSORS = 16, MAJOR = 75, MINOR = 76, SHARED_OPTIN = 97, L2 = 38 };
   switch (attribute) {
-    case MULTIPROCESSORS: *value = 4; return SUCCESS;
-    case MAJOR: *value = 8; return SUCCESS;
-    case MINOR: *value = 6; return SUCCESS;
-    case SHARED_OPTIN: *value = 99 << 10; return SUCCESS;
-    case L2: *value = 1 << 20; return SUCCESS;
+    case MULTIPROCESSORS: *value = model().multiprocessors; return SUCCESS;
+    case MAJOR: *value = model().major; return SUCCESS;
+    case MINOR: *value = model().minor; return SUCCESS;
+    case SHARED_OPTIN: *value = int(simt::most_shared); return SUCCESS;
+    case L2: *value = 1 << 14; return SUCCESS;
     default: return INVALID_VALUE;
   }
 }
@@ -177,9 +213,13 @@ API cuDevicePrimaryCtxRetain(void** context, int) {
 
 API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API cuCtxSetCurrent(void*) { return SUCCESS; }
-API cuCtxSynchronize() { return SUCCESS; }
+API cuCtxSynchronize() {
+  finish(0);
+  return broken ? ILLEGAL_ADDRESS : SUCCESS;
+}
 
 API cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
+  if (broken) return ILLEGAL_ADDRESS;
   if (bytes == 0) return INVALID_VALUE;
   size_t page = size_t(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
   // So far behind an array nothing else lies, wherever the system puts it: an index that is thousands of rows off is seen too.
@@ -197,6 +237,7 @@ API cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
 }
 
 API cuMemFree_v2(uintptr_t at) {
+  finish(0);
   auto found = allocations.find(reinterpret_cast<char*>(at));
   if (found == allocations.end()) return INVALID_VALUE;
   for (size_t i = 0; i < simt::ranges.size(); i++) {
@@ -215,13 +256,18 @@ API cuMemcpyHtoD_v2(uintptr_t to, const void* from, size_t bytes) {
 
 API cuMemcpyDtoH_v2(void* to, uintptr_t from, size_t bytes) {
   if (!within(reinterpret_cast<char*>(from), bytes)) return INVALID_VALUE;
+  finish(0);
+  if (broken) return ILLEGAL_ADDRESS;
   memcpy(to, reinterpret_cast<void*>(from), bytes);
   return SUCCESS;
 }
 
 API cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, void*) {
   if (!within(reinterpret_cast<char*>(to), bytes) || !within(reinterpret_cast<char*>(from), bytes)) return INVALID_VALUE;
-  enqueue([=] { memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+  enqueue([=] {
+    finish(0);
+    memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+  });
   return SUCCESS;
 }
 
@@ -246,8 +292,9 @@ API cuModuleGetFunction(void** function, void*, const char* name) {
 }
 
 API cuFuncSetAttribute(void* function, int attribute, int value) {
-  constexpr int DYNAMIC_SHARED = 8;
-  if (attribute != DYNAMIC_SHARED || value > 99 << 10) return INVALID_VALUE;
+  constexpr int DYNAMIC_SHARED = 8, CARVEOUT = 9;
+  if (attribute == CARVEOUT) return value >= -1 && value <= 100 ? SUCCESS : INVALID_VALUE;
+  if (attribute != DYNAMIC_SHARED || size_t(value) > simt::most_shared) return INVALID_VALUE;
   static_cast<Function*>(function)->shared = value;
   return SUCCESS;
 }
@@ -262,6 +309,14 @@ struct Config {
 
 API cuLaunchKernelEx(const Config* config, void* f, void** arguments, void**) {
   Function& function = *static_cast<Function*>(f);
+  auto is = [&](const char* variable) {
+    const char* name = getenv(variable);
+    auto found = name ? functions().find(name) : functions().end();
+    return found != functions().end() && &found->second == &function;
+  };
+  if (is("GPTOSS_EMULATED_HANG")) pause();
+  broken = broken || is("GPTOSS_EMULATED_CRASH");
+  if (broken) return ILLEGAL_ADDRESS;
   int threads = function.threads;
   // Neither less nor more than the kernel's own header says.
   if (function.wanted) {
@@ -280,8 +335,13 @@ API cuLaunchKernelEx(const Config* config, void* f, void** arguments, void**) {
     copies[i] = std::make_shared<Bytes>(function.sizes[i] / 8 + 1);
     if (function.sizes[i]) memcpy(copies[i]->data(), arguments[i], function.sizes[i]);
   }
-  enqueue([a = copies[0], b = copies[1], &function, grid, threads, shared = config->shared] {
-    simt::launch(grid, threads, shared, false, [&] { function.run(a->data(), b->data()); });
+  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
+  constexpr unsigned PROGRAMMATIC = 6;
+  bool early = model().major >= 9 && config->attribute_count == 1 && *static_cast<unsigned*>(config->attributes) == PROGRAMMATIC;
+  enqueue([a = copies[0], b = copies[1], &function, grid, threads, shared = config->shared, early] {
+    finish(early ? OPEN - 1 : 0);
+    open.emplace_back(grid, threads, shared, false, [a, b, &function] { function.run(a->data(), b->data()); });
+    if (early && open.size() > 1) open.back().begin(EARLY_BLOCKS);
   });
   return SUCCESS;
 }
@@ -291,7 +351,10 @@ API cuStreamCreate(void** stream, unsigned) {
   return SUCCESS;
 }
 
-API cuStreamSynchronize(void*) { return SUCCESS; }
+API cuStreamSynchronize(void*) {
+  finish(0);
+  return broken ? ILLEGAL_ADDRESS : SUCCESS;
+}
 API cuStreamDestroy_v2(void*) { return SUCCESS; }
 
 API cuStreamBeginCapture_v2(void*, int) {
@@ -333,6 +396,7 @@ API cuEventCreate(void** event, unsigned) {
 }
 
 API cuEventRecord(void* event, void*) {
+  finish(0);
   clock_gettime(CLOCK_MONOTONIC, &static_cast<Event*>(event)->at);
   return SUCCESS;
 }

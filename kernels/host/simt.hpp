@@ -1,6 +1,7 @@
 // Runs kernels on a processor, one block after the other, each thread of a block as a fiber that runs until it has to wait for others. What
 // the hardware leaves undefined is made visible: memory that is asked for and not there yet reads as garbage, and so does shared memory that
-// nobody wrote; a barrier that a thread misses, a copy that is not aligned or outside an array, end the program with a message.
+// nobody wrote; a barrier that a thread misses, a copy that is not aligned or outside an array, end the program with a message. Blocks of a launch may
+// begin before the launch in front of it has run, as far as they can without its outputs.
 #pragma once
 
 #include <math.h>
@@ -13,6 +14,7 @@
 #include <unistd.h>
 
 #include <functional>
+#include <list>
 #include <memory>
 #include <vector>
 
@@ -34,16 +36,19 @@ namespace simt {
 constexpr int WARP = 32;
 constexpr size_t STACK = 64 << 10;
 
-enum class State { Ready, Warp, Block, Done };
+enum class State { Ready, Warp, Block, Inputs, Done };
 
 struct Copy {
   void* to;
   const void* from;
   int bytes;
+  // What it found, where it was asked for before the launch in front had run.
+  bool arrived = false;
+  unsigned char found[16] = {};
 };
 
 // What a lane does together with its warp.
-enum class Act { Int8, Bf16, Trade, Take, Matrices, Here };
+enum class Act { Int8, Bf16, Trade, Take, Alike, Matrices, Here };
 
 // Its registers in a product; or the value that it has for others and the mask, or the lane, of the one that it takes; or where it writes what
 // it gets of matrices, and the row that it names.
@@ -76,6 +81,12 @@ struct Block {
 };
 
 inline Block block;
+
+// Whether the launch in front has not run yet: a thread that wants its inputs waits.
+inline bool early = false;
+
+// Bytes of shared memory that a block may have; those of an RTX 3090 unless it is said.
+inline size_t most_shared = 99 << 10;
 
 // Memory that asynchronous copies may read.
 struct Range {
@@ -186,6 +197,17 @@ inline void trade(int first) {
   }
 }
 
+// Lanes get the lanes that have their number, a bit each.
+inline void alike(int first) {
+  int numbers[WARP];
+  for (int lane = 0; lane < WARP; lane++) numbers[lane] = block.threads[first + lane].together.mask;
+  for (int lane = 0; lane < WARP; lane++) {
+    uint32_t bits = 0;
+    for (int other = 0; other < WARP; other++) bits |= uint32_t(numbers[other] == numbers[lane]) << other;
+    block.threads[first + lane].together.mask = int(bits);
+  }
+}
+
 // Lanes get four bytes of each of four matrices of eight rows, whose rows the lanes name (ldmatrix).
 inline void matrices(int first) {
   for (int lane = 0; lane < WARP; lane++) {
@@ -211,6 +233,7 @@ inline bool release() {
         case Act::Bf16: multiply_bf16(first); break;
         case Act::Trade:
         case Act::Take: trade(first); break;
+        case Act::Alike: alike(first); break;
         case Act::Matrices: matrices(first); break;
         case Act::Here: break;
       }
@@ -229,44 +252,134 @@ inline bool release() {
   return any || done == n;
 }
 
-// Runs `kernel` for every block of `grid`. `backwards` runs blocks and threads in the other order, so that what depends on it shows.
-inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, std::function<void()> kernel) {
-  block.kernel = std::move(kernel);
-  if (threads % WARP) fail("a block has whole warps");
-  if (grid.y > 65535 || grid.z > 65535) fail("a grid is too high");
-  if (shared_bytes > 99 << 10) fail("a block wants more shared memory than an RTX 3090 has");
-  gridDim = grid;
-  for (int z = 0; z < grid.z; z++)
-    for (int y = 0; y < grid.y; y++)
-      for (int x = 0; x < grid.x; x++) {
-        blockIdx = backwards ? Dim3{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z} : Dim3{x, y, z};
-        if (int(block.threads.size()) != threads) block.threads = std::vector<Thread>(threads);
-        block.shared.assign(shared_bytes, 0xa5);
-        for (Thread& t : block.threads) {
-          t.state = State::Ready;
-          t.begun = false;
-          t.open.clear();
-          t.groups.clear();
-          getcontext(&t.context);
-          t.context.uc_stack.ss_sp = t.stack.get();
-          t.context.uc_stack.ss_size = STACK;
-          t.context.uc_link = nullptr;
-          makecontext(&t.context, entry, 0);
-        }
-        for (bool going = true; going;) {
-          going = false;
-          for (int i = 0; i < threads; i++) {
-            block.current = backwards ? threads - 1 - i : i;
-            Thread& t = block.threads[block.current];
-            if (t.state != State::Ready) continue;
-            threadIdx = {block.current, 0, 0};
-            go_on(t);
-            going = true;
-          }
-          if (!going && !release()) fail("threads wait for each other for ever: a barrier or a warp's product was missed");
-          for (Thread& t : block.threads) going = going || t.state == State::Ready;
-        }
+// Lets the threads of the block go on as far as they can. True where all are done.
+inline bool go_on(bool backwards) {
+  int threads = int(block.threads.size());
+  for (;;) {
+    bool going = false;
+    for (int i = 0; i < threads; i++) {
+      block.current = backwards ? threads - 1 - i : i;
+      Thread& t = block.threads[block.current];
+      if (t.state != State::Ready) continue;
+      threadIdx = {block.current, 0, 0};
+      go_on(t);
+      going = true;
+    }
+    if (!going && !release()) return false;
+    int ready = 0, done = 0;
+    for (Thread& t : block.threads) {
+      ready += t.state == State::Ready;
+      done += t.state == State::Done;
+    }
+    if (done == threads) return true;
+    if (!ready && !going) return false;
+  }
+}
+
+// A kernel over a grid. Its blocks run one after the other; some of them begin before.
+class Launch {
+ public:
+  // `backwards` runs blocks and threads in the other order, so that what depends on it shows.
+  Launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, std::function<void()> kernel)
+      : grid(grid), threads(threads), shared_bytes(shared_bytes), backwards(backwards), kernel(std::move(kernel)) {
+    if (threads % WARP) fail("a block has whole warps");
+    if (grid.y > 65535 || grid.z > 65535) fail("a grid is too high");
+    if (shared_bytes > most_shared) fail("a block wants more shared memory than there is");
+  }
+
+  // Runs the first blocks, at most so many, up to where they need what the launch in front gives.
+  void begin(int most) {
+    early = true;
+    for (int i = 0; i < most && i < blocks(); i++) {
+      ready(i);
+      if (go_on(backwards)) {
+        done++;
+        continue;
       }
+      for (Thread& t : block.threads) {
+        for (auto& group : t.groups) take(group);
+        take(t.open);
+      }
+      begun.emplace_back();
+      std::swap(block, begun.back().block);
+      begun.back().number = i;
+    }
+    early = false;
+  }
+
+  // Runs all to the end. What is in front of it has run.
+  void finish() {
+    int first = done + int(begun.size());
+    for (Begun& b : begun) {
+      std::swap(block, b.block);
+      set_index(b.number);
+      for (Thread& t : block.threads)
+        if (t.state == State::Inputs) t.state = State::Ready;
+      end();
+    }
+    begun.clear();
+    for (int i = first; i < blocks(); i++) {
+      ready(i);
+      end();
+    }
+  }
+
+ private:
+  struct Begun {
+    Block block;
+    int number;
+  };
+
+  // Copies that were asked for may come at any time; here at once.
+  static void take(std::vector<Copy>& copies) {
+    for (Copy& c : copies) {
+      if (c.bytes > 0) memcpy(c.found, c.from, size_t(c.bytes));
+      c.arrived = true;
+    }
+  }
+
+  int blocks() const { return grid.x * grid.y * grid.z; }
+
+  void set_index(int i) {
+    gridDim = grid;
+    Dim3 at = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    blockIdx = backwards ? Dim3{grid.x - 1 - at.x, grid.y - 1 - at.y, grid.z - 1 - at.z} : at;
+  }
+
+  void ready(int i) {
+    set_index(i);
+    block.kernel = kernel;
+    if (int(block.threads.size()) != threads) block.threads = std::vector<Thread>(size_t(threads));
+    block.shared.assign(shared_bytes, 0xa5);
+    for (Thread& t : block.threads) {
+      t.state = State::Ready;
+      t.begun = false;
+      t.open.clear();
+      t.groups.clear();
+      getcontext(&t.context);
+      t.context.uc_stack.ss_sp = t.stack.get();
+      t.context.uc_stack.ss_size = STACK;
+      t.context.uc_link = nullptr;
+      makecontext(&t.context, entry, 0);
+    }
+  }
+
+  void end() {
+    if (!go_on(backwards)) fail("threads wait for each other for ever: a barrier or a warp's product was missed");
+  }
+
+  Dim3 grid;
+  int threads;
+  size_t shared_bytes;
+  bool backwards;
+  std::function<void()> kernel;
+  std::list<Begun> begun;
+  int done = 0;
+};
+
+// Runs `kernel` for every block of `grid`.
+inline void launch(Dim3 grid, int threads, size_t shared_bytes, bool backwards, std::function<void()> kernel) {
+  Launch(grid, threads, shared_bytes, backwards, std::move(kernel)).finish();
 }
 
 }  // namespace simt
@@ -302,7 +415,7 @@ inline void copy_async(uint32_t to, const void* from, int bytes) {
   if (bytes > 0) simt::known(from, bytes);
   unsigned char* at = simt::inside(to, 16, 16);
   memset(at, 0xa5, 16);
-  simt::block.threads[simt::block.current].open.push_back({at, from, bytes});
+  simt::block.threads[simt::block.current].open.push_back({at, from, bytes, false, {}});
 }
 
 inline void copy_commit() {
@@ -317,7 +430,7 @@ inline void copy_wait() {
   while (groups.size() > PENDING) {
     for (const simt::Copy& c : groups.front()) {
       memset(c.to, 0, 16);
-      if (c.bytes > 0) memcpy(c.to, c.from, size_t(c.bytes));
+      if (c.bytes > 0) memcpy(c.to, c.arrived ? c.found : c.from, size_t(c.bytes));
     }
     groups.erase(groups.begin());
   }
@@ -371,6 +484,12 @@ inline float from_lane(float value, int lane) {
   return simt::act({simt::Act::Take, nullptr, nullptr, nullptr, value, lane}).value;
 }
 
+inline uint32_t lanes_alike(int number) {
+  return uint32_t(simt::act({simt::Act::Alike, nullptr, nullptr, nullptr, 0, number}).mask);
+}
+
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
 inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   auto one = [](uint32_t a, uint32_t b, uint32_t c) {
     double exact = double(bf16_value(uint16_t(a))) * bf16_value(uint16_t(b)) + bf16_value(uint16_t(c));
@@ -381,6 +500,11 @@ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
 
 inline void load_sixteen(uint32_t (&to)[4], const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) simt::fail("a load of sixteen bytes is not aligned");
+  memcpy(to, from, 16);
+}
+
+inline void store_sixteen(void* to, const uint32_t (&from)[4]) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) simt::fail("a store of sixteen bytes is not aligned");
   memcpy(to, from, 16);
 }
 
@@ -406,8 +530,12 @@ inline void load_cached_sixteen(uint32_t (&to)[4], const void* from) {
 
 inline void prefetch(const void* at) { simt::known(at, 1); }
 
-// Blocks run one after the other, kernels too.
-inline void inputs_ready() {}
+// Blocks that begin early stop here until the launch in front has run.
+inline void inputs_ready() {
+  if (simt::early) simt::wait(simt::State::Inputs);
+}
+
+// When the next launch may begin is the driver's choice: as early as it can.
 inline void start_dependents() {}
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {

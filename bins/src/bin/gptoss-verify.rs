@@ -8,15 +8,14 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use gptoss::checkpoint::hub::Located;
 use gptoss::checkpoint::source::Checkpoint;
-use gptoss::kernels::gpu::Gpu;
-use gptoss::kernels::gpu::selftest::{self, Extent};
 use gptoss::manifest::{Finding, Job, Manifest, Verdict};
 use gptoss::model::ModelConfig;
 use gptoss::pipeline::{Resources, meter::Meter};
 use gptoss::verify::against::{Detail, against};
 use gptoss::verify::check::{check, obstacle};
-use gptoss::verify::env::{Environment, kernel_dir};
+use gptoss::verify::env::Environment;
 use gptoss_tools::gemm::GemmArgs;
+use gptoss_tools::kernels::KernelArgs;
 use gptoss_tools::quality::QualityArgs;
 use gptoss_tools::reproduce::ReproduceArgs;
 use gptoss_tools::{Common, DIFFERENT, changed_file, file_set, run, volatile, write_out};
@@ -79,14 +78,7 @@ enum Command {
     /// Describe processor, memory, driver, GPUs, nvcc, installed kernels, and whether Python has the package qqq
     Env,
     /// Compare installed kernels with their hashes, and what each computes on the GPU with this processor
-    Kernels {
-        /// Shapes of gpt-oss too, not only small ones
-        #[arg(long)]
-        model_shapes: bool,
-        /// Only kernels whose names contain one of these
-        #[arg(long, value_name = "LIST", value_delimiter = ',')]
-        only: Vec<String>,
-    },
+    Kernels(KernelArgs),
     /// Print the JSON Schema of manifests
     Schema,
 }
@@ -104,7 +96,7 @@ fn main() -> ExitCode {
         Some(Command::Runtimes { dir }) => runtimes(dir, &args.common),
         Some(Command::Reproduce(reproduce)) => reproduce.run(&args.common),
         Some(Command::Env) => environment(&args.common),
-        Some(Command::Kernels { model_shapes, only }) => kernels(*model_shapes, only, &args.common),
+        Some(Command::Kernels(kernels)) => kernels.run(&args.common),
         Some(Command::Schema) => schema(),
         None if args.bench => args.gemm.run("gptoss-verify", &args.common),
         None => from_manifest(&args.common),
@@ -222,30 +214,6 @@ fn environment(common: &Common) -> Result<ExitCode> {
     manifest.environment = Some(Environment::detect());
     common.emit(&manifest)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn kernels(model_shapes: bool, only: &[String], common: &Common) -> Result<ExitCode> {
-    let (resources, meter) = (common.resources(), Meter::start());
-    let mut manifest = Manifest::new("gptoss-verify", Job::TestKernels);
-    let environment = Environment::detect();
-    let damaged = environment.kernels.iter().any(|k| !k.damage.is_empty());
-    manifest.environment = Some(environment);
-    let Some(root) = kernel_dir() else { bail!("neither GPTOSS_KERNELS nor HOME says where kernels are installed") };
-    let gpu = Gpu::open(&root)?;
-    let extent = if model_shapes { Extent::Models } else { Extent::Small };
-    manifest.kernel_tests = selftest::run(&gpu, extent, only, &resources.progress);
-    if manifest.kernel_tests.is_empty() {
-        bail!("--only {} names no kernel", only.join(","));
-    }
-    manifest.kernels = Some(gpu.build.build.clone());
-    manifest.notes.push(format!("{} ran code for {}", gpu.name, gpu.target()));
-    let wrong = manifest.kernel_tests.iter().any(|t| t.failure.is_some());
-    let mut run =
-        volatile(&Located { dir: gpu.build.path.clone(), hub: None }, None, meter.read(), resources.threads, 0);
-    run.output_path = run.source_path.take();
-    manifest.volatile = Some(run);
-    common.emit(&manifest)?;
-    Ok(if damaged || wrong { ExitCode::from(DIFFERENT) } else { ExitCode::SUCCESS })
 }
 
 fn schema() -> Result<ExitCode> {

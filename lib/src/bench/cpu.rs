@@ -259,7 +259,8 @@ mod tests {
     fn all_copies_take_turns_whatever_the_tokens_need() {
         let shape = Shape { name: "experts".into(), n: 64, k: 64, experts: Some((8, 2)) };
         let (m, shapes, kernels) = (vec![1, 64], vec![shape], vec!["f32".into(), "w4a8".into()]);
-        let request = Request { m, shapes, group: None, iters: 2, kernels, block: None, memory: 64 << 20 };
+        let request =
+            Request { m, shapes, mixture: None, group: None, iters: 2, kernels, block: None, memory: 64 << 20 };
         let (rows, notes) = run(&request, 1, &Progress::new(true)).unwrap();
         assert!(rows.len() == 4 && notes.len() == 1, "{notes:?}");
         for pair in [[0, 2], [1, 3]] {

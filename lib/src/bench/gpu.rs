@@ -1,6 +1,10 @@
 //! The kernels on a GPU beside cuBLAS. Each run is a graph of one launch for every copy of the weights, so that neither the time of a launch
 //! nor the L2 cache is in the figures.
 
+mod mixture;
+
+use std::time::{Duration, Instant};
+
 use super::{GemmRow, Measured, Request, Shape, routing};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
@@ -9,7 +13,7 @@ use crate::kernels::gpu::hopper::{self, Hopper};
 use crate::kernels::gpu::operations::{
     Block, Codes, Inputs, Mixture, PRODUCTS, Product, Routes, Weight, quantize_activations,
 };
-use crate::kernels::gpu::{Buffer, Gpu};
+use crate::kernels::gpu::{Buffer, Gpu, Graph};
 use crate::ops::random::Draw;
 use crate::pipeline::progress::Progress;
 
@@ -24,17 +28,29 @@ const WARM: usize = 3;
 /// Seconds after which a figure has enough runs, and how many it has at least.
 const PATIENCE: f64 = 1.0;
 const FEW: usize = 5;
-/// Bytes of a copy whose rate is measured.
-const COPIED: usize = 1 << 28;
+/// Bytes of a copy whose rate is measured: far beyond any L2 cache.
+const COPIED: usize = 1 << 30;
+/// How long a GPU is kept at work before anything is measured.
+const SPIN: Duration = Duration::from_millis(300);
 /// What inputs, outputs and biases are.
 const FLOAT: Float = Float::Bf16;
 
-/// Everything that `request` asks for, and what a reader of it must know. What fails is left out, and said.
+/// Everything that `request` asks for; `emit` gets each row as soon as it is measured. Gives all rows, by M, and what a reader must know of them. What
+/// fails is left out, and said.
 ///
 /// # Errors
 /// [`crate::error::Error::Gpu`] where not even a copy can be measured.
-pub fn run(gpu: &Gpu, request: &Request, progress: &Progress) -> Result<(Vec<GemmRow>, Vec<String>)> {
-    let rate = copy_rate(gpu, COPIED.min(gpu.memory_bytes / 8))?;
+pub fn run(
+    gpu: &Gpu,
+    request: &Request,
+    progress: &Progress,
+    emit: &mut dyn FnMut(&GemmRow) -> Result<()>,
+) -> Result<(Vec<GemmRow>, Vec<String>)> {
+    let copied = COPIED.min(gpu.memory_bytes / 8);
+    let (from, to) = (gpu.filled(copied, 1)?, gpu.filled(copied, 2)?);
+    let copy = gpu.capture(|| gpu.copy(&from, &to))?;
+    spin(gpu, &copy)?;
+    let rate = 2.0 * copied as f64 / gpu.times(&copy, 4 * WARM)?.into_iter().fold(f64::INFINITY, f64::min);
     let mut notes = vec![format!("copies within the GPU: {:.0} GB/s, each byte read and written", rate / 1e9)];
     let blas = Blas::open(gpu).unwrap_or_else(|e| {
         notes.push(e.to_string());
@@ -46,15 +62,27 @@ pub fn run(gpu: &Gpu, request: &Request, progress: &Progress) -> Result<(Vec<Gem
     let mut rows = Vec::new();
     for shape in &request.shapes {
         progress.note(&format!("gpu: {}", shape.name));
-        let mut measured: Vec<Measured> = Vec::new();
+        // A GPU that idled runs at a fraction of its clock.
+        spin(gpu, &copy)?;
+        let mut table = Table { request, shape, rate, baseline: Vec::new(), rows: Vec::new(), emit: &mut *emit };
         // Weights are made once for all M, and one kernel's at a time.
+        let floats = |name, float| -> Result<Vec<Measured>> {
+            let Some(blas) = blas.as_ref().filter(|_| request.wants(name)) else { return Ok(Vec::new()) };
+            let weights = Floats::new(gpu, shape)?;
+            let one = |&m: &usize| weights.measure(gpu, blas, (name, float), m, request.iters);
+            request.m.iter().map(one).collect()
+        };
         for (name, float) in [(BASELINE, Float::F16), ("cublas-bf16", Float::Bf16)] {
-            let Some(blas) = blas.as_ref().filter(|_| request.wants(name)) else { continue };
+            table.take(name, floats(name, float), &mut notes)?;
+        }
+        if let Some(blas) =
+            blas.as_ref().filter(|b| shape.experts.is_some() && request.wants(GROUPED) && b.has_groups())
+        {
             let all = || -> Result<Vec<Measured>> {
                 let weights = Floats::new(gpu, shape)?;
-                request.m.iter().map(|&m| weights.measure(gpu, blas, (name, float), m, request.iters)).collect()
+                request.m.iter().map(|&m| weights.measure_grouped(gpu, blas, m, request.iters)).collect()
             };
-            take(all(), &mut measured, (name, shape), &mut notes);
+            table.take(GROUPED, all(), &mut notes)?;
         }
         for product in PRODUCTS.into_iter().filter(|p| request.wants(p.name) && gpu.has(p.name)) {
             let group = if product.codes == Codes::E2m1 { Some(32) } else { request.group_of(shape.k) };
@@ -67,7 +95,7 @@ pub fn run(gpu: &Gpu, request: &Request, progress: &Progress) -> Result<(Vec<Gem
                 let one = |&m: &usize| weights.measure(gpu, m, request.block, request.iters);
                 request.m.iter().map(one).collect()
             };
-            take(all(), &mut measured, (product.name, shape), &mut notes);
+            table.take(product.name, all(), &mut notes)?;
         }
         if gpu.has_hopper() && shape.experts.is_none() && Hopper::takes((shape.n, shape.k)) {
             for fp8 in [false, true].into_iter().filter(|&fp8| request.wants(hopper::name(fp8))) {
@@ -76,18 +104,28 @@ pub fn run(gpu: &Gpu, request: &Request, progress: &Progress) -> Result<(Vec<Gem
                     let one = |&m: &usize| measure_hopper(gpu, &library, fp8, (shape, &weights), m, request.iters);
                     request.m.iter().map(one).collect()
                 };
-                take(all(), &mut measured, (hopper::name(fp8), shape), &mut notes);
+                table.take(hopper::name(fp8), all(), &mut notes)?;
             }
         }
-        // By M, and for each in the order above, which begins with what the others are compared with.
-        measured.sort_by_key(|one| request.m.iter().position(|&m| m == one.m));
-        let mut baseline = None;
-        for one in measured {
-            if one.kernel == BASELINE {
-                baseline = Some((one.m, one.median()));
+        // Whether the GPU is still as fast as when the baseline was measured.
+        if let Ok(again) = floats(BASELINE, Float::F16) {
+            notes.extend(table.drift(&again));
+        }
+        rows.extend(table.finish());
+    }
+    if let Some(layer) = &request.mixture {
+        spin(gpu, &copy)?;
+        for &m in &request.m {
+            for name in MIXTURES.into_iter().filter(|n| request.wants(n)) {
+                match mixture::measure(gpu, layer, name, m, request.iters, rate) {
+                    Ok(Some(row)) => {
+                        emit(&row)?;
+                        rows.push(row);
+                    }
+                    Ok(None) => {}
+                    Err(e) => notes.push(format!("{name} on {} is left out: {e}", layer.name)),
+                }
             }
-            let compared = baseline.filter(|b| b.0 == one.m).map(|b| b.1 * 1e6);
-            rows.push(one.row(compared, rate));
         }
     }
     Ok((rows, notes))
@@ -95,26 +133,75 @@ pub fn run(gpu: &Gpu, request: &Request, progress: &Progress) -> Result<(Vec<Gem
 
 /// What the kernels are compared with.
 const BASELINE: &str = "cublas-f16";
+/// The same over experts, in one call.
+const GROUPED: &str = "cublas-f16-grouped";
+/// Products that a whole layer of experts is measured with.
+const MIXTURES: [&str; 2] = ["mxfp4_a8", "mxfp4_a16"];
+/// By how much the baseline may differ between the begin and the end of a shape.
+const DRIFT: f64 = 0.05;
 
-/// Keeps what was measured, or says why nothing was.
-fn take<'s>(
-    result: Result<Vec<Measured<'s>>>,
-    measured: &mut Vec<Measured<'s>>,
-    (name, shape): (&str, &Shape),
-    notes: &mut Vec<String>,
-) {
-    match result {
-        Ok(more) => measured.extend(more),
-        Err(e) => notes.push(format!("{name} on {} is left out: {e}", shape.name)),
+/// Rows of a shape.
+struct Table<'r, 'e> {
+    request: &'r Request,
+    shape: &'r Shape,
+    rate: f64,
+    /// Seconds of the baseline for each M.
+    baseline: Vec<(usize, f64)>,
+    rows: Vec<GemmRow>,
+    emit: &'e mut dyn FnMut(&GemmRow) -> Result<()>,
+}
+
+impl<'r> Table<'r, '_> {
+    /// Keeps what was measured, or says why nothing was.
+    fn take(&mut self, name: &str, result: Result<Vec<Measured<'r>>>, notes: &mut Vec<String>) -> Result<()> {
+        let measured = match result {
+            Ok(measured) => measured,
+            Err(e) => {
+                notes.push(format!("{name} on {} is left out: {e}", self.shape.name));
+                return Ok(());
+            }
+        };
+        if name == BASELINE {
+            self.baseline = measured.iter().map(|one| (one.m, one.median())).collect();
+        }
+        for one in measured {
+            let compared = self.baseline.iter().find(|b| b.0 == one.m).map(|b| b.1 * 1e6);
+            let row = one.row(compared, self.rate);
+            (self.emit)(&row)?;
+            self.rows.push(row);
+        }
+        Ok(())
+    }
+
+    /// Where the baseline is no longer what it was.
+    fn drift(&self, again: &[Measured]) -> Option<String> {
+        let off = |one: &&Measured| {
+            let before = self.baseline.iter().find(|b| b.0 == one.m);
+            before.is_some_and(|b| (one.median() / b.1 - 1.0).abs() > DRIFT)
+        };
+        let one = again.iter().find(off)?;
+        let before = self.baseline.iter().find(|b| b.0 == one.m)?;
+        let (name, change) = (&self.shape.name, 100.0 * (one.median() / before.1 - 1.0));
+        Some(format!(
+            "{name}: {BASELINE} at M = {} took {change:+.0}% at the end of the shape: ratios there are that uncertain",
+            one.m
+        ))
+    }
+
+    /// By M, and for each in the order of measuring, which begins with what the others are compared with.
+    fn finish(mut self) -> Vec<GemmRow> {
+        self.rows.sort_by_key(|row| self.request.m.iter().position(|&m| m == row.m));
+        self.rows
     }
 }
 
-/// Bytes a second of copies within the GPU, each read and written: the best of some.
-fn copy_rate(gpu: &Gpu, bytes: usize) -> Result<f64> {
-    let (from, to) = (gpu.filled(bytes, 1)?, gpu.filled(bytes, 2)?);
-    let graph = gpu.capture(|| gpu.copy(&from, &to))?;
-    let seconds = gpu.times(&graph, 4 * WARM)?;
-    Ok(2.0 * bytes as f64 / seconds.into_iter().fold(f64::INFINITY, f64::min))
+/// Keeps the GPU at work until its clock is up.
+fn spin(gpu: &Gpu, work: &Graph) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < SPIN {
+        gpu.times(work, WARM)?;
+    }
+    Ok(())
 }
 
 /// How many copies of `bytes` take turns: four times the L2 cache, and what a quarter of the memory holds.
@@ -205,6 +292,23 @@ impl<'s, 'g> Floats<'s, 'g> {
     }
 }
 
+impl<'s> Floats<'s, '_> {
+    /// All experts in one call.
+    fn measure_grouped(&self, gpu: &Gpu, blas: &Blas, m: usize, iters: usize) -> Result<Measured<'s>> {
+        let Shape { n, k, .. } = *self.shape;
+        let of = rows_of(self.shape, m);
+        let (rows, weights) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
+        let (x, out) = (gpu.upload(&halves(rows * k))?, gpu.room(2 * rows * n)?);
+        let groups = |weight| blas.groups(gpu, weight, (&x, &out), &of, (n, k));
+        let groups = self.weights.iter().map(groups).collect::<Result<Vec<_>>>()?;
+        let copies = groups.len();
+        let seconds = times(gpu, copies, iters, |copy| blas.grouped(&groups[copy], (n, k), Float::F16))?;
+        let bytes = 2 * (weights * n * k + rows * (n + k));
+        let (kernel, shape, device) = (GROUPED.into(), self.shape, "gpu");
+        Ok(Measured { device, shape, kernel, m, group: 0, rows, weights, bytes, copies, seconds })
+    }
+}
+
 /// Weights for a kernel.
 struct Coded<'s, 'g> {
     product: Product,
@@ -242,6 +346,8 @@ impl<'s, 'g> Coded<'s, 'g> {
         let (values, token_scales) = (gpu.room(m * k)?, gpu.room(4 * m)?);
         let out = gpu.room(2 * rows * n)?;
         let routes = self.shape.experts.map(|e| routes(gpu, m, e, block)).transpose()?;
+        let grouped = routes.as_ref().map(|(routes, chosen)| routes.group(gpu, chosen)).transpose()?;
+        gpu.synchronize()?;
         let mixture = Mixture { gather: true, swiglu: None };
         let copies = self.weights.len();
         let seconds = times(gpu, copies, iters, |copy| {
@@ -251,7 +357,7 @@ impl<'s, 'g> Coded<'s, 'g> {
             } else {
                 Inputs { values: &x, scales: None, rows: m }
             };
-            let experts = routes.as_ref().map(|r| (r, mixture));
+            let experts = grouped.map(|g| (g, mixture));
             product.launch(gpu, &self.weights[copy], &inputs, (&out, FLOAT), block, experts)
         })?;
         let scale_bytes = n * (k / group) * product.codes.scale_bytes(FLOAT);
@@ -298,12 +404,8 @@ fn measure_hopper<'s>(
     Ok(Measured { device: "gpu", shape, kernel, m, group: k, rows: m, weights: 1, bytes, copies, seconds })
 }
 
-/// The rows of the experts, grouped once: a layer's products have that in common.
-fn routes<'g>(gpu: &'g Gpu, m: usize, experts: (usize, usize), block: Block) -> Result<Routes<'g>> {
+/// Room for the rows of the experts, and which experts the tokens go to.
+fn routes<'g>(gpu: &'g Gpu, m: usize, experts: (usize, usize), block: Block) -> Result<(Routes<'g>, Buffer<'g>)> {
     let chosen: Vec<i32> = routing(m, experts).into_iter().map(|e| e as i32).collect();
-    let routes = Routes::new(gpu, (m, experts.1), experts.0, block.tokens)?;
-    let chosen = gpu.upload(&chosen)?;
-    routes.group(gpu, &chosen)?;
-    gpu.synchronize()?;
-    Ok(routes)
+    Ok((Routes::new(gpu, (m, experts.1), experts.0, block.tokens)?, gpu.upload(&chosen)?))
 }

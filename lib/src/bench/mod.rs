@@ -67,6 +67,19 @@ pub struct GemmRow {
     pub bandwidth_share: f64,
 }
 
+/// A layer of experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mixture {
+    /// What it is called in rows.
+    pub name: String,
+    /// Hidden size, and that of each expert.
+    pub hidden: usize,
+    /// The size between up and down.
+    pub inner: usize,
+    /// How many experts there are, and how many a token goes to.
+    pub experts: (usize, usize),
+}
+
 /// What is measured.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -74,6 +87,8 @@ pub struct Request {
     pub m: Vec<usize>,
     /// Layers.
     pub shapes: Vec<Shape>,
+    /// A whole layer of experts, on a GPU.
+    pub mixture: Option<Mixture>,
     /// Columns of a scale of int4 and int8; the largest of 128, 64, 32 that divides K where `None`.
     pub group: Option<usize>,
     /// Runs of each.
@@ -88,7 +103,7 @@ pub struct Request {
 
 /// Names of all kernels, and of what they are compared with.
 pub fn names() -> Vec<&'static str> {
-    let mut names = vec!["f32", "cublas-f16", "cublas-bf16"];
+    let mut names = vec!["f32", "cublas-f16", "cublas-bf16", "cublas-f16-grouped"];
     names.extend(PRODUCTS.iter().map(|p| p.name));
     names.extend([false, true].map(hopper::name));
     names
@@ -132,6 +147,12 @@ pub fn shapes_of(model: &str) -> Option<Vec<Shape>> {
         one("experts.down_proj", 2880, 2880, Some((count, 4))),
         one("lm_head", 201_088, 2880, None),
     ])
+}
+
+/// The layer of experts of the model that [`shapes_of`] gives the shapes of.
+pub fn mixture_of(shapes: &[Shape]) -> Option<Mixture> {
+    let down = shapes.iter().find(|s| s.name == "experts.down_proj")?;
+    Some(Mixture { name: "experts, the whole layer".into(), hidden: down.n, inner: down.k, experts: down.experts? })
 }
 
 /// Which experts each of `m` tokens goes to: [m, top_k], ascending in each token, the same every time.
@@ -239,7 +260,7 @@ mod tests {
     #[test]
     fn groups_divide_columns() {
         let (m, shapes, kernels) = (vec![1], Vec::new(), Vec::new());
-        let mut request = Request { m, shapes, group: None, iters: 1, kernels, block: None, memory: 0 };
+        let mut request = Request { m, shapes, mixture: None, group: None, iters: 1, kernels, block: None, memory: 0 };
         assert_eq!([4096, 2880, 96, 48].map(|k| request.group_of(k)), [Some(128), Some(64), Some(32), None]);
         request.group = Some(128);
         assert_eq!([4096, 2880].map(|k| request.group_of(k)), [Some(128), None]);

@@ -8,7 +8,8 @@ pub mod store;
 pub mod toolkit;
 
 /// Files of `kernels/`, by name: what a build compiles, and what that includes.
-pub const SOURCES: [(&str, &str); 15] = [
+pub const SOURCES: [(&str, &str); 17] = [
+    ("activations.cuh", include_str!("../../../kernels/activations.cuh")),
     ("combine_experts.cu", include_str!("../../../kernels/combine_experts.cu")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("dequantize_mxfp4.cu", include_str!("../../../kernels/dequantize_mxfp4.cu")),
@@ -19,6 +20,7 @@ pub const SOURCES: [(&str, &str); 15] = [
     ("mask_2_4.cu", include_str!("../../../kernels/mask_2_4.cu")),
     ("mxfp4_a16.cu", include_str!("../../../kernels/mxfp4_a16.cu")),
     ("mxfp4_a8.cu", include_str!("../../../kernels/mxfp4_a8.cu")),
+    ("normalize_activations.cu", include_str!("../../../kernels/normalize_activations.cu")),
     ("quantize_activations.cu", include_str!("../../../kernels/quantize_activations.cu")),
     ("small_floats.cuh", include_str!("../../../kernels/small_floats.cuh")),
     ("w4a16.cu", include_str!("../../../kernels/w4a16.cu")),

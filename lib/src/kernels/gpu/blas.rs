@@ -59,10 +59,8 @@ impl<'g> Blas<'g> {
         assert_eq!(size, 2, "16-bit floats");
         assert!(weight.bytes() >= (layer + 1) * n * k * 2 && input.bytes() >= (first + m) * k * 2, "all there");
         assert!(out.bytes() >= (first + m) * n * 2, "the output has room");
-        let ty = match float {
-            Float::F16 => sys::cudaDataType::CUDA_R_16F,
-            _ => sys::cudaDataType::CUDA_R_16BF,
-        };
+        out.written();
+        let ty = type_of(float);
         let (one, zero) = (1f32, 0f32);
         let place = |b: &Buffer, numbers: usize| (b.address() + numbers as u64 * size) as *mut c_void;
         let transposed = sys::cublasOperation_t::CUBLAS_OP_T;
@@ -93,6 +91,94 @@ impl<'g> Blas<'g> {
             )
         };
         done.map_err(failed("multiply"))
+    }
+}
+
+/// The products of all experts of a layer, as one call.
+pub struct Grouped<'g> {
+    /// Device addresses of weights, inputs and outputs, an expert each.
+    places: [Buffer<'g>; 3],
+    /// Rows of each expert.
+    rows: Vec<i32>,
+}
+
+impl<'g> Blas<'g> {
+    /// Whether this cuBLAS multiplies groups in one call: 12.5 and later do.
+    pub fn has_groups(&self) -> bool {
+        let mut version = 0;
+        // SAFETY: it writes a number.
+        let told = unsafe { sys::cublasGetVersion_v2(self.handle, &mut version) }.result();
+        told.is_ok() && version >= 120_500
+    }
+
+    /// What [`Self::grouped`] needs: `rows` of each expert, of 16-bit numbers, inputs and outputs of the experts one behind the other.
+    pub fn groups(
+        &self,
+        gpu: &'g Gpu,
+        weights: &Buffer,
+        (input, out): (&Buffer, &Buffer),
+        rows: &[usize],
+        (n, k): (usize, usize),
+    ) -> Result<Grouped<'g>> {
+        let total: usize = rows.iter().sum();
+        assert!(weights.bytes() >= rows.len() * n * k * 2, "weights are all there");
+        assert!(input.bytes() >= total * k * 2 && out.bytes() >= total * n * 2, "the rest too");
+        let mut places: [Vec<u64>; 3] = Default::default();
+        let mut first = 0;
+        for (expert, &r) in rows.iter().enumerate().filter(|(_, r)| **r > 0) {
+            let at = [(weights, expert * n * k), (input, first * k), (out, first * n)];
+            places.iter_mut().zip(at).for_each(|(list, (b, numbers))| list.push(b.address() + 2 * numbers as u64));
+            first += r;
+        }
+        let [a, b, c] = places;
+        let rows = rows.iter().filter(|r| **r > 0).map(|&r| r as i32).collect();
+        Ok(Grouped { places: [gpu.upload(&a)?, gpu.upload(&b)?, gpu.upload(&c)?], rows })
+    }
+
+    /// [`Self::product`] of every expert that has rows.
+    pub fn grouped(&self, groups: &Grouped, (n, k): (usize, usize), float: Float) -> Result<()> {
+        let count = groups.rows.len();
+        let same = |value: i32| vec![value; count];
+        let (n, k, sizes) = (same(n as i32), same(k as i32), same(1));
+        let transposed = vec![sys::cublasOperation_t::CUBLAS_OP_T; count];
+        let plain = vec![sys::cublasOperation_t::CUBLAS_OP_N; count];
+        let (ones, zeros) = (vec![1f32; count], vec![0f32; count]);
+        let at = |i: usize| groups.places[i].address() as *const *const c_void;
+        let ty = type_of(float);
+        // SAFETY: every array has an entry a group, addresses and lengths were checked when they were made, and arrays of this side are read before
+        // this returns.
+        let done = unsafe {
+            sys::cublasGemmGroupedBatchedEx(
+                self.handle,
+                transposed.as_ptr(),
+                plain.as_ptr(),
+                n.as_ptr(),
+                groups.rows.as_ptr(),
+                k.as_ptr(),
+                ones.as_ptr().cast(),
+                at(0),
+                ty,
+                k.as_ptr(),
+                at(1),
+                ty,
+                k.as_ptr(),
+                zeros.as_ptr().cast(),
+                at(2) as *const *mut c_void,
+                ty,
+                n.as_ptr(),
+                count as i32,
+                sizes.as_ptr(),
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            )
+        };
+        done.result().map_err(failed("multiply groups"))
+    }
+}
+
+fn type_of(float: Float) -> sys::cudaDataType {
+    match float {
+        Float::F16 => sys::cudaDataType::CUDA_R_16F,
+        _ => sys::cudaDataType::CUDA_R_16BF,
     }
 }
 

@@ -105,6 +105,7 @@ impl<'g> Hopper<'g> {
             k: k as c_int,
         };
         let place = workspace.address() as *mut c_void;
+        output.written();
         // SAFETY: the function is the source's, and lengths were checked above; the context is current.
         let status = unsafe {
             self.function::<Gemm>("gptoss_hopper_gemm")?(c_int::from(fp8), &arguments, place, self.gpu.stream.cast())

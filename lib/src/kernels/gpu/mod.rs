@@ -6,7 +6,7 @@ pub mod operations;
 pub mod reference;
 pub mod selftest;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::marker::PhantomData;
@@ -42,6 +42,7 @@ pub struct Gpu {
     stream: sys::CUstream,
     modules: RefCell<HashMap<String, sys::CUmodule>>,
     functions: RefCell<HashMap<String, Function>>,
+    early_launch: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -64,17 +65,24 @@ pub struct Launch {
     pub threads: usize,
     /// Bytes of dynamic shared memory.
     pub shared: usize,
+    /// Whether nothing that a kernel wrote is read before `inputs_ready`: on 9.0 and later it may then begin early.
+    pub early: bool,
 }
 
 /// Memory of a GPU.
 pub struct Buffer<'g> {
     address: u64,
     bytes: usize,
+    /// Whether a kernel has been launched that writes to it.
+    written: Cell<bool>,
     gpu: PhantomData<&'g Gpu>,
 }
 
-/// Launches that are repeated as one.
-pub struct Graph<'g>(sys::CUgraphExec, PhantomData<&'g Gpu>);
+/// Launches that are repeated as one. It borrows or owns what they work on.
+pub struct Graph<'b> {
+    executable: sys::CUgraphExec,
+    _uses: Box<dyn Fn() -> Result<()> + 'b>,
+}
 
 fn failed(action: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
     let action = action.into();
@@ -124,12 +132,20 @@ impl Gpu {
             // SAFETY: the device came from the driver.
             memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("tell its memory"))?,
             build,
+            early_launch: target.number() >= 90,
             target,
             device,
             stream,
             modules: RefCell::default(),
             functions: RefCell::default(),
         })
+    }
+
+    /// Launches begin behind the end of those in front of them, also where they could begin earlier.
+    #[must_use]
+    pub fn without_early_launch(mut self) -> Self {
+        self.early_launch = false;
+        self
     }
 
     /// The architecture whose code runs, such as "9.0a".
@@ -171,7 +187,7 @@ impl Gpu {
         let action = format!("give {bytes} bytes of memory");
         // SAFETY: the memory is filled before it is read.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(failed(action))?;
-        let buffer = Buffer { address, bytes, gpu: PhantomData };
+        let buffer = Buffer { address, bytes, written: Cell::new(false), gpu: PhantomData };
         // SAFETY: as long as it was made; the null stream's work is waited for below.
         unsafe { result::memset_d8_sync(address, byte, bytes.max(1)) }.map_err(failed("fill memory"))?;
         result::ctx::synchronize().map_err(failed("finish"))?;
@@ -217,7 +233,7 @@ impl Gpu {
             sharedMemBytes: launch.shared as u32,
             hStream: self.stream,
             attrs: &mut attribute,
-            numAttrs: u32::from(self.target.number() >= 90),
+            numAttrs: u32::from(self.early_launch && launch.early),
         };
         // SAFETY: the caller vouches for the arguments; the rest lives here.
         let done = unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), null_mut()) };
@@ -231,6 +247,11 @@ impl Gpu {
             // SAFETY: the module lives as long as this.
             let found = unsafe { result::module::get_function(self.module(source)?, name) };
             let handle = found.map_err(failed(format!("find the kernel {kernel} in {source}")))?;
+            // All of what L1 and shared memory have together: the copies in flight are what hides the memory's latency.
+            let what = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            // SAFETY: the function came from the driver.
+            unsafe { result::function::set_function_attribute(handle, what, 100) }
+                .map_err(failed(format!("give {kernel} its shared memory")))?;
             functions.insert(kernel.into(), Function { handle, shared: 48 << 10 });
         }
         let function = functions.get_mut(kernel).expect("it is there or was just put there");
@@ -259,8 +280,8 @@ impl Gpu {
         Ok(module)
     }
 
-    /// What `body` launches, as one graph.
-    pub fn capture(&self, body: impl FnOnce() -> Result<()>) -> Result<Graph<'_>> {
+    /// What `body` launches, as one graph. The graph keeps `body`, so what that borrows or owns is there as long as the graph.
+    pub fn capture<'b>(&'b self, body: impl Fn() -> Result<()> + 'b) -> Result<Graph<'b>> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives as long as this.
         unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("begin a graph"))?;
@@ -273,7 +294,7 @@ impl Gpu {
         let made = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
         // SAFETY: what is made of it has its own copy.
         unsafe { result::graph::destroy(graph) }.map_err(failed("free a graph"))?;
-        Ok(Graph(made.map_err(failed("make a graph"))?, PhantomData))
+        Ok(Graph { executable: made.map_err(failed("make a graph"))?, _uses: Box::new(body) })
     }
 
     /// Seconds that a graph takes, each of `runs` times.
@@ -286,7 +307,7 @@ impl Gpu {
             let record = |e: &sys::CUevent| result::event::record(*e, self.stream).map_err(failed("record an event"));
             record(&marks[0])?;
             for mark in &marks[1..] {
-                result::graph::launch(graph.0, self.stream).map_err(failed("launch a graph"))?;
+                result::graph::launch(graph.executable, self.stream).map_err(failed("launch a graph"))?;
                 record(mark)?;
             }
             self.synchronize()?;
@@ -303,6 +324,7 @@ impl Gpu {
     /// Copies within its memory, behind what was launched.
     pub fn copy(&self, from: &Buffer, to: &Buffer) -> Result<()> {
         assert_eq!(from.bytes, to.bytes, "both are as long");
+        to.written();
         // SAFETY: both are that long.
         let copied = unsafe { result::memcpy_dtod_async(to.address, from.address, to.bytes, self.stream) };
         copied.map_err(failed("copy memory"))
@@ -334,6 +356,16 @@ impl Buffer<'_> {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// Notes that work on the GPU writes to it.
+    fn written(&self) {
+        self.written.set(true);
+    }
+
+    /// Whether its content came from this processor alone: it was there before any launch.
+    fn is_settled(&self) -> bool {
+        !self.written.get()
+    }
 }
 
 impl Drop for Buffer<'_> {
@@ -346,7 +378,7 @@ impl Drop for Buffer<'_> {
 impl Drop for Graph<'_> {
     fn drop(&mut self) {
         // SAFETY: it was made, and runs are waited for before this.
-        let _ = unsafe { result::graph::exec_destroy(self.0) };
+        let _ = unsafe { result::graph::exec_destroy(self.executable) };
     }
 }
 

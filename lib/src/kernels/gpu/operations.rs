@@ -22,6 +22,9 @@ const PART: usize = 512;
 const LARGE: usize = 1024;
 /// Threads of a block of everything else but [`fake_quantize`].
 const WIDE: usize = 256;
+/// Threads of the block that groups rows, and the most experts that it knows: `routes::THREADS` and `routes::EXPERTS`.
+const GROUPING: usize = 1024;
+const ROUTED: usize = 256;
 /// Rows of a tile that is turned, and columns: a group of MXFP4.
 const TURNED: (usize, usize) = (64, 32);
 /// Columns of a scale at most: 131072 products of -128 by -128 no longer fit an int32.
@@ -295,8 +298,9 @@ impl Product {
         inputs: &Inputs,
         output: (&Buffer, Float),
         block: Block,
-        experts: Option<(&Routes, Mixture)>,
+        experts: Option<(Grouped, Mixture)>,
     ) -> Result<()> {
+        let experts = experts.map(|(grouped, mixture)| (grouped.0, mixture));
         let rows = experts.map_or(inputs.rows, |(r, _)| r.tokens.0 * r.tokens.1);
         let wide = if experts.is_some_and(|(_, m)| m.swiglu.is_some()) { w.n / 2 } else { w.n };
         let groups = w.k / w.group;
@@ -333,7 +337,10 @@ impl Product {
             grid: [tiles, w.n.div_ceil(block.rows), 1],
             threads: 32 * parts.warps(),
             shared: self.shared_bytes(block, w.k, w.group, w.scale_type),
+            // Weights are asked for before the inputs are there.
+            early: [Some(&w.codes), Some(&w.scales), w.bias.as_ref()].into_iter().flatten().all(Buffer::is_settled),
         };
+        output.0.written();
         let first = (&raw mut arguments).cast::<c_void>();
         let Some((routes, mixture)) = experts else {
             assert_eq!(w.experts, 1, "a single layer");
@@ -383,7 +390,7 @@ impl<'g> Routes<'g> {
     /// # Panics
     /// For more experts than a block has threads.
     pub fn new(gpu: &'g Gpu, tokens: (usize, usize), count: usize, tile: usize) -> Result<Self> {
-        assert!(count <= WIDE, "a thread an expert");
+        assert!(count <= ROUTED, "a thread an expert");
         let rows = tokens.0 * tokens.1;
         // Every expert may have a tile that is not full.
         let tile_count = rows / tile + count.min(rows);
@@ -399,8 +406,8 @@ impl<'g> Routes<'g> {
         })
     }
 
-    /// Groups the rows of `experts` [tokens, top_k] (i32, ascending in each token).
-    pub fn group(&self, gpu: &Gpu, experts: &Buffer) -> Result<()> {
+    /// Groups the rows of `experts` [tokens, top_k] (i32, ascending in each token, each below the number of experts).
+    pub fn group(&self, gpu: &Gpu, experts: &Buffer) -> Result<Grouped<'_, 'g>> {
         assert!(experts.bytes() >= 4 * self.tokens.0 * self.tokens.1, "each token has its experts");
         let mut arguments = RouteArguments {
             experts: experts.address(),
@@ -414,15 +421,22 @@ impl<'g> Routes<'g> {
             tile: self.tile as i32,
             tile_count: self.tile_count as i32,
         };
-        let launch = wide("group_rows", [1, 1, 1], 3 * WIDE * 4);
+        let shared = (GROUPING / 32 + 2) * ROUTED * 4;
+        let launch = Launch { threads: GROUPING, ..wide("group_rows", [1, 1, 1], shared) };
+        [&self.tiles, &self.used, &self.rows, &self.places].into_iter().for_each(Buffer::written);
         // SAFETY: the structure is the kernel's, and its buffers were made for these numbers.
-        unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+        unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }?;
+        Ok(Grouped(self))
     }
 }
 
+/// Rows that were grouped: only [`Routes::group`] makes it, so nobody follows places that no kernel has written.
+#[derive(Clone, Copy)]
+pub struct Grouped<'r, 'g>(&'r Routes<'g>);
+
 /// A launch of a kernel whose blocks have 256 threads.
 fn wide(source: &'static str, grid: [usize; 3], shared: usize) -> Launch {
-    Launch { source, kernel: source.into(), grid, threads: WIDE, shared }
+    Launch { source, kernel: source.into(), grid, threads: WIDE, shared, early: true }
 }
 
 /// `activations::Arguments`.
@@ -458,8 +472,54 @@ pub fn quantize_activations(
         fp8: i32::from(fp8),
     };
     let launch = Launch { threads: ROUNDING, ..wide("quantize_activations", [m, 1, 1], ROUNDING / 32 * 4) };
+    [codes, scales].into_iter().for_each(Buffer::written);
     // SAFETY: the structure is the kernel's, and lengths were checked above.
     unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
+}
+
+/// `activations::Norm`.
+#[repr(C)]
+struct NormArguments {
+    weight: u64,
+    output: u64,
+    weight_type: i32,
+    epsilon: f32,
+}
+
+/// RMSNorm of inputs [m, k] by `weight` [k]: the numbers, of the inputs' type, into `output`, and those rounded as [`quantize_activations`] does.
+///
+/// Each is `round(weight * (x / sqrt(mean of squares + epsilon)))`, in f32 until then; kernels/activations.cuh states the order of the sum.
+pub fn normalize_activations(
+    gpu: &Gpu,
+    input: (&Buffer, Float),
+    (weight, weight_type, epsilon): (&Buffer, Float, f32),
+    (output, codes, scales): (&Buffer, &Buffer, &Buffer),
+    (m, k): (usize, usize),
+    fp8: bool,
+) -> Result<()> {
+    let size = input.1.size();
+    assert!(k.is_multiple_of(8) && input.0.bytes().min(output.bytes()) >= m * k * size, "inputs are all there");
+    assert!(weight.bytes() >= k * weight_type.size(), "the weight too");
+    assert!(codes.bytes() >= m * k && scales.bytes() >= 4 * m, "results have room");
+    let mut arguments = ActivationArguments {
+        input: input.0.address(),
+        codes: codes.address(),
+        scales: scales.address(),
+        m: m as i32,
+        k: k as i32,
+        input_type: type_of(input.1),
+        fp8: i32::from(fp8),
+    };
+    let mut norm = NormArguments {
+        weight: weight.address(),
+        output: output.address(),
+        weight_type: type_of(weight_type),
+        epsilon,
+    };
+    let launch = Launch { threads: ROUNDING, ..wide("normalize_activations", [m, 1, 1], ROUNDING / 32 * 4) };
+    [output, codes, scales].into_iter().for_each(Buffer::written);
+    // SAFETY: the structures are the kernel's, and lengths were checked above.
+    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast(), (&raw mut norm).cast()]) }
 }
 
 /// `combine::Arguments`.
@@ -477,7 +537,7 @@ struct CombineArguments {
 /// `output` [tokens, k]: the weighted sums of `input` [rows, k]; `weights` [tokens, top_k] in f32.
 pub fn combine_experts(
     gpu: &Gpu,
-    routes: &Routes,
+    Grouped(routes): Grouped,
     input: &Buffer,
     weights: &Buffer,
     output: &Buffer,
@@ -496,6 +556,7 @@ pub fn combine_experts(
         float: type_of(float),
     };
     let launch = wide("combine_experts", [tokens, k.div_ceil(WIDE), 1], 0);
+    output.written();
     // SAFETY: the structure is the kernel's, and lengths were checked above.
     unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
 }
@@ -530,6 +591,7 @@ pub fn dequantize_mxfp4(
         output_type: type_of(output.1),
     };
     let mut launch = wide("dequantize_mxfp4", [(n * k / 8).div_ceil(WIDE), 1, 1], 0);
+    output.0.written();
     if turned {
         let (rows, group) = TURNED;
         launch.kernel = "dequantize_mxfp4_turned".into();
@@ -623,7 +685,8 @@ pub fn fake_quantize(
     };
     let threads = 128;
     let grid = [groups.div_ceil(threads / 32), 1, 1];
-    let launch = Launch { source: "fake_quantize", kernel: "fake_quantize".into(), grid, threads, shared: 0 };
+    let launch = Launch { threads, ..wide("fake_quantize", grid, 0) };
+    [out.values, out.codes, out.scales, out.zero_points].into_iter().for_each(Buffer::written);
     // SAFETY: the structure is the kernel's, and lengths were checked above.
     unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
 }
@@ -660,6 +723,7 @@ pub fn mask_2_4(
         float: type_of(input.1),
     };
     let launch = wide("mask_2_4", [(rows * k / 4).div_ceil(WIDE), 1, 1], 0);
+    [output, zeros].into_iter().for_each(Buffer::written);
     // SAFETY: the structure is the kernel's, and lengths were checked above.
     unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
 }

@@ -93,6 +93,13 @@ impl Layer<'_> {
         (sum, sizes, multiple)
     }
 
+    /// What some columns contribute to an output, exact but for the conversion to f64.
+    pub fn share(&self, row: usize, token: Token, columns: Range<usize>) -> f64 {
+        let of_token = if let Token::Int8(_, scale) = token { f64::from(scale) } else { 1.0 };
+        let one = |c: usize| self.sum(row, token, c..c + 1).0 * f64::from(self.scale(row, c / self.group));
+        columns.map(one).sum::<f64>() * of_token
+    }
+
     /// Output `row` for a token.
     pub fn output(&self, row: usize, token: Token) -> Output {
         let columns = Parts::of(self.k, self.group).columns();

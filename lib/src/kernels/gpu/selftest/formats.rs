@@ -1,7 +1,9 @@
 //! Kernels whose every bit is known: the number formats of this crate are the reference.
 
 use super::super::Gpu;
-use super::super::operations::{Rounded, dequantize_mxfp4, fake_quantize, mask_2_4, quantize_activations};
+use super::super::operations::{
+    Rounded, dequantize_mxfp4, fake_quantize, mask_2_4, normalize_activations, quantize_activations,
+};
 use super::{KernelTest, numbers, read, stored};
 use crate::algorithms::wanda;
 use crate::error::Result;
@@ -44,6 +46,52 @@ pub fn quantize(gpu: &Gpu) -> Result<KernelTest> {
         }
     }
     Ok(test)
+}
+
+/// Plain loops in the kernel's order are the reference.
+pub fn normalize(gpu: &Gpu) -> Result<KernelTest> {
+    let (mut test, mut draw) = (KernelTest::new("normalize_activations", true), Draw::new(9));
+    let int8 = NumberFormat::Int(INT8);
+    let epsilon = 1e-5;
+    for float in [Float::Bf16, Float::F16, Float::F32] {
+        for (m, k) in [(1, 32), (3, 2880), (2, 12_288)] {
+            let mut x = numbers(&mut draw, m * k, float);
+            x[(m - 1) * k..].iter_mut().step_by(3).for_each(|x| *x = 0.0);
+            let weights = numbers(&mut draw, k, Float::Bf16);
+            let (input, weight) = (gpu.upload(&stored(&x, float))?, gpu.upload(&stored(&weights, Float::Bf16))?);
+            let (output, codes, scales) = (gpu.room(m * k * float.size())?, gpu.room(m * k)?, gpu.room(4 * m)?);
+            let norm = (&weight, Float::Bf16, epsilon);
+            normalize_activations(gpu, (&input, float), norm, (&output, &codes, &scales), (m, k), false)?;
+            let (have, have_codes) = (read(gpu, &output, float)?, gpu.download::<i8>(&codes)?);
+            let have_scales: Vec<f32> = gpu.download(&scales)?;
+            for (t, row) in x.chunks(k).enumerate() {
+                let case = format!("token {t} of [{m}, {k}] in {float:?}");
+                let inverse = 1.0 / (sum_of_squares(row) / k as f32 + epsilon).sqrt();
+                let want: Vec<f32> = row.iter().zip(&weights).map(|(x, w)| float.round(w * (x * inverse))).collect();
+                test.see_all(&have[t * k..][..k], &want, &case);
+                let (low, high) = want.iter().fold((0f32, 0f32), |(l, h), &x| (l.min(x), h.max(x)));
+                let p = int8.fit(low, high, Float::F32, 1.0);
+                let wanted: Vec<i8> = want.iter().map(|&x| int8.quantize(x, p, Float::F32)).collect();
+                test.see_all(&[have_scales[t]], &[p.scale], &case);
+                test.see_all(&floats(&have_codes[t * k..][..k]), &floats(&wanted), &case);
+            }
+        }
+    }
+    Ok(test)
+}
+
+/// In the order that kernels/activations.cuh states.
+fn sum_of_squares(row: &[f32]) -> f32 {
+    const THREADS: usize = 512;
+    let of_thread = |t: usize| {
+        let eights = row.chunks(8).skip(t).step_by(THREADS).flatten();
+        eights.fold(0f32, |sum, x| x.mul_add(*x, sum))
+    };
+    let mut sums: Vec<f32> = (0..THREADS).map(of_thread).collect();
+    for distance in [16, 8, 4, 2, 1] {
+        sums = (0..THREADS).map(|t| sums[t] + sums[t ^ distance]).collect();
+    }
+    sums.into_iter().step_by(32).reduce(|a, b| a + b).unwrap_or(0.0)
 }
 
 /// [`mxfp4`] is the reference.

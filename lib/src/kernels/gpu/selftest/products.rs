@@ -4,10 +4,12 @@ use rayon::prelude::*;
 
 use super::super::hopper::{self, Hopper};
 use super::super::operations::{
-    BLOCKS, Block, Codes, Inputs, Mixture, PRODUCTS, Product, Routes, Weight, combine_experts, quantize_activations,
+    BLOCKS, Block, Codes, Inputs, Mixture, PRODUCTS, Parts, Product, Routes, Weight, combine_experts,
+    quantize_activations,
 };
 use super::super::reference::{Layer, Output, Token, swiglu};
 use super::super::{Buffer, Gpu};
+use super::pattern::{Share, Wrong, describe};
 use super::{Extent, KernelTest, numbers, read, stored};
 use crate::error::Result;
 use crate::formats::float::Float;
@@ -76,6 +78,23 @@ impl<'g> Drawn<'g> {
     }
 }
 
+impl Layer<'_> {
+    /// What each group of columns, and each part, contributes to an output.
+    fn shares(&self, row: usize, token: Token) -> Vec<Share> {
+        let group = |g: usize| {
+            let columns = g * self.group..(g + 1) * self.group;
+            Share { name: format!("group {g}"), value: self.share(row, token, columns.clone()), columns }
+        };
+        let mut all: Vec<Share> = (0..self.k / self.group).map(group).collect();
+        let columns = Parts::of(self.k, self.group).columns();
+        all.extend((0..self.k).step_by(columns).enumerate().map(|(p, first)| {
+            let columns = first..(first + columns).min(self.k);
+            Share { name: format!("part {p}"), value: self.share(row, token, columns.clone()), columns }
+        }));
+        all
+    }
+}
+
 impl Layers {
     /// One of them.
     fn layer(&self, expert: usize) -> Layer<'_> {
@@ -132,17 +151,41 @@ impl Tokens {
     }
 }
 
-/// Outputs beside the reference; `sums` is what sums may differ by, 0 where every bit of the rounded output is known.
-fn compare(test: &mut KernelTest, sums: f64, float: Float, have: &[f32], want: &[Output], case: &str) {
+/// Outputs [tokens, `rows`] beside the reference; `sums` is what sums may differ by, 0 where every bit of the rounded output is known. `shares`
+/// are what groups and parts of columns contribute to an output, where that is known.
+fn compare(
+    test: &mut KernelTest,
+    (sums, float): (f64, Float),
+    (have, want): (&[f32], &[Output]),
+    rows: usize,
+    shares: impl Fn(usize) -> Vec<Share>,
+    case: &str,
+) {
     test.cases += 1;
+    test.digest(have);
+    let right_so_far = test.failure.is_none();
+    let mut wrong = Vec::new();
     for (i, (&h, w)) in have.iter().zip(want).enumerate() {
         let stated = float.round(w.stated);
-        let error = (f64::from(h) - w.exact).abs() / allowed(w, float, sums.max(SUMS));
+        let allowed = allowed(w, float, sums.max(SUMS));
+        let error = (f64::from(h) - w.exact).abs() / allowed;
         test.see(h, stated, error, || format!("{case}, output {i}"));
-        if sums == 0.0 && h.to_bits() != stated.to_bits() && test.failure.is_none() {
+        let other_bits = sums == 0.0 && h.to_bits() != stated.to_bits();
+        if other_bits && test.failure.is_none() {
             test.failure = Some(format!("{case}, output {i}: {h:e}, wanted the bits of {stated:e}"));
         }
+        if other_bits || error.is_nan() || error > 1.0 {
+            wrong.push(Wrong { at: i, excess: f64::from(h) - w.exact, allowed });
+        }
     }
+    if right_so_far && test.failure.is_some() {
+        test.pattern = Some(describe(&wrong, want.len(), rows, shares));
+    }
+}
+
+/// What cannot be told of an output behind a gated unit.
+fn unknown(_: usize) -> Vec<Share> {
+    Vec::new()
 }
 
 /// What [`compare`] allows the sums of a product.
@@ -178,7 +221,9 @@ pub fn single(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest>
                 let out = gpu.room(m * n * float.size())?;
                 product.launch(gpu, &w.there, &x.inputs(m), (&out, float), block, None)?;
                 let case = format!("M {m} N {n} K {k}, groups of {group}, blocks of {block}");
-                compare(&mut test, sums(product), float, &read(gpu, &out, float)?, &want, &case);
+                let shares = |i: usize| layer.shares(i % n, tokens.token(i / n, k));
+                let have = read(gpu, &out, float)?;
+                compare(&mut test, (sums(product), float), (&have, &want), n, shares, &case);
             }
         }
     }
@@ -216,21 +261,21 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
         gpu.copy(&side.0, &x)?;
         gpu.copy(&side.1, &chosen)?;
         wait()?;
-        routed.group(gpu, &chosen)?;
+        let grouped = routed.group(gpu, &chosen)?;
         wait()?;
         quantize_activations(gpu, (&x, float), &codes, &scales, (tokens, width), false)?;
         wait()?;
         let inputs = Inputs { values: &codes, scales: Some(&scales), rows: tokens };
         let mixture = Mixture { gather: true, swiglu: Some((1.702, 7.0)) };
-        product.launch(gpu, &gate_up.there, &inputs, (&h, float), block, Some((&routed, mixture)))?;
+        product.launch(gpu, &gate_up.there, &inputs, (&h, float), block, Some((grouped, mixture)))?;
         wait()?;
         quantize_activations(gpu, (&h, float), &h_codes, &h_scales, (rows, width), false)?;
         wait()?;
         let inputs = Inputs { values: &h_codes, scales: Some(&h_scales), rows };
         let mixture = Mixture { gather: false, swiglu: None };
-        product.launch(gpu, &down.there, &inputs, (&y, float), block, Some((&routed, mixture)))?;
+        product.launch(gpu, &down.there, &inputs, (&y, float), block, Some((grouped, mixture)))?;
         wait()?;
-        combine_experts(gpu, &routed, &y, &shares, &out, (width, float))?;
+        combine_experts(gpu, grouped, &y, &shares, &out, (width, float))?;
         wait()?;
         gpu.copy(&out, &side.2)
     };
@@ -307,7 +352,7 @@ pub fn hopper(gpu: &Gpu, fp8: bool, extent: Extent) -> Result<KernelTest> {
             };
             let want: Vec<Output> = (0..m * n).into_par_iter().map(want).collect();
             let case = format!("M {m} N {n} K {k}, with biases: {with}");
-            compare(&mut test, sums, float, &read(gpu, &out, float)?, &want, &case);
+            compare(&mut test, (sums, float), (&read(gpu, &out, float)?, &want), n, unknown, &case);
         }
     }
     Ok(test)
@@ -342,7 +387,7 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
             }
             let case = format!("{tokens} tokens of {hidden}, {count} experts of {inner}, blocks of {block}");
             let routes = Routes::new(gpu, (tokens, top_k), count, block.tokens)?;
-            routes.group(gpu, &chosen_there)?;
+            let grouped = routes.group(gpu, &chosen_there)?;
             let places: Vec<i32> = gpu.download(&routes.places)?;
             let mut at: Vec<usize> = places.iter().map(|&p| p as usize).collect();
             at.sort();
@@ -356,7 +401,7 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
 
             let h = gpu.room(rows * inner * float.size())?;
             let mixture = Mixture { gather: true, swiglu: Some(unit) };
-            let experts = Some((&routes, mixture));
+            let experts = Some((grouped, mixture));
             product.launch(gpu, &gate_up.there, &x.inputs(tokens), (&h, float), block, experts)?;
             let have = read(gpu, &h, float)?;
             let (layers, inputs) = (&gate_up.here, &x.here);
@@ -371,12 +416,12 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
             };
             let want: Vec<Output> = (0..rows * inner).into_par_iter().map(want).collect();
             // The exponential of a GPU is not that of this processor.
-            compare(&mut test, SUMS, float, &have, &want, &format!("gate and up, {case}"));
+            compare(&mut test, (SUMS, float), (&have, &want), inner, unknown, &format!("gate and up, {case}"));
 
             let hidden_in = Activated::new(gpu, product, h, rows, inner)?;
             let y = gpu.room(rows * hidden * float.size())?;
             let mixture = Mixture { gather: false, swiglu: None };
-            let experts = Some((&routes, mixture));
+            let experts = Some((grouped, mixture));
             product.launch(gpu, &down.there, &hidden_in.inputs(rows), (&y, float), block, experts)?;
             let have = read(gpu, &y, float)?;
             let (layers, inputs) = (&down.here, &hidden_in.here);
@@ -386,10 +431,15 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
                 layer.output(i % hidden, inputs.token(row, inner))
             };
             let want: Vec<Output> = (0..rows * hidden).into_par_iter().map(want).collect();
-            compare(&mut test, sums(product), float, &have, &want, &format!("down, {case}"));
+            let of_columns = |i: usize| {
+                let row = i / hidden;
+                layers.layer(chosen[entries[row]] as usize).shares(i % hidden, inputs.token(row, inner))
+            };
+            let case_of = format!("down, {case}");
+            compare(&mut test, (sums(product), float), (&have, &want), hidden, of_columns, &case_of);
 
             let out = gpu.room(tokens * hidden * float.size())?;
-            combine_experts(gpu, &routes, &y, &shares_there, &out, (hidden, float))?;
+            combine_experts(gpu, grouped, &y, &shares_there, &out, (hidden, float))?;
             let sum = |i: usize| {
                 let (token, column) = (i / hidden, i % hidden);
                 let parts = (token * top_k..(token + 1) * top_k)
@@ -397,6 +447,7 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
                 parts.fold(0f32, |sum, (share, y)| share.mul_add(y, sum))
             };
             let (have, mut same) = (read(gpu, &out, float)?, true);
+            test.digest(&have);
             for (i, &h) in have.iter().enumerate() {
                 same &= h.to_bits() == float.round(sum(i)).to_bits();
             }

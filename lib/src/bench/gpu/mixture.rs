@@ -1,0 +1,73 @@
+//! A whole layer of experts as one figure: rows are grouped, inputs rounded, gate and up multiplied with SwiGLU behind, rounded again, multiplied
+//! down, and combined.
+
+use super::{Coded, FLOAT, halves, routes, rows_of, times};
+use crate::bench::{GemmRow, Measured, Mixture as Layer, Shape};
+use crate::error::{Error, Result};
+use crate::kernels::gpu::Gpu;
+use crate::kernels::gpu::operations::{Inputs, Mixture, PRODUCTS, combine_experts, quantize_activations};
+
+/// gpt-oss's alpha and limit.
+const SWIGLU: (f32, f32) = (1.702, 7.0);
+
+/// `m` tokens through a layer with the product of this name; `None` where the build has it not.
+pub(super) fn measure(
+    gpu: &Gpu,
+    layer: &Layer,
+    name: &str,
+    m: usize,
+    iters: usize,
+    rate: f64,
+) -> Result<Option<GemmRow>> {
+    let Some(product) = PRODUCTS.into_iter().find(|p| p.name == name).filter(|p| gpu.has(p.name)) else {
+        return Ok(None);
+    };
+    let Layer { hidden, inner, experts, .. } = *layer;
+    let shape = |n, k| Shape { name: layer.name.clone(), n, k, experts: Some(experts) };
+    let (up_shape, down_shape) = (shape(2 * inner, hidden), shape(hidden, inner));
+    let of = rows_of(&up_shape, m);
+    let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
+    let fits = |k| product.block(gpu, rows.div_ceil(active), active, (2 * inner, k, 32), FLOAT);
+    let (Some(block), Some(other)) = (fits(hidden), fits(inner)) else {
+        return Err(Error::Refused("it needs more shared memory than this GPU has".into()));
+    };
+    // Both products share the tiles of the rows.
+    let block_down = crate::kernels::gpu::operations::Block { tokens: block.tokens, ..other };
+    let (up, down) = (Coded::new(gpu, product, &up_shape, 32)?, Coded::new(gpu, product, &down_shape, 32)?);
+    let (room, chosen) = routes(gpu, m, experts, block)?;
+    let x = gpu.upload(&halves(m * hidden))?;
+    let shares = gpu.upload(&vec![0.25f32; rows])?;
+    let (x_codes, x_scales) = (gpu.room(m * hidden)?, gpu.room(4 * m)?);
+    let h = gpu.room(2 * rows * inner)?;
+    let (h_codes, h_scales) = (gpu.room(rows * inner)?, gpu.room(4 * rows)?);
+    let (y, out) = (gpu.room(2 * rows * hidden)?, gpu.room(2 * m * hidden)?);
+    let copies = up.weights.len().min(down.weights.len());
+    let seconds = times(gpu, copies, iters, |copy| {
+        let grouped = room.group(gpu, &chosen)?;
+        let inputs = if product.int8 {
+            quantize_activations(gpu, (&x, FLOAT), &x_codes, &x_scales, (m, hidden), false)?;
+            Inputs { values: &x_codes, scales: Some(&x_scales), rows: m }
+        } else {
+            Inputs { values: &x, scales: None, rows: m }
+        };
+        let gated = Mixture { gather: true, swiglu: Some(SWIGLU) };
+        product.launch(gpu, &up.weights[copy], &inputs, (&h, FLOAT), block, Some((grouped, gated)))?;
+        let inputs = if product.int8 {
+            quantize_activations(gpu, (&h, FLOAT), &h_codes, &h_scales, (rows, inner), false)?;
+            Inputs { values: &h_codes, scales: Some(&h_scales), rows }
+        } else {
+            Inputs { values: &h, scales: None, rows }
+        };
+        let plain = Mixture { gather: false, swiglu: None };
+        product.launch(gpu, &down.weights[copy], &inputs, (&y, FLOAT), block_down, Some((grouped, plain)))?;
+        combine_experts(gpu, grouped, &y, &shares, &out, (hidden, FLOAT))
+    })?;
+    // Weights, scales, and what goes in and comes out of the layer. As a product it is one of three times the inner size.
+    let weight = hidden * inner * 3;
+    let bytes = active * (weight / 2 + weight / 32) + 2 * 2 * m * hidden;
+    let whole = Shape { name: layer.name.clone(), n: 3 * inner, k: hidden, experts: Some(experts) };
+    let kernel = name.into();
+    let measured =
+        Measured { device: "gpu", shape: &whole, kernel, m, group: 32, rows, weights: active, bytes, copies, seconds };
+    Ok(Some(measured.row(None, rate)))
+}
