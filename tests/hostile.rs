@@ -122,7 +122,7 @@ fn cases() -> Vec<(&'static str, Change, Vec<&'static str>)> {
             vec!["model.layers.4.input_layernorm.weight", "missing"],
         ),
         ("another width", config("hidden_size", json!(192)), vec![S0, "has shape [2048, 256]", "implies [2048, 192]"]),
-        ("no index", remove(INDEX), vec!["neither model.safetensors.index.json nor model.safetensors"]),
+        ("no index", remove(INDEX), vec!["has shards such as model-0000", "neither model.safetensors.index.json"]),
         (
             "index is not JSON",
             Box::new(|d| std::fs::write(d.join(INDEX), "\u{0}").unwrap()),

@@ -299,6 +299,13 @@ API cuFuncSetAttribute(void* function, int attribute, int value) {
   return SUCCESS;
 }
 
+API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int threads, size_t shared) {
+  // Registers are not known here.
+  int by_threads = 2048 / threads, by_memory = shared ? int((simt::most_shared + 1024) / shared) : by_threads;
+  *blocks = by_threads < by_memory ? by_threads : by_memory;
+  return SUCCESS;
+}
+
 // CUlaunchConfig.
 struct Config {
   unsigned grid[3], block[3], shared;

@@ -244,7 +244,8 @@ pub struct StatisticsArgs {
     /// Keep Hessians in the offload folder; changes the speed, never the output
     #[arg(long, overrides_with = "offload_hessians", alias = "offload_hessians", help_heading = "Calibration")]
     pub offload_hessians: bool,
-    /// Where hidden states and Hessians go that do not fit in --max-memory [default: beside the unfinished output]
+    /// Where hidden states go: those that a run resumes from, and those, with Hessians, that do not fit in --max-memory [default:
+    /// beside the unfinished output]
     #[arg(long, value_name = "DIR", help_heading = "Calibration")]
     pub offload_folder: Option<PathBuf>,
 }

@@ -337,7 +337,10 @@ impl<'s, 'g> Coded<'s, 'g> {
         let Shape { n, k, .. } = *self.shape;
         let of = rows_of(self.shape, m);
         let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
-        let block = block.or_else(|| product.block(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT));
+        let block = match block {
+            None => product.block(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT)?,
+            given => given,
+        };
         let fits = |block: &Block| product.shared_bytes(*block, k, group, FLOAT) <= gpu.shared_bytes;
         let Some(block) = block.filter(fits) else {
             return Err(Error::Refused(format!("groups of {group} need more shared memory than this GPU has")));

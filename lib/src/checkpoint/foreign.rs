@@ -23,15 +23,23 @@ pub(super) fn no_weights(dir: &Path) -> Result<Error> {
     let is_pickle = |n: &String| n.starts_with("pytorch_model") && n.ends_with(".bin") || n.ends_with(".pth");
     let mut pickles: Vec<String> = names(dir)?.into_iter().filter(is_pickle).collect();
     pickles.sort();
-    Ok(match pickles.first() {
-        Some(first) => Error::file(
+    let shard = names(dir)?.into_iter().filter(|n| n.ends_with(".safetensors")).min();
+    Ok(match (pickles.first(), shard) {
+        (_, Some(shard)) => Error::file(
+            dir,
+            format!(
+                "has shards such as {shard}, and neither {INDEX}, which says what lies in which, nor model.safetensors: an incomplete \
+                 download? fetch the index, or rename a single shard to model.safetensors"
+            ),
+        ),
+        (Some(first), None) => Error::file(
             dir,
             format!(
                 "has its weights in {first}, which only PyTorch reads: convert it to safetensors (load it with transformers and \
                  save_pretrained)"
             ),
         ),
-        None => Error::file(dir, format!("has neither {INDEX} nor model.safetensors: the weights are missing")),
+        (None, None) => Error::file(dir, format!("has neither {INDEX} nor model.safetensors: the weights are missing")),
     })
 }
 

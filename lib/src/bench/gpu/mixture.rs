@@ -28,7 +28,7 @@ pub(super) fn measure(
     let of = rows_of(&up_shape, m);
     let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
     let fits = |k| product.block(gpu, rows.div_ceil(active), active, (2 * inner, k, 32), FLOAT);
-    let (Some(block), Some(other)) = (fits(hidden), fits(inner)) else {
+    let (Some(block), Some(other)) = (fits(hidden)?, fits(inner)?) else {
         return Err(Error::Refused("it needs more shared memory than this GPU has".into()));
     };
     // Both products share the tiles of the rows.

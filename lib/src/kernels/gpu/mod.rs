@@ -240,6 +240,17 @@ impl Gpu {
         done.result().map_err(failed(format!("launch {} with {launch:?}", launch.kernel)))
     }
 
+    /// How many blocks of a launch the GPU holds at once, by registers, threads and shared memory.
+    pub fn blocks_at_once(&self, launch: &Launch) -> Result<usize> {
+        let function = self.function(launch.source, &launch.kernel, launch.shared)?;
+        let (mut blocks, threads) = (0, launch.threads as i32);
+        // SAFETY: it writes a number, and the function came from the driver.
+        let told =
+            unsafe { sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, threads, launch.shared) };
+        told.result().map_err(failed(format!("tell how many blocks of {} it holds", launch.kernel)))?;
+        Ok(blocks as usize * self.multiprocessors as usize)
+    }
+
     fn function(&self, source: &str, kernel: &str, shared: usize) -> Result<sys::CUfunction> {
         let mut functions = self.functions.borrow_mut();
         if !functions.contains_key(kernel) {

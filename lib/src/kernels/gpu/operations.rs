@@ -269,8 +269,9 @@ impl Product {
         parts.warps() * a_warp + stored + kept * sums * 4
     }
 
-    /// What suits `rows` rows (of each expert, on average, where there are several): as many tokens as hold them, and few rows of the weight
-    /// where more would leave multiprocessors idle. `None` where no block fits the shared memory.
+    /// What suits `rows` rows (of each expert, on average, where there are several `layers`): as many tokens as hold them, and few rows of the weight
+    /// where all blocks are on the GPU at once. A second wave of blocks with few rows costs more than it gains (kernels/results: 4096 x 4096 at
+    /// M = 16 and 32). `None` where no block fits the shared memory.
     pub fn block(
         &self,
         gpu: &Gpu,
@@ -278,13 +279,32 @@ impl Product {
         layers: usize,
         w: (usize, usize, usize),
         scale: Float,
-    ) -> Option<Block> {
+    ) -> Result<Option<Block>> {
         let (n, k, group) = w;
         let tokens = if rows <= 8 { 8 } else { 16 };
-        let blocks = |r: usize| rows.div_ceil(tokens).max(1) * n.div_ceil(r) * layers;
-        let wide = if blocks(32) < 2 * gpu.multiprocessors as usize { [16, 32] } else { [32, 16] };
         let fits = |b: &Block| self.shared_bytes(*b, k, group, scale) <= gpu.shared_bytes;
-        wide.map(|rows| Block { rows, tokens }).into_iter().chain([Block { rows: 16, tokens: 8 }]).find(fits)
+        let [few, many] = [16, 32].map(|rows| Some(Block { rows, tokens }).filter(fits));
+        if let Some(block) = few {
+            let grid = [rows.div_ceil(tokens).max(1) * layers, n.div_ceil(block.rows), 1];
+            let launch = self.shape(block, (k, group, scale), grid, layers > 1);
+            if grid[0] * grid[1] <= gpu.blocks_at_once(&launch)? || many.is_none() {
+                return Ok(few);
+            }
+        }
+        Ok(many.or_else(|| Some(Block { rows: 16, tokens: 8 }).filter(fits)))
+    }
+
+    /// The launch of a block over a grid.
+    fn shape(&self, block: Block, (k, group, scale): (usize, usize, Float), grid: [usize; 3], experts: bool) -> Launch {
+        let infix = if experts { "_experts" } else { "" };
+        Launch {
+            source: self.name,
+            kernel: format!("{}{infix}_{block}", self.name),
+            grid,
+            threads: 32 * Parts::of(k, group).warps(),
+            shared: self.shared_bytes(block, k, group, scale),
+            early: true,
+        }
     }
 
     /// `output` [rows, N] = inputs W^T + bias, or of a [`Mixture`] each row by its expert's weight.
@@ -330,15 +350,11 @@ impl Product {
             output_type: type_of(output.1),
             parts,
         };
-        let infix = if experts.is_some() { "_experts" } else { "" };
+        let grid = [tiles, w.n.div_ceil(block.rows), 1];
         let launch = Launch {
-            source: self.name,
-            kernel: format!("{}{infix}_{block}", self.name),
-            grid: [tiles, w.n.div_ceil(block.rows), 1],
-            threads: 32 * parts.warps(),
-            shared: self.shared_bytes(block, w.k, w.group, w.scale_type),
             // Weights are asked for before the inputs are there.
             early: [Some(&w.codes), Some(&w.scales), w.bias.as_ref()].into_iter().flatten().all(Buffer::is_settled),
+            ..self.shape(block, (w.k, w.group, w.scale_type), grid, experts.is_some())
         };
         output.0.written();
         let first = (&raw mut arguments).cast::<c_void>();

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::store::{Lane, Place, Store};
 use super::{LinearJob, Plan, Split, Work};
 use crate::checkpoint::header::TensorSpec;
-use crate::containers::compressed_tensors::Scheme;
+use crate::containers::compressed_tensors::{Scheme, Strategy};
 use crate::containers::dense::float_of;
 use crate::containers::vllm::Kind;
 use crate::containers::{self, Weight};
@@ -145,10 +145,12 @@ impl<'a> Plan<'a> {
             )));
         };
         if !kind.holds(&scheme) {
-            let given = self.treated[linear].layer.scheme;
+            let layer = &self.treated[linear].layer;
+            let (given, asymmetric) = (layer.scheme, if scheme.weights.symmetric() { "" } else { " with zero points" });
             return Err(Error::Refused(format!(
-                "{module}: {name} holds experts of {}, not of {given}",
-                kind.schemes()
+                "{module}: {name} holds experts of {}, not of {given}{asymmetric}{}",
+                kind.schemes(),
+                if let Strategy::Group(n) = scheme.strategy { format!(" in groups of {n}") } else { String::new() }
             )));
         }
         let first = Linear { proj: Proj::Gate, expert: 0, ..*linear };

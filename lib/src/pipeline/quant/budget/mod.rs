@@ -460,7 +460,9 @@ fn patterns(places: &[&Place], experts: usize) -> Vec<String> {
 }
 
 fn gigabytes(bytes: u64) -> String {
-    if bytes < 1_000_000_000 {
+    if bytes < 10_000 {
+        format!("{bytes} bytes")
+    } else if bytes < 1_000_000_000 {
         format!("{:.3} MB", bytes as f64 / 1e6)
     } else {
         format!("{:.3} GB", bytes as f64 / 1e9)
