@@ -25,7 +25,7 @@ pack() {
     strip -o "$to/bin/$tool" "target/release/$tool"
   done
   cp kernels/check.sh kernels/golden-hashes.json "$to/kernels/"
-  # Of the GPUs that are lent; CUDA_ARCH names others.
+  # For an A100, an H100 or H200, and a B200; CUDA_ARCH names others.
   rm -rf "$to/store"
   GPTOSS_KERNELS="$to/store" "$to/bin/gptoss-kernel-install" --yes --quiet --arch "${CUDA_ARCH:-8.0;9.0a;10.0}" >"$to/build.json"
   du -sh "$to" >&2
@@ -49,6 +49,13 @@ for tool in gptoss-verify gptoss-bench; do
   fi
 done
 [ -d "$here/store" ] && export GPTOSS_KERNELS="$here/store"
+# cuBLAS: where the system has it, or with PyTorch's wheels. ncu and compute-sanitizer come with the toolkit.
+for folder in /usr/local/cuda/lib64 $(python3 -c 'import sys; print(*[p + "/nvidia/cu13/lib" for p in sys.path if p])' 2>/dev/null || true); do
+  if compgen -G "$folder/libcublas.so*" >/dev/null; then
+    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder"
+  fi
+done
+[ -d /usr/local/cuda/bin ] && PATH="$PATH:/usr/local/cuda/bin"
 mkdir -p "${1:-results}"
 out=$(realpath "${1:-results}")
 work=$(mktemp -d)

@@ -152,6 +152,15 @@ fn the_self_test_launches_every_kernel_and_sees_a_wrong_one() {
         assert_eq!(one["kernel"], other["kernel"]);
         assert_eq!((&one["digest"], other.get("failure")), (&other["digest"], None), "{one} {other}");
     }
+    // Launches begin early where nothing forbids it: weights that were copied and waited for do not.
+    let count = dir.path().join("count");
+    let line = "gptoss-bench gemm --quiet --M 3 --K 64 --N 96 --iters 2 --on gpu --only w4a8";
+    let mut early = on_this_processor(dir.path(), driver(), line);
+    run(early.env("GPTOSS_EMULATED_GPU", "9.0:132").env("GPTOSS_EMULATED_COUNT", &count)).manifest();
+    let counted = std::fs::read_to_string(&count).unwrap();
+    let (some, all) = counted.trim().split_once(" of ").unwrap();
+    assert!(some == all && all.parse::<u32>().unwrap() > 60, "{counted}");
+
     // What one kernel does to its context, or never ends, is no matter of the others.
     for (variable, kernel, words) in [
         ("GPTOSS_EMULATED_CRASH", "w4a8_16x8", "an illegal memory access"),

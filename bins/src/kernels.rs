@@ -66,6 +66,7 @@ impl KernelArgs {
         }
         let extent = if self.model_shapes { Extent::Models } else { Extent::Small };
         let mut manifest = Manifest::new("gptoss-verify", Job::TestKernels);
+        // None where the kernel is not for this GPU, which whoever asked for several does not mind.
         manifest.kernel_tests.extend(selftest::run(&gpu, extent, name));
         manifest.kernels = Some(gpu.build.build.clone());
         manifest.notes.push(format!("{} ran code for {}", gpu.name, gpu.target()));
@@ -105,6 +106,9 @@ impl KernelArgs {
                 resources.progress.note(&format!("{}: {} launches, {outcome}", test.kernel, test.cases));
             }
             manifest.kernel_tests.extend(tests);
+        }
+        if manifest.kernel_tests.is_empty() {
+            bail!("none of the kernels {} is in this build and for this GPU", names.join(", "));
         }
         let place = build.map(|child| {
             (manifest.kernels, manifest.notes) = (child.kernels, child.notes);

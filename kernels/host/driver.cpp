@@ -3,7 +3,8 @@
 // each allocation lies a page that nobody may touch. Machine code is not looked at.
 //
 // GPTOSS_EMULATED_GPU says which GPU it is: compute capability and multiprocessors, "8.6:4" unless it is set. With 9.0 and later, launches that allow it
-// begin before the two in front of them have run, up to where they want their inputs; GPTOSS_EMULATED_CRASH names a kernel whose launch fails and ends
+// begin before the two in front of them have run, up to where they want their inputs; GPTOSS_EMULATED_COUNT is a file that gets how many did, and of how
+// many; GPTOSS_EMULATED_CRASH names a kernel whose launch fails and ends
 // the context, GPTOSS_EMULATED_HANG one that never ends.
 //
 //     c++ -std=c++17 -O2 -fPIC -shared -I.. -o libcuda.so.1 driver.cpp
@@ -134,6 +135,16 @@ std::list<simt::Launch> open;
 constexpr int EARLY_BLOCKS = 24;
 constexpr size_t OPEN = 3;
 
+long launches = 0, early_launches = 0;
+
+void count() {
+  const char* file = getenv("GPTOSS_EMULATED_COUNT");
+  FILE* to = file ? fopen(file, "w") : nullptr;
+  if (!to) return;
+  fprintf(to, "%ld of %ld\n", early_launches, launches);
+  fclose(to);
+}
+
 void finish(size_t left) {
   for (; open.size() > left; open.pop_front()) open.front().finish();
 }
@@ -155,6 +166,8 @@ struct Event {
 
 API cuInit(unsigned) {
   model();
+  static const int once = atexit(count);
+  (void)once;
   signal(SIGSEGV, outside);
   return SUCCESS;
 }
@@ -346,6 +359,8 @@ API cuLaunchKernelEx(const Config* config, void* f, void** arguments, void**) {
   constexpr unsigned PROGRAMMATIC = 6;
   bool early = model().major >= 9 && config->attribute_count == 1 && *static_cast<unsigned*>(config->attributes) == PROGRAMMATIC;
   enqueue([a = copies[0], b = copies[1], &function, grid, threads, shared = config->shared, early] {
+    launches++;
+    early_launches += early;
     finish(early ? OPEN - 1 : 0);
     open.emplace_back(grid, threads, shared, false, [a, b, &function] { function.run(a->data(), b->data()); });
     if (early && open.size() > 1) open.back().begin(EARLY_BLOCKS);

@@ -9,10 +9,9 @@ use super::{GemmRow, Measured, Request, Shape, routing};
 use crate::error::{Error, Result};
 use crate::formats::float::Float;
 use crate::kernels::gpu::blas::Blas;
+use crate::kernels::gpu::elementwise::quantize_activations;
 use crate::kernels::gpu::hopper::{self, Hopper};
-use crate::kernels::gpu::operations::{
-    Block, Codes, Inputs, Mixture, PRODUCTS, Product, Routes, Weight, quantize_activations,
-};
+use crate::kernels::gpu::operations::{Block, Codes, Inputs, Mixture, PRODUCTS, Product, Routes, Weight};
 use crate::kernels::gpu::{Buffer, Gpu, Graph};
 use crate::ops::random::Draw;
 use crate::pipeline::progress::Progress;

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -368,10 +369,12 @@ fn parent(path: &Path) -> &Path {
 /// without it the system itself refuses a folder that is not empty, however late its content came.
 fn put_in_place(partial: &Path, dst: &Path, force: bool) -> Result<()> {
     sync_dir(partial)?;
+    // The two errors that a system may give for a folder that is not empty (POSIX, rename).
+    let occupied = |e: &std::io::Error| matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists);
     match std::fs::rename(partial, dst) {
         Ok(()) => return sync_dir(parent(dst)),
-        Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && force => {}
-        Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => return Err(refuse_occupied(dst)),
+        Err(e) if occupied(&e) && force => {}
+        Err(e) if occupied(&e) => return Err(refuse_occupied(dst)),
         Err(e) => return Err(Error::io("rename the finished output to", dst)(e)),
     }
     let exchange = || rustix::fs::renameat_with(CWD, partial, CWD, dst, RenameFlags::EXCHANGE);

@@ -5,7 +5,8 @@ use super::{Coded, FLOAT, halves, routes, rows_of, times};
 use crate::bench::{GemmRow, Measured, Mixture as Layer, Shape};
 use crate::error::{Error, Result};
 use crate::kernels::gpu::Gpu;
-use crate::kernels::gpu::operations::{Inputs, Mixture, PRODUCTS, combine_experts, quantize_activations};
+use crate::kernels::gpu::elementwise::quantize_activations;
+use crate::kernels::gpu::operations::{Block, Inputs, Mixture, PRODUCTS, combine_experts};
 
 /// gpt-oss's alpha and limit.
 const SWIGLU: (f32, f32) = (1.702, 7.0);
@@ -32,7 +33,7 @@ pub(super) fn measure(
         return Err(Error::Refused("it needs more shared memory than this GPU has".into()));
     };
     // Both products share the tiles of the rows.
-    let block_down = crate::kernels::gpu::operations::Block { tokens: block.tokens, ..other };
+    let block_down = Block { tokens: block.tokens, ..other };
     let (up, down) = (Coded::new(gpu, product, &up_shape, 32)?, Coded::new(gpu, product, &down_shape, 32)?);
     let (room, chosen) = routes(gpu, m, experts, block)?;
     let x = gpu.upload(&halves(m * hidden))?;

@@ -1,6 +1,7 @@
 //! A GPU and an installed build of the kernels on it: memory, launches, graphs, times. As little of the CUDA driver as they need.
 
 pub mod blas;
+pub mod elementwise;
 pub mod hopper;
 pub mod operations;
 pub mod reference;
@@ -9,7 +10,6 @@ pub mod selftest;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::marker::PhantomData;
 use std::path::Path;
 use std::ptr::null_mut;
 
@@ -43,6 +43,8 @@ pub struct Gpu {
     modules: RefCell<HashMap<String, sys::CUmodule>>,
     functions: RefCell<HashMap<String, Function>>,
     early_launch: bool,
+    /// How often everything launched was waited for.
+    waits: Cell<u64>,
 }
 
 #[derive(Clone, Copy)]
@@ -73,9 +75,9 @@ pub struct Launch {
 pub struct Buffer<'g> {
     address: u64,
     bytes: usize,
-    /// Whether a kernel has been launched that writes to it.
-    written: Cell<bool>,
-    gpu: PhantomData<&'g Gpu>,
+    /// How often everything had been waited for when the last work was launched that writes to it.
+    written: Cell<Option<u64>>,
+    gpu: &'g Gpu,
 }
 
 /// Launches that are repeated as one. It borrows or owns what they work on.
@@ -138,6 +140,7 @@ impl Gpu {
             stream,
             modules: RefCell::default(),
             functions: RefCell::default(),
+            waits: Cell::new(0),
         })
     }
 
@@ -187,7 +190,7 @@ impl Gpu {
         let action = format!("give {bytes} bytes of memory");
         // SAFETY: the memory is filled before it is read.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(failed(action))?;
-        let buffer = Buffer { address, bytes, written: Cell::new(false), gpu: PhantomData };
+        let buffer = Buffer { address, bytes, written: Cell::new(None), gpu: self };
         // SAFETY: as long as it was made; the null stream's work is waited for below.
         unsafe { result::memset_d8_sync(address, byte, bytes.max(1)) }.map_err(failed("fill memory"))?;
         result::ctx::synchronize().map_err(failed("finish"))?;
@@ -206,7 +209,9 @@ impl Gpu {
     /// Waits for everything that was launched.
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as this.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("finish what was launched"))
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("finish what was launched"))?;
+        self.waits.set(self.waits.get() + 1);
+        Ok(())
     }
 
     /// Launches a kernel whose structures `arguments` are.
@@ -368,14 +373,14 @@ impl Buffer<'_> {
         self.bytes
     }
 
-    /// Notes that work on the GPU writes to it.
+    /// Notes that work is launched that writes to it.
     fn written(&self) {
-        self.written.set(true);
+        self.written.set(Some(self.gpu.waits.get()));
     }
 
-    /// Whether its content came from this processor alone: it was there before any launch.
+    /// Whether all that writes to it has been waited for.
     fn is_settled(&self) -> bool {
-        !self.written.get()
+        self.written.get().is_none_or(|waits| waits < self.gpu.waits.get())
     }
 }
 

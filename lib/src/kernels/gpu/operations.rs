@@ -1,4 +1,4 @@
-//! The kernels as functions over buffers: structures as the sources have them, grids, shared memory, and checks that everything is there.
+//! Products, over experts too, as functions over buffers: structures as the sources have them, grids, shared memory, and checks that everything is there.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -9,9 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Buffer, Gpu, Launch};
 use crate::error::Result;
-use crate::formats::NumberFormat;
 use crate::formats::float::Float;
-use crate::formats::minifloat::Minifloat;
 
 /// Columns of a group and of a stage, and warps of a block at most; columns of a part, more or less, and of a group from which on a part lies
 /// within it (kernels/gemm.cuh).
@@ -20,17 +18,13 @@ const COLUMNS: usize = 128;
 const MOST_WARPS: usize = 8;
 const PART: usize = 512;
 const LARGE: usize = 1024;
-/// Threads of a block of everything else but [`fake_quantize`].
-const WIDE: usize = 256;
+/// Threads of a block of most of the other kernels.
+pub(super) const WIDE: usize = 256;
 /// Threads of the block that groups rows, and the most experts that it knows: `routes::THREADS` and `routes::EXPERTS`.
 const GROUPING: usize = 1024;
 const ROUTED: usize = 256;
-/// Rows of a tile that is turned, and columns: a group of MXFP4.
-const TURNED: (usize, usize) = (64, 32);
 /// Columns of a scale at most: 131072 products of -128 by -128 no longer fit an int32.
 pub const LARGEST_GROUP: usize = 65_536;
-/// Threads of a block that rounds inputs.
-const ROUNDING: usize = 512;
 /// The blocks that there are kernels for.
 pub const BLOCKS: [Block; 4] = [
     Block { rows: 16, tokens: 8 },
@@ -40,7 +34,7 @@ pub const BLOCKS: [Block; 4] = [
 ];
 
 /// `FloatType` of kernels/common.cuh.
-fn type_of(float: Float) -> i32 {
+pub(super) fn type_of(float: Float) -> i32 {
     match float {
         Float::Bf16 => 0,
         Float::F16 => 1,
@@ -451,91 +445,8 @@ impl<'g> Routes<'g> {
 pub struct Grouped<'r, 'g>(&'r Routes<'g>);
 
 /// A launch of a kernel whose blocks have 256 threads.
-fn wide(source: &'static str, grid: [usize; 3], shared: usize) -> Launch {
+pub(super) fn wide(source: &'static str, grid: [usize; 3], shared: usize) -> Launch {
     Launch { source, kernel: source.into(), grid, threads: WIDE, shared, early: true }
-}
-
-/// `activations::Arguments`.
-#[repr(C)]
-struct ActivationArguments {
-    input: u64,
-    codes: u64,
-    scales: u64,
-    m: i32,
-    k: i32,
-    input_type: i32,
-    fp8: i32,
-}
-
-/// Inputs [m, k] to int8, or to E4M3 where `fp8`, one scale a token.
-pub fn quantize_activations(
-    gpu: &Gpu,
-    input: (&Buffer, Float),
-    codes: &Buffer,
-    scales: &Buffer,
-    (m, k): (usize, usize),
-    fp8: bool,
-) -> Result<()> {
-    assert!(k.is_multiple_of(8) && input.0.bytes() >= m * k * input.1.size(), "inputs are all there");
-    assert!(codes.bytes() >= m * k && scales.bytes() >= 4 * m, "results have room");
-    let mut arguments = ActivationArguments {
-        input: input.0.address(),
-        codes: codes.address(),
-        scales: scales.address(),
-        m: m as i32,
-        k: k as i32,
-        input_type: type_of(input.1),
-        fp8: i32::from(fp8),
-    };
-    let launch = Launch { threads: ROUNDING, ..wide("quantize_activations", [m, 1, 1], ROUNDING / 32 * 4) };
-    [codes, scales].into_iter().for_each(Buffer::written);
-    // SAFETY: the structure is the kernel's, and lengths were checked above.
-    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
-}
-
-/// `activations::Norm`.
-#[repr(C)]
-struct NormArguments {
-    weight: u64,
-    output: u64,
-    weight_type: i32,
-    epsilon: f32,
-}
-
-/// RMSNorm of inputs [m, k] by `weight` [k]: the numbers, of the inputs' type, into `output`, and those rounded as [`quantize_activations`] does.
-///
-/// Each is `round(weight * (x / sqrt(mean of squares + epsilon)))`, in f32 until then; kernels/activations.cuh states the order of the sum.
-pub fn normalize_activations(
-    gpu: &Gpu,
-    input: (&Buffer, Float),
-    (weight, weight_type, epsilon): (&Buffer, Float, f32),
-    (output, codes, scales): (&Buffer, &Buffer, &Buffer),
-    (m, k): (usize, usize),
-    fp8: bool,
-) -> Result<()> {
-    let size = input.1.size();
-    assert!(k.is_multiple_of(8) && input.0.bytes().min(output.bytes()) >= m * k * size, "inputs are all there");
-    assert!(weight.bytes() >= k * weight_type.size(), "the weight too");
-    assert!(codes.bytes() >= m * k && scales.bytes() >= 4 * m, "results have room");
-    let mut arguments = ActivationArguments {
-        input: input.0.address(),
-        codes: codes.address(),
-        scales: scales.address(),
-        m: m as i32,
-        k: k as i32,
-        input_type: type_of(input.1),
-        fp8: i32::from(fp8),
-    };
-    let mut norm = NormArguments {
-        weight: weight.address(),
-        output: output.address(),
-        weight_type: type_of(weight_type),
-        epsilon,
-    };
-    let launch = Launch { threads: ROUNDING, ..wide("normalize_activations", [m, 1, 1], ROUNDING / 32 * 4) };
-    [output, codes, scales].into_iter().for_each(Buffer::written);
-    // SAFETY: the structures are the kernel's, and lengths were checked above.
-    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast(), (&raw mut norm).cast()]) }
 }
 
 /// `combine::Arguments`.
@@ -573,173 +484,6 @@ pub fn combine_experts(
     };
     let launch = wide("combine_experts", [tokens, k.div_ceil(WIDE), 1], 0);
     output.written();
-    // SAFETY: the structure is the kernel's, and lengths were checked above.
-    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
-}
-
-/// `mxfp4::Arguments`.
-#[repr(C)]
-struct Mxfp4Arguments {
-    codes: u64,
-    scales: u64,
-    output: u64,
-    n: i32,
-    k: i32,
-    output_type: i32,
-}
-
-/// MXFP4 [n, k] to floats [n, k], or [k, n] where `turned`.
-pub fn dequantize_mxfp4(
-    gpu: &Gpu,
-    (codes, scales): (&Buffer, &Buffer),
-    output: (&Buffer, Float),
-    (n, k): (usize, usize),
-    turned: bool,
-) -> Result<()> {
-    assert!(k.is_multiple_of(32) && codes.bytes() >= n * k / 2 && scales.bytes() >= n * k / 32, "codes are all there");
-    assert!(output.0.bytes() >= n * k * output.1.size(), "the output has room");
-    let mut arguments = Mxfp4Arguments {
-        codes: codes.address(),
-        scales: scales.address(),
-        output: output.0.address(),
-        n: n as i32,
-        k: k as i32,
-        output_type: type_of(output.1),
-    };
-    let mut launch = wide("dequantize_mxfp4", [(n * k / 8).div_ceil(WIDE), 1, 1], 0);
-    output.0.written();
-    if turned {
-        let (rows, group) = TURNED;
-        launch.kernel = "dequantize_mxfp4_turned".into();
-        (launch.grid, launch.shared) = ([n.div_ceil(rows), k / group, 1], group * (rows + 1) * 4);
-    }
-    // SAFETY: the structure is the kernel's, and lengths were checked above.
-    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
-}
-
-/// `fake::Arguments`.
-#[repr(C)]
-struct FakeArguments {
-    input: u64,
-    output: u64,
-    codes: u64,
-    scales: u64,
-    zero_points: u64,
-    rows: i32,
-    k: i32,
-    group: i32,
-    float: i32,
-    kind: i32,
-    bits: i32,
-    symmetric: i32,
-    fraction: i32,
-    bias: i32,
-    most: f32,
-    global: f32,
-    given: i32,
-}
-
-/// What [`fake_quantize`] writes; scales and zero points are read where they are given.
-pub struct Rounded<'b, 'g> {
-    /// Values [rows, k] of the weights' type.
-    pub values: &'b Buffer<'g>,
-    /// [rows, k], int8.
-    pub codes: &'b Buffer<'g>,
-    /// [rows, k / group], f32.
-    pub scales: &'b Buffer<'g>,
-    /// The same.
-    pub zero_points: &'b Buffer<'g>,
-}
-
-/// Whether [`fake_quantize`] knows a format: all but ggml's block types and plain floats.
-pub fn can_fake(format: NumberFormat) -> bool {
-    !matches!(format, NumberFormat::Ggml(_) | NumberFormat::Half(_))
-}
-
-/// Weights [rows, k] in groups rounded to a format and back; `global` is NVFP4's.
-///
-/// # Panics
-/// For formats that it does not know ([`can_fake`]), and where something is too short.
-pub fn fake_quantize(
-    gpu: &Gpu,
-    format: NumberFormat,
-    input: (&Buffer, Float),
-    out: &Rounded,
-    (rows, k, group): (usize, usize, usize),
-    global: f32,
-    given: bool,
-) -> Result<()> {
-    assert!(can_fake(format) && k.is_multiple_of(group), "a format with codes, in whole groups");
-    let (numbers, groups) = (rows * k, rows * (k / group));
-    assert!(input.0.bytes() >= numbers * input.1.size() && out.values.bytes() >= numbers * input.1.size(), "all there");
-    assert!(out.codes.bytes() >= numbers && out.scales.bytes().min(out.zero_points.bytes()) >= 4 * groups, "all there");
-    let (kind, table) = match format {
-        NumberFormat::Int(_) => (0, None),
-        NumberFormat::Float(table) => (1, Some(table)),
-        NumberFormat::Mx(table) => (2, Some(table)),
-        NumberFormat::Nvfp4 => (3, Some(Minifloat::E2M1)),
-        _ => (4, None),
-    };
-    let mut arguments = FakeArguments {
-        input: input.0.address(),
-        output: out.values.address(),
-        codes: out.codes.address(),
-        scales: out.scales.address(),
-        zero_points: out.zero_points.address(),
-        rows: rows as i32,
-        k: k as i32,
-        group: group as i32,
-        float: type_of(input.1),
-        kind,
-        bits: i32::from(format.bits()),
-        symmetric: i32::from(format.symmetric()),
-        fraction: table.map_or(0, |t| t.fraction() as i32),
-        bias: table.map_or(0, |t| t.bias() as i32),
-        most: table.map_or(0.0, Minifloat::max),
-        global,
-        given: i32::from(given),
-    };
-    let threads = 128;
-    let grid = [groups.div_ceil(threads / 32), 1, 1];
-    let launch = Launch { threads, ..wide("fake_quantize", grid, 0) };
-    [out.values, out.codes, out.scales, out.zero_points].into_iter().for_each(Buffer::written);
-    // SAFETY: the structure is the kernel's, and lengths were checked above.
-    unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
-}
-
-/// `mask::Arguments`.
-#[repr(C)]
-struct MaskArguments {
-    input: u64,
-    output: u64,
-    zeros: u64,
-    squares: u64,
-    rows: i32,
-    k: i32,
-    float: i32,
-}
-
-/// Two zeros in every four numbers of `input` [rows, k]; `zeros` [rows, k] says where. `squares` [k]: the inputs' squares, summed.
-pub fn mask_2_4(
-    gpu: &Gpu,
-    input: (&Buffer, Float),
-    squares: Option<&Buffer>,
-    (output, zeros): (&Buffer, &Buffer),
-    (rows, k): (usize, usize),
-) -> Result<()> {
-    assert!(k.is_multiple_of(4) && input.0.bytes().min(output.bytes()) >= rows * k * input.1.size(), "all there");
-    assert!(zeros.bytes() >= rows * k && squares.is_none_or(|s| s.bytes() >= 4 * k), "all there");
-    let mut arguments = MaskArguments {
-        input: input.0.address(),
-        output: output.address(),
-        zeros: zeros.address(),
-        squares: squares.map_or(0, Buffer::address),
-        rows: rows as i32,
-        k: k as i32,
-        float: type_of(input.1),
-    };
-    let launch = wide("mask_2_4", [(rows * k / 4).div_ceil(WIDE), 1, 1], 0);
-    [output, zeros].into_iter().for_each(Buffer::written);
     // SAFETY: the structure is the kernel's, and lengths were checked above.
     unsafe { gpu.launch(&launch, &mut [(&raw mut arguments).cast()]) }
 }

@@ -1,7 +1,7 @@
 //! Kernels whose every bit is known: the number formats of this crate are the reference.
 
 use super::super::Gpu;
-use super::super::operations::{
+use super::super::elementwise::{
     Rounded, dequantize_mxfp4, fake_quantize, mask_2_4, normalize_activations, quantize_activations,
 };
 use super::{KernelTest, numbers, read, stored};

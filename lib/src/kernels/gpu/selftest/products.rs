@@ -2,10 +2,10 @@
 
 use rayon::prelude::*;
 
+use super::super::elementwise::quantize_activations;
 use super::super::hopper::{self, Hopper};
 use super::super::operations::{
     BLOCKS, Block, Codes, Inputs, Mixture, PRODUCTS, Parts, Product, Routes, Weight, combine_experts,
-    quantize_activations,
 };
 use super::super::reference::{Layer, Output, Token, swiglu};
 use super::super::{Buffer, Gpu};
