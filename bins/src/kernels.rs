@@ -83,7 +83,7 @@ impl KernelArgs {
         let (resources, meter) = (common.resources(), Meter::start());
         let names = selftest::names(&self.only);
         if names.is_empty() {
-            bail!("--only {} names no kernel", self.only.join(","));
+            bail!("--only {} names no kernel; they are {}", self.only.join(","), selftest::names(&[]).join(", "));
         }
         let mut manifest = Manifest::new("gptoss-verify", Job::TestKernels);
         let environment = Environment::detect();

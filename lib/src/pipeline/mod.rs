@@ -117,7 +117,8 @@ pub(crate) fn refuse_what_would_be_lost(
         n => format!(" (nor are {} more)", n - 1),
     };
     Err(first.error(format!(
-        "is no tensor of gpt-oss{more}, and the output would lack it: --drop-unknown-tensors allows that"
+        "is no tensor of the model that config.json describes{more}, and the output would lack it: --drop-unknown-tensors allows \
+         that"
     )))
 }
 
@@ -151,7 +152,9 @@ pub(crate) fn side_files(source: &Checkpoint, config: &serde_json::Map<String, V
 pub(crate) fn source_notes(source: &Checkpoint, config: &crate::model::ModelConfig) -> Result<Vec<String>> {
     let foreign = crate::containers::foreign_tensors(source, config);
     let mut notes = source.remarks.clone();
-    notes.extend(foreign.iter().map(|n| format!("{n} is no tensor of gpt-oss and was left out")));
+    notes.extend(
+        foreign.iter().map(|n| format!("{n} is no tensor of the model that config.json describes, and was left out")),
+    );
     if !source.side_files().any(|n| n.starts_with("tokenizer")) {
         notes.push(match source.is_gguf() {
             true => {
