@@ -1,4 +1,4 @@
 // MXFP4 as gpt-oss is published and bf16 inputs, in which E2M1 values are exact.
-#include "gemm.cuh"
+#include "mma.cuh"
 
 PRODUCTS(mxfp4_a16, E2m1, Bf16Inputs)

@@ -1,4 +1,4 @@
 // MXFP4 as gpt-oss is published, without requantization, and int8 inputs with a scale a token: twice an E2M1 value is an exact int8.
-#include "gemm.cuh"
+#include "mma.cuh"
 
 PRODUCTS(mxfp4_a8, E2m1, Int8Inputs)

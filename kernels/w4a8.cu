@@ -1,4 +1,4 @@
 // W4A8: integers of 4 bits with a scale a group of 32, 64, 128, ... columns or a row, and int8 inputs with a scale a token.
-#include "gemm.cuh"
+#include "mma.cuh"
 
 PRODUCTS(w4a8, Int4, Int8Inputs)

@@ -1,4 +1,4 @@
 // W8A8: integers of 8 bits with a scale a row or group, and int8 inputs with a scale a token.
-#include "gemm.cuh"
+#include "mma.cuh"
 
 PRODUCTS(w8a8, Int8, Int8Inputs)

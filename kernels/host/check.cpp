@@ -6,7 +6,7 @@
 #include <random>
 #include <string>
 
-#include "gemm.cuh"
+#include "mma.cuh"
 
 #include "../combine_experts.cu"
 #include "../dequantize_mxfp4.cu"

@@ -17,7 +17,7 @@
 #include <map>
 #include <string>
 
-#include "gemm.cuh"
+#include "mma.cuh"
 
 #include "../combine_experts.cu"
 #include "../dequantize_mxfp4.cu"

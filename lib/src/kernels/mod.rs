@@ -8,7 +8,7 @@ pub mod store;
 pub mod toolkit;
 
 /// Files of `kernels/`, by name: what a build compiles, and what that includes.
-pub const SOURCES: [(&str, &str); 17] = [
+pub const SOURCES: [(&str, &str); 19] = [
     ("activations.cuh", include_str!("../../../kernels/activations.cuh")),
     ("combine_experts.cu", include_str!("../../../kernels/combine_experts.cu")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
@@ -18,9 +18,11 @@ pub const SOURCES: [(&str, &str); 17] = [
     ("group_rows.cu", include_str!("../../../kernels/group_rows.cu")),
     ("hopper_gemm.cu", include_str!("../../../kernels/hopper_gemm.cu")),
     ("mask_2_4.cu", include_str!("../../../kernels/mask_2_4.cu")),
+    ("mma.cuh", include_str!("../../../kernels/mma.cuh")),
     ("mxfp4_a16.cu", include_str!("../../../kernels/mxfp4_a16.cu")),
     ("mxfp4_a8.cu", include_str!("../../../kernels/mxfp4_a8.cu")),
     ("normalize_activations.cu", include_str!("../../../kernels/normalize_activations.cu")),
+    ("operands.cuh", include_str!("../../../kernels/operands.cuh")),
     ("quantize_activations.cu", include_str!("../../../kernels/quantize_activations.cu")),
     ("small_floats.cuh", include_str!("../../../kernels/small_floats.cuh")),
     ("w4a16.cu", include_str!("../../../kernels/w4a16.cu")),
