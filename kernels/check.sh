@@ -120,9 +120,10 @@ step() {
 
 sizes=(--K 4096 --N 4096)
 few=1,4,16
-many=$few,64,256
+crowd=64,256
+many=$few,$crowd
 iters=20
-[ "${QUICK:-0}" = 1 ] && sizes=(--K 64 --N 96) && few=1,2 && many=$few && iters=2
+[ "${QUICK:-0}" = 1 ] && sizes=(--K 64 --N 96) && few=1,2 && crowd=3 && many=$few && iters=2
 
 verify() { "$binaries/gptoss-verify" kernels "$@" --format table; }
 # Rows are in NAME.jsonl as soon as they are measured.
@@ -174,10 +175,12 @@ sanitize() {
   done
 }
 profile() {
-  local kernel
+  local kernel m
   for kernel in w4a8 mxfp4_a8; do
-    timeout 20 ncu --clock-control none --set basic --launch-skip 40 --launch-count 2 -k "regex:^$kernel" "$binaries/gptoss-bench" gemm --on gpu --quiet \
-      --only "$kernel" --M 1 --iters 2 2>&1 | grep -E 'Duration|Throughput|Registers|Occupancy|Warp Cycles' || true
+    for m in 1 256; do
+      timeout 20 ncu --clock-control none --set basic --launch-skip 40 --launch-count 2 -k "regex:^$kernel" "$binaries/gptoss-bench" gemm --on gpu --quiet \
+        --only "$kernel" --M "$m" --iters 2 2>&1 | grep -E 'Duration|Throughput|Registers|Occupancy|Warp Cycles' || true
+    done
   done
 }
 blocks() {
@@ -186,9 +189,14 @@ blocks() {
     echo "-- blocks of $block"
     measure "blocks-$block" --only w4a8,mxfp4_a8 --M "${few%%,*},${few##*,}" --iters "$iters" --block "$block" "$@"
   done
+  # For many tokens; those of 64 are for 9.0a alone.
+  for block in 32x16 64x64 128x64; do
+    echo "-- blocks of $block, many tokens"
+    measure "blocks-many-$block" --only w4a8,mxfp4_a8,w4a16 --M "$crowd" --iters "$iters" --block "$block" "$@" || true
+  done
 }
 export -f verify measure table machine why sanitize profile blocks
-export binaries tables here work few iters
+export binaries tables here work few crowd iters
 
 
 step 20 "the machine" table machine machine || true
@@ -199,11 +207,11 @@ if [ "${QUICK:-0}" != 1 ]; then
 fi
 step 40 "4096 x 4096" measure gemm-4096 --only cublas,w4a8,mxfp4_a8,w4a16 --M "$many" --iters "$iters" "${sizes[@]}" || true
 if [ "${QUICK:-0}" != 1 ]; then
-  step 50 "experts of gpt-oss-20b, and a whole layer of them" measure experts-20b --shapes gpt-oss-20b --layers experts.gate_up --only cublas-f16,mxfp4_a8,mxfp4_a16 \
-    --M "$few,64" --iters 20 --whole-layer || true
+  step 60 "experts of gpt-oss-20b, and a whole layer of them" measure experts-20b --shapes gpt-oss-20b --layers experts.gate_up --only cublas-f16,mxfp4_a8,mxfp4_a16 \
+    --M "$few,$crowd" --iters 20 --whole-layer || true
 fi
 command -v ncu >/dev/null && { step 40 "ncu" table ncu profile || true; }
-step 25 "blocks beside each other" table blocks blocks "${sizes[@]}" || true
+step 35 "blocks beside each other" table blocks blocks "${sizes[@]}" || true
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     step 60 "$tool" table "$tool" sanitize "$tool" || true

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "gemm.cuh"
+#include "warpgroup.cuh"
 
 namespace gemm {
 
@@ -119,8 +120,13 @@ struct Pair {
   uint32_t words[2][2][Codes::WORDS];
 };
 
-// Reads the codes of groups `group`, which is even, and the next of 16 rows whose stage begins at `at`; every lane of the warp takes part.
-// `place` is what Codes::place says.
+// Reads the codes of group `group` of 16 rows whose stage begins at `at`; every lane of the warp takes part. `place` is what Codes::place says.
+DEVICE void read_codes(uint32_t (&codes)[2][Int8::WORDS], uint32_t at, int place, int group) {
+#pragma unroll
+  for (int row = 0; row < 2; row++) load_eight(codes[row], at + (place ^ (group * Int8::GROUP_BYTES)) + row * 8 * Int8::STAGE_BYTES);
+}
+
+// The same of groups `group`, which is even, and the next.
 template <class Codes>
 DEVICE void read_codes(Pair<Codes>& codes, uint32_t at, int place, int group) {
   if constexpr (Codes::WORDS == 1) {
@@ -130,8 +136,7 @@ DEVICE void read_codes(Pair<Codes>& codes, uint32_t at, int place, int group) {
     for (int i = 0; i < 4; i++) codes.words[i / 2][i % 2][0] = all[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      load_eight(codes.words[i / 2][i % 2], at + (place ^ ((group + i / 2) * Codes::GROUP_BYTES)) + i % 2 * 8 * Codes::STAGE_BYTES);
+    for (int g = 0; g < 2; g++) read_codes(codes.words[g], at, place, group + g);
   }
 }
 
@@ -149,6 +154,10 @@ struct Int8Inputs {
   }
 
   DEVICE static void read(uint32_t (&x)[WORDS], const unsigned char* at) { load_cached_eight(x, at); }
+
+  // Where word `word` of 128 bytes of a token goes among them, so that the words which a lane's codes meet are where tensor cores look for them: of each
+  // 32 bytes the even ones come first.
+  HOST_DEVICE static int place(int word) { return word / 8 * 32 + word % 2 * 16 + word % 8 / 2 * 4; }
 
   // A lane's left operand of a group.
   template <class Codes>
@@ -185,6 +194,14 @@ struct Int8Inputs {
       else mma_s8(sums, a, x);
       if (TWICE) mma_s8(sums, more, x);
     }
+
+#ifdef WARPGROUPS
+    // The same of a warpgroup for 64 tokens, whose 32 bytes a token begin at `x` of shared memory; sums = what they are where `add`, + that.
+    DEVICE void multiply(int (&sums)[32], uint32_t x, bool add) const {
+      warpgroup_multiply(sums, a, rows_of_128(x), add);
+      if (TWICE) warpgroup_multiply(sums, more, rows_of_128(x), true);
+    }
+#endif
   };
 
   // Where the sum of a group begins, and what it comes to. On top of the bits of 1.5 * 2^23 an integer of up to 2^22 is a float that is as
@@ -209,6 +226,9 @@ struct Bf16Inputs {
 
   DEVICE static void read(uint32_t (&x)[WORDS], const unsigned char* at) { load_cached_sixteen(x, at); }
 
+  // As with int8: of each 64 bytes the first of every four words, then the second ones, and so on.
+  HOST_DEVICE static int place(int word) { return word / 16 * 64 + word % 4 * 16 + word % 16 / 4 * 4; }
+
   template <class Codes>
   struct Left {
     uint32_t a[2][4];
@@ -230,6 +250,14 @@ struct Bf16Inputs {
       else mma_bf16(sums, a[0], b[0]);
       mma_bf16(sums, a[1], b[1]);
     }
+
+#ifdef WARPGROUPS
+    // The same of a warpgroup; 64 bytes a token.
+    DEVICE void multiply(float (&sums)[32], uint32_t x, bool add) const {
+      warpgroup_multiply(sums, a[0], rows_of_128(x), add);
+      warpgroup_multiply(sums, a[1], rows_of_128(x + 32), true);
+    }
+#endif
   };
 
   static constexpr int FITS = 1 << 30;

@@ -10,7 +10,8 @@ use clap::ValueEnum;
 use gptoss::bench::{GemmRow, Request, Shape, cpu, gpu, mixture_of, names, shapes_of};
 use gptoss::checkpoint::hub::Located;
 use gptoss::kernels::gpu::Gpu;
-use gptoss::kernels::gpu::operations::{Block, LARGEST_GROUP};
+use gptoss::kernels::gpu::operations::LARGEST_GROUP;
+use gptoss::kernels::gpu::product::Block;
 use gptoss::manifest::{Job, Manifest};
 use gptoss::pipeline::meter::Meter;
 use gptoss::verify::env::{Environment, kernel_dir};
@@ -56,7 +57,7 @@ pub struct GemmArgs {
     /// Only kernels whose names contain one of these, such as w4a8,cublas
     #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Products")]
     only: Vec<String>,
-    /// Rows of the weight and tokens that a block of the kernels has on the GPU: 16x8, 16x16, 32x8 or 32x16 [default: what suits it]
+    /// Rows of the weight and tokens that a block of the kernels has on the GPU: 16x8, 16x16, 32x8, 32x16, and on 9.0a 64x64 or 128x64 [default: what suits it]
     #[arg(long, value_name = "ROWSxTOKENS", help_heading = "Products")]
     block: Option<Block>,
     /// Where [default: auto]

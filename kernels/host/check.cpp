@@ -6,7 +6,7 @@
 #include <random>
 #include <string>
 
-#include "mma.cuh"
+#include "wgmma.cuh"
 
 #include "../combine_experts.cu"
 #include "../dequantize_mxfp4.cu"
@@ -139,18 +139,26 @@ struct Shape {
 struct Block {
   int rows, tokens;
 };
-const Block BLOCKS[] = {{16, 8}, {16, 16}, {32, 8}, {32, 16}};
+const Block BLOCKS[] = {{16, 8}, {16, 16}, {32, 8}, {32, 16}, {64, 64}, {128, 64}};
+constexpr int SIZES = sizeof BLOCKS / sizeof *BLOCKS;
 
 // Shared memory that such a block needs.
-template <class Codes>
+template <class Codes, class Inputs>
 size_t shared_bytes(int block, int k, int group, int scale_type) {
-  const int bytes[] = {gemm::shared_bytes<Codes, 16, 8>(k, group, scale_type), gemm::shared_bytes<Codes, 16, 16>(k, group, scale_type),
-                       gemm::shared_bytes<Codes, 32, 8>(k, group, scale_type), gemm::shared_bytes<Codes, 32, 16>(k, group, scale_type)};
+  const int bytes[] = {gemm::shared_bytes<Codes, 16, 8>(k, group, scale_type),
+                       gemm::shared_bytes<Codes, 16, 16>(k, group, scale_type),
+                       gemm::shared_bytes<Codes, 32, 8>(k, group, scale_type),
+                       gemm::shared_bytes<Codes, 32, 16>(k, group, scale_type),
+                       gemm::many_shared_bytes<Codes, Inputs, 64>(k, group, scale_type),
+                       gemm::many_shared_bytes<Codes, Inputs, 128>(k, group, scale_type)};
   return size_t(bytes[block]);
 }
 
-// Whether the GPU that simt.hpp is has so much.
-bool fits(size_t shared) { return shared <= 99 << 10; }
+// Threads of it.
+int threads_of(int block, const gemm::Parts& parts) { return BLOCKS[block].tokens == gemm::MANY_TOKENS ? gemm::MANY_THREADS : 32 * parts.warps; }
+
+// Whether a GPU has so much: those of 8.6 for blocks of few tokens, Hopper for the others.
+bool fits(int block, size_t shared) { return shared <= size_t(BLOCKS[block].tokens == gemm::MANY_TOKENS ? 227 : 99) << 10; }
 
 // Inputs as a kernel wants them: int8 with a lowest value more often than not, or bf16.
 template <class Inputs>
@@ -202,14 +210,14 @@ void check(const char* name, const Kernel* kernels, Shape s, FloatType scale_typ
   simt::allow(scales);
   simt::allow(input);
 
-  for (int size = 0; size < 4; size++) {
+  for (int size = 0; size < SIZES; size++) {
     for (bool backwards : {false, true}) {
       std::fill(output.begin(), output.end(), 0xa5a5a5a5);
       Block block = BLOCKS[size];
       Dim3 grid = {ceil_div(s.m, block.tokens), ceil_div(s.n, block.rows), 1};
-      size_t shared = shared_bytes<Codes>(size, s.k, s.group, scale_type);
-      if (!fits(shared)) continue;
-      simt::launch(grid, 32 * p.parts.warps, shared, backwards, [&] { kernels[size](p); });
+      size_t shared = shared_bytes<Codes, Inputs>(size, s.k, s.group, scale_type);
+      if (!fits(size, shared)) continue;
+      simt::launch(grid, threads_of(size, p.parts), shared, backwards, [&] { kernels[size](p); });
       for (int token = 0; token < s.m; token++) {
         for (int row = 0; row < s.n; row++) {
           int64_t at = int64_t(token) * s.n + row;
@@ -237,14 +245,14 @@ void check(const char* name, const Kernel* kernels, Shape s, FloatType scale_typ
 }
 
 #define ALL(name) \
-  { name##_16x8, name##_16x16, name##_32x8, name##_32x16 }
+  { name##_16x8, name##_16x16, name##_32x8, name##_32x16, name##_64x64, name##_128x64 }
 
 void check_products() {
   const Kernel mxfp4[] = ALL(mxfp4_a8), w4a8[] = ALL(w4a8), w8a8[] = ALL(w8a8), w4a16[] = ALL(w4a16), mxfp4_a16[] = ALL(mxfp4_a16);
   // A single product, odd numbers of tokens, rows that fill no block, a last stage that is not whole, parts that are not even, more parts
   // than a block has warps, groups that are larger than a part.
   const int shapes[][3] = {{1, 1, 32},    {1, 64, 128},   {3, 65, 160},  {2, 66, 256}, {8, 16, 288},
-                           {17, 35, 576}, {33, 70, 1152}, {2, 34, 2880}, {3, 18, 5120}};
+                           {17, 35, 576}, {33, 70, 1152}, {2, 34, 2880}, {3, 18, 5120}, {70, 20, 96}};
   using I8 = gemm::Int8Inputs;
   using B16 = gemm::Bf16Inputs;
   for (const int* s : shapes) {
@@ -450,7 +458,7 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
   if (tokens == 5) write_float(x.data(), 4 * hidden + 3, type, NAN);
   int rows_count = tokens * top_k;
 
-  for (int turn = 0; turn < 8; turn++) {
+  for (int turn = 0; turn < 2 * SIZES; turn++) {
     int size = turn / 2;
     bool backwards = turn % 2;
     Block block = BLOCKS[size];
@@ -505,8 +513,8 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
       simt::allow(w.scales);
       simt::allow(in);
       Dim3 grid = {tiles_count, ceil_div(n, block.rows), 1};
-      size_t shared = shared_bytes<Codes>(size, k, group, scale_type);
-      simt::launch(grid, 32 * p.parts.warps, shared, backwards, [&] { kernels[size](p, e); });
+      size_t shared = shared_bytes<Codes, Inputs>(size, k, group, scale_type);
+      simt::launch(grid, threads_of(size, p.parts), shared, backwards, [&] { kernels[size](p, e); });
     };
     round(x, codes, scales, tokens, hidden);
     product(gate_up, codes, scales, h, 2 * inner, hidden, true);
@@ -562,7 +570,7 @@ void check_experts(const char* name, const ExpertsKernel* kernels, int tokens, i
 }
 
 #define ALL_EXPERTS(name) \
-  { name##_experts_16x8, name##_experts_16x16, name##_experts_32x8, name##_experts_32x16 }
+  { name##_experts_16x8, name##_experts_16x16, name##_experts_32x8, name##_experts_32x16, name##_experts_64x64, name##_experts_128x64 }
 
 void check_mixtures() {
   const ExpertsKernel mxfp4[] = ALL_EXPERTS(mxfp4_a8), w4a8[] = ALL_EXPERTS(w4a8), w8a8[] = ALL_EXPERTS(w8a8);
@@ -637,6 +645,7 @@ void check_places() {
 }  // namespace
 
 int main() {
+  simt::most_shared = 227 << 10;
   check_parts();
   check_places();
   check_floats();

@@ -17,7 +17,7 @@
 #include <map>
 #include <string>
 
-#include "mma.cuh"
+#include "wgmma.cuh"
 
 #include "../combine_experts.cu"
 #include "../dequantize_mxfp4.cu"
@@ -41,18 +41,25 @@ struct Function {
   int threads;
   size_t sizes[2];  // of its arguments; the second is 0 where there is one
   std::function<void(void*, void*)> run;
-  std::function<int(const gemm::Arguments&)> wanted;  // bytes of shared memory of a product, whose threads its parts say
+  std::function<int(const gemm::Arguments&)> wanted;  // bytes of shared memory of a product; where `threads` is 0 its parts say how many there are
+  bool hopper = false;                                // whether 9.0 alone has it
   int shared = 48 << 10;                              // bytes that a launch may ask for
 };
 
 template <class A>
 Function function(int threads, void (*kernel)(A)) {
-  return {threads, {sizeof(A), 0}, [kernel](void* a, void*) { kernel(*static_cast<A*>(a)); }, {}};
+  Function f;
+  f.threads = threads, f.sizes[0] = sizeof(A), f.sizes[1] = 0;
+  f.run = [kernel](void* a, void*) { kernel(*static_cast<A*>(a)); };
+  return f;
 }
 
 template <class A, class B>
 Function function(int threads, void (*kernel)(A, B)) {
-  return {threads, {sizeof(A), sizeof(B)}, [kernel](void* a, void* b) { kernel(*static_cast<A*>(a), *static_cast<B*>(b)); }, {}};
+  Function f;
+  f.threads = threads, f.sizes[0] = sizeof(A), f.sizes[1] = sizeof(B);
+  f.run = [kernel](void* a, void* b) { kernel(*static_cast<A*>(a), *static_cast<B*>(b)); };
+  return f;
 }
 
 std::map<std::string, Function>& functions() {
@@ -65,7 +72,16 @@ std::map<std::string, Function>& functions() {
   all[#name "_" #rows "x" #tokens].wanted = all[#name "_experts_" #rows "x" #tokens].wanted = [](const gemm::Arguments& p) { \
     return gemm::shared_bytes<gemm::Codes, rows, tokens>(p.k, p.group, p.scale_type);                                        \
   }
+#define OF_MANY(name, Codes, Inputs, rows)                                                                                 \
+  OF(name##_##rows##x64, gemm::MANY_THREADS);                                                                              \
+  OF(name##_experts_##rows##x64, gemm::MANY_THREADS);                                                                      \
+  all[#name "_" #rows "x64"].hopper = all[#name "_experts_" #rows "x64"].hopper = true;                                    \
+  all[#name "_" #rows "x64"].wanted = all[#name "_experts_" #rows "x64"].wanted = [](const gemm::Arguments& p) {           \
+    return gemm::many_shared_bytes<gemm::Codes, gemm::Inputs, rows>(p.k, p.group, p.scale_type);                           \
+  }
 #define OF_PRODUCTS(name, Codes, Inputs) \
+  OF_MANY(name, Codes, Inputs, 64);      \
+  OF_MANY(name, Codes, Inputs, 128);     \
   OF_PRODUCT(name, Codes, 16, 8);        \
   OF_PRODUCT(name, Codes, 16, 16);       \
   OF_PRODUCT(name, Codes, 32, 8);        \
@@ -299,7 +315,7 @@ API cuModuleUnload(void*) { return SUCCESS; }
 
 API cuModuleGetFunction(void** function, void*, const char* name) {
   auto found = functions().find(name);
-  if (found == functions().end()) return NOT_FOUND;
+  if (found == functions().end() || (found->second.hopper && (model().major != 9 || model().minor != 0))) return NOT_FOUND;
   *function = &found->second;
   return SUCCESS;
 }
@@ -343,7 +359,7 @@ API cuLaunchKernelEx(const Config* config, void* f, void** arguments, void**) {
     const gemm::Arguments& p = *static_cast<gemm::Arguments*>(arguments[0]);
     const gemm::Parts parts = gemm::Parts::of(p.k, p.group);
     if (memcmp(&parts, &p.parts, sizeof parts) != 0 || int(config->shared) != function.wanted(p)) return INVALID_VALUE;
-    threads = 32 * parts.warps;
+    if (threads == 0) threads = 32 * parts.warps;
   }
   bool fits = config->block[0] == unsigned(threads) && config->block[1] == 1 && config->block[2] == 1;
   if (!fits || int(config->shared) > function.shared || !config->grid[0] || !config->grid[1] || !config->grid[2]) return INVALID_VALUE;

@@ -36,12 +36,13 @@ namespace simt {
 constexpr int WARP = 32;
 constexpr size_t STACK = 64 << 10;
 
-enum class State { Ready, Warp, Block, Inputs, Done };
+enum class State { Ready, Warp, Warpgroup, Some, Block, Inputs, Done };
 
 struct Copy {
   void* to;
   const void* from;
   int bytes;
+  int room;  // that is zeros behind them
   // What it found, where it was asked for before the launch in front had run.
   bool arrived = false;
   unsigned char found[16] = {};
@@ -51,7 +52,7 @@ struct Copy {
 enum class Act { Int8, Bf16, Trade, Take, Alike, Matrices, Here };
 
 // Its registers in a product; or the value that it has for others and the mask, or the lane, of the one that it takes; or where it writes what
-// it gets of matrices, and the row that it names.
+// it gets of matrices, and the row that it names; or the barrier that it waits at, and for how many.
 struct Together {
   Act act;
   void* c;
@@ -59,6 +60,9 @@ struct Together {
   float value;
   int mask;
 };
+
+// What a lane has of a product of a warpgroup (warpgroup.hpp).
+struct Product;
 
 struct Thread {
   ucontext_t context;  // of its begin
@@ -69,11 +73,20 @@ struct Thread {
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
   Together together;
+  // Of a warpgroup: what the lane asks for, what all of it do then, how many groups it committed, and whether its registers are in order.
+  const Product* product;
+  void (*with)(int);
+  int commits;
+  bool ordered;
+  // Places and bytes of shared memory that it copied to and waited for; those that tensor cores may read once it passed a barrier.
+  std::vector<std::pair<uint32_t, int>> arrived, fencing;
 };
 
 struct Block {
   std::vector<Thread> threads;
   std::vector<unsigned char> shared;
+  std::vector<unsigned char> fenced;  // for each word of shared memory whether tensor cores may read it
+  std::vector<std::shared_ptr<void>> warpgroups;  // what each has asked for, where it did (warpgroup.hpp)
   ucontext_t begun_from;
   jmp_buf scheduler;
   int current = 0;
@@ -217,9 +230,49 @@ inline void matrices(int first) {
   }
 }
 
+// A thread passes a barrier.
+inline void pass(Thread& t) {
+  for (auto& [at, bytes] : t.fencing) memset(&block.fenced[at / 4], 1, size_t(bytes) / 4);
+  t.fencing.clear();
+  t.state = State::Ready;
+}
+
+// Lets the warpgroups go on that are complete, and those that wait at a barrier of some threads.
+inline bool release_some() {
+  bool any = false;
+  constexpr int LANES = 4 * WARP;
+  int n = int(block.threads.size());
+  for (int first = 0; first + LANES <= n; first += LANES) {
+    int here = 0;
+    for (int i = first; i < first + LANES; i++) here += block.threads[i].state == State::Warpgroup;
+    if (here < LANES) continue;
+    for (int i = first; i < first + LANES; i++) {
+      if (block.threads[i].with != block.threads[first].with) fail("lanes of a warpgroup do different things together");
+      block.threads[i].state = State::Ready;
+    }
+    block.threads[first].with(first);
+    any = true;
+  }
+  for (const Thread& one : block.threads) {
+    if (one.state != State::Some) continue;
+    int number = one.together.mask, wanted = int(one.together.value), here = 0;
+    for (const Thread& t : block.threads) {
+      bool same = t.state == State::Some && t.together.mask == number;
+      if (same && int(t.together.value) != wanted) fail("threads at a barrier wait for different numbers of them");
+      here += same;
+    }
+    if (here < wanted) continue;
+    if (here > wanted) fail("more threads are at a barrier than it is for");
+    for (Thread& t : block.threads)
+      if (t.state == State::Some && t.together.mask == number) pass(t);
+    any = true;
+  }
+  return any;
+}
+
 // Lets all go on that wait for each other and are complete; false where nobody can.
 inline bool release() {
-  bool any = false;
+  bool any = release_some();
   int n = int(block.threads.size()), waiting = 0, done = 0;
   for (int first = 0; first < n; first += WARP) {
     int here = 0;
@@ -246,7 +299,7 @@ inline bool release() {
     done += t.state == State::Done;
   }
   if (waiting == n) {
-    for (Thread& t : block.threads) t.state = State::Ready;
+    for (Thread& t : block.threads) pass(t);
     any = true;
   }
   return any || done == n;
@@ -351,11 +404,17 @@ class Launch {
     block.kernel = kernel;
     if (int(block.threads.size()) != threads) block.threads = std::vector<Thread>(size_t(threads));
     block.shared.assign(shared_bytes, 0xa5);
+    block.fenced.assign(shared_bytes / 4 + 1, 0);
+    block.warpgroups.assign(size_t(threads) / (4 * WARP), nullptr);
     for (Thread& t : block.threads) {
       t.state = State::Ready;
       t.begun = false;
       t.open.clear();
       t.groups.clear();
+      t.arrived.clear();
+      t.fencing.clear();
+      t.commits = 0;
+      t.ordered = false;
       getcontext(&t.context);
       t.context.uc_stack.ss_sp = t.stack.get();
       t.context.uc_stack.ss_size = STACK;
@@ -410,12 +469,22 @@ inline void known(const void* from, int bytes) {
 
 inline bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
+namespace simt {
+
+// `bytes` of `room` are copied to shared memory, zeros behind them.
+inline void ask_copy(uint32_t to, const void* from, int bytes, int room) {
+  if (bytes > 0) known(from, bytes);
+  unsigned char* at = inside(to, size_t(room), room);
+  memset(at, 0xa5, size_t(room));
+  memset(&block.fenced[to / 4], 0, size_t(room) / 4);
+  block.threads[block.current].open.push_back({at, from, bytes, room, false, {}});
+}
+
+}  // namespace simt
+
 inline void copy_async(uint32_t to, const void* from, int bytes) {
   if (!is_aligned(from)) simt::fail("an asynchronous copy is not aligned");
-  if (bytes > 0) simt::known(from, bytes);
-  unsigned char* at = simt::inside(to, 16, 16);
-  memset(at, 0xa5, 16);
-  simt::block.threads[simt::block.current].open.push_back({at, from, bytes, false, {}});
+  simt::ask_copy(to, from, bytes, 16);
 }
 
 inline void copy_commit() {
@@ -426,11 +495,13 @@ inline void copy_commit() {
 
 template <int PENDING>
 inline void copy_wait() {
-  auto& groups = simt::block.threads[simt::block.current].groups;
+  simt::Thread& t = simt::block.threads[simt::block.current];
+  auto& groups = t.groups;
   while (groups.size() > PENDING) {
     for (const simt::Copy& c : groups.front()) {
-      memset(c.to, 0, 16);
+      memset(c.to, 0, size_t(c.room));
       if (c.bytes > 0) memcpy(c.to, c.arrived ? c.found : c.from, size_t(c.bytes));
+      t.arrived.push_back({shared_address(c.to), c.room});
     }
     groups.erase(groups.begin());
   }
@@ -443,6 +514,13 @@ inline Together& act(Together together) {
   t.together = together;
   wait(State::Warp);
   return t.together;
+}
+
+// All lanes of a warpgroup do `with` together.
+inline void meet(void (*with)(int), void* registers, int mask) {
+  Thread& t = block.threads[block.current];
+  t.together.c = registers, t.together.mask = mask, t.with = with;
+  wait(State::Warpgroup);
 }
 
 }  // namespace simt

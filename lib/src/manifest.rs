@@ -142,7 +142,7 @@ pub enum Job {
         group: Option<usize>,
         /// Blocks of the kernels on a GPU, where that was asked for.
         #[serde(skip_serializing_if = "Option::is_none", default)]
-        block: Option<crate::kernels::gpu::operations::Block>,
+        block: Option<crate::kernels::gpu::product::Block>,
         /// Parts of kernels' names, where not all were measured.
         #[serde(skip_serializing_if = "Vec::is_empty", default)]
         only: Vec<String>,

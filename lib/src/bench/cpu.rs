@@ -184,7 +184,19 @@ impl<'s> Floats<'s> {
         let rows = inputs.pairs();
         let bytes = 4 * (weights * n * k + rows * (n + k));
         let (device, shape, kernel) = ("cpu", self.shape, BASELINE.into());
-        Ok(Measured { device, shape, kernel, m: inputs.m, group: 0, rows, weights, bytes, copies, seconds })
+        Ok(Measured {
+            device,
+            shape,
+            kernel,
+            m: inputs.m,
+            group: 0,
+            block: None,
+            rows,
+            weights,
+            bytes,
+            copies,
+            seconds,
+        })
     }
 }
 
@@ -246,7 +258,19 @@ impl<'s> Coded<'s> {
         let seconds = times(copies, iters, run).expect("products cannot fail");
         let bytes = weights * (self.code_bytes + self.scales.len()) + 4 * rows * (n + k);
         let (device, shape, kernel) = ("cpu", self.shape, self.name.into());
-        Measured { device, shape, kernel, m: inputs.m, group: self.group, rows, weights, bytes, copies, seconds }
+        Measured {
+            device,
+            shape,
+            kernel,
+            m: inputs.m,
+            group: self.group,
+            block: None,
+            rows,
+            weights,
+            bytes,
+            copies,
+            seconds,
+        }
     }
 }
 

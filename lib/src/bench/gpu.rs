@@ -11,7 +11,8 @@ use crate::formats::float::Float;
 use crate::kernels::gpu::blas::Blas;
 use crate::kernels::gpu::elementwise::quantize_activations;
 use crate::kernels::gpu::hopper::{self, Hopper};
-use crate::kernels::gpu::operations::{Block, Codes, Inputs, Mixture, PRODUCTS, Product, Routes, Weight};
+use crate::kernels::gpu::operations::{Inputs, Mixture, Routes, Weight};
+use crate::kernels::gpu::product::{Block, Codes, Extents, PRODUCTS, Product};
 use crate::kernels::gpu::{Buffer, Gpu, Graph};
 use crate::ops::random::Draw;
 use crate::pipeline::progress::Progress;
@@ -287,7 +288,7 @@ impl<'s, 'g> Floats<'s, 'g> {
         })?;
         let bytes = 2 * (weights * n * k + rows * (n + k));
         let (kernel, shape, device) = (name.into(), self.shape, "gpu");
-        Ok(Measured { device, shape, kernel, m, group: 0, rows, weights, bytes, copies, seconds })
+        Ok(Measured { device, shape, kernel, m, group: 0, block: None, rows, weights, bytes, copies, seconds })
     }
 }
 
@@ -304,7 +305,7 @@ impl<'s> Floats<'s, '_> {
         let seconds = times(gpu, copies, iters, |copy| blas.grouped(&groups[copy], (n, k), Float::F16))?;
         let bytes = 2 * (weights * n * k + rows * (n + k));
         let (kernel, shape, device) = (GROUPED.into(), self.shape, "gpu");
-        Ok(Measured { device, shape, kernel, m, group: 0, rows, weights, bytes, copies, seconds })
+        Ok(Measured { device, shape, kernel, m, group: 0, block: None, rows, weights, bytes, copies, seconds })
     }
 }
 
@@ -337,9 +338,12 @@ impl<'s, 'g> Coded<'s, 'g> {
         let of = rows_of(self.shape, m);
         let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
         let block = match block {
-            None => product.block(gpu, rows.div_ceil(active), active, (n, k, group), FLOAT)?,
+            None => product.block(gpu, rows.div_ceil(active), active, Extents { n, k, group, scale: FLOAT })?,
             given => given,
         };
+        if block.is_some_and(|b| b.is_wgmma()) && !gpu.has_wgmma() {
+            return Err(Error::Refused("blocks of 64 tokens multiply by wgmma, which code for 9.0a alone has".into()));
+        }
         let fits = |block: &Block| product.shared_bytes(*block, k, group, FLOAT) <= gpu.shared_bytes;
         let Some(block) = block.filter(fits) else {
             return Err(Error::Refused(format!("groups of {group} need more shared memory than this GPU has")));
@@ -365,7 +369,7 @@ impl<'s, 'g> Coded<'s, 'g> {
         let scale_bytes = n * (k / group) * product.codes.scale_bytes(FLOAT);
         let bytes = active * (n * k * product.codes.bits() / 8 + scale_bytes) + 2 * (m * k + rows * n);
         let (kernel, shape, device, weights) = (product.name.into(), self.shape, "gpu", active);
-        Ok(Measured { device, shape, kernel, m, group, rows, weights, bytes, copies, seconds })
+        Ok(Measured { device, shape, kernel, m, group, block: Some(block), rows, weights, bytes, copies, seconds })
     }
 }
 
@@ -403,7 +407,7 @@ fn measure_hopper<'s>(
     })?;
     let bytes = n * k + 4 * n + 2 * (m * k + m * n);
     let kernel = hopper::name(fp8).into();
-    Ok(Measured { device: "gpu", shape, kernel, m, group: k, rows: m, weights: 1, bytes, copies, seconds })
+    Ok(Measured { device: "gpu", shape, kernel, m, group: k, block: None, rows: m, weights: 1, bytes, copies, seconds })
 }
 
 /// Room for the rows of the experts, and which experts the tokens go to.

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::gpu::hopper;
-use crate::kernels::gpu::operations::{Block, PRODUCTS};
+use crate::kernels::gpu::product::{Block, PRODUCTS};
 use crate::ops::random::Draw;
 
 /// A linear layer, or the same one of all experts of a layer.
@@ -43,6 +43,10 @@ pub struct GemmRow {
     pub k: usize,
     /// Columns of a scale of the weight; 0 of floats.
     pub group: usize,
+    /// What a block of the kernel has, on a GPU. With 64 tokens it multiplies by `wgmma`, else by `mma.sync`: that and the kernels' build fix the order
+    /// in which tensor cores add products of bf16.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub block: Option<Block>,
     /// Weights that were read: 1, or the experts that the tokens went to.
     pub weights: usize,
     /// How many sets of them took turns, so that no cache holds what is read.
@@ -180,6 +184,7 @@ struct Measured<'a> {
     kernel: String,
     m: usize,
     group: usize,
+    block: Option<Block>,
     /// Rows of inputs that were multiplied, and weights that they met.
     rows: usize,
     weights: usize,
@@ -211,6 +216,7 @@ impl Measured<'_> {
             n: *n,
             k: *k,
             group: self.group,
+            block: self.block,
             weights: self.weights,
             copies: self.copies,
             runs: self.seconds.len(),
@@ -246,6 +252,7 @@ mod tests {
             kernel: "w4a8".into(),
             m: 4,
             group: 32,
+            block: None,
             rows: 4,
             weights: 1,
             bytes: 2_000_000,

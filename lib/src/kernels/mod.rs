@@ -8,7 +8,7 @@ pub mod store;
 pub mod toolkit;
 
 /// Files of `kernels/`, by name: what a build compiles, and what that includes.
-pub const SOURCES: [(&str, &str); 19] = [
+pub const SOURCES: [(&str, &str); 21] = [
     ("activations.cuh", include_str!("../../../kernels/activations.cuh")),
     ("combine_experts.cu", include_str!("../../../kernels/combine_experts.cu")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
@@ -28,6 +28,8 @@ pub const SOURCES: [(&str, &str); 19] = [
     ("w4a16.cu", include_str!("../../../kernels/w4a16.cu")),
     ("w4a8.cu", include_str!("../../../kernels/w4a8.cu")),
     ("w8a8.cu", include_str!("../../../kernels/w8a8.cu")),
+    ("warpgroup.cuh", include_str!("../../../kernels/warpgroup.cuh")),
+    ("wgmma.cuh", include_str!("../../../kernels/wgmma.cuh")),
 ];
 
 /// The source, without its ending, that needs CUTLASS and becomes a library with code for 9.0a.

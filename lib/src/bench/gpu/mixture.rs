@@ -6,7 +6,8 @@ use crate::bench::{GemmRow, Measured, Mixture as Layer, Shape};
 use crate::error::{Error, Result};
 use crate::kernels::gpu::Gpu;
 use crate::kernels::gpu::elementwise::quantize_activations;
-use crate::kernels::gpu::operations::{Block, Inputs, Mixture, PRODUCTS, combine_experts};
+use crate::kernels::gpu::operations::{Inputs, Mixture, combine_experts};
+use crate::kernels::gpu::product::{Block, Extents, PRODUCTS};
 
 /// gpt-oss's alpha and limit.
 const SWIGLU: (f32, f32) = (1.702, 7.0);
@@ -28,12 +29,20 @@ pub(super) fn measure(
     let (up_shape, down_shape) = (shape(2 * inner, hidden), shape(hidden, inner));
     let of = rows_of(&up_shape, m);
     let (rows, active) = (of.iter().sum::<usize>(), of.iter().filter(|&&r| r > 0).count());
-    let fits = |k| product.block(gpu, rows.div_ceil(active), active, (2 * inner, k, 32), FLOAT);
-    let (Some(block), Some(other)) = (fits(hidden)?, fits(inner)?) else {
-        return Err(Error::Refused("it needs more shared memory than this GPU has".into()));
-    };
+    let suits = |n, k| product.block(gpu, rows.div_ceil(active), active, Extents { n, k, group: 32, scale: FLOAT });
+    let refused = || Error::Refused("it needs more shared memory than this GPU has".into());
+    let (Some(up), Some(down)) = (suits(2 * inner, hidden)?, suits(hidden, inner)?) else { return Err(refused()) };
     // Both products share the tiles of the rows.
-    let block_down = Block { tokens: block.tokens, ..other };
+    let (block, block_down) = if up.tokens == down.tokens {
+        (up, down)
+    } else {
+        let fewer = |b: &Block| {
+            let fits = |k| product.shared_bytes(*b, k, 32, FLOAT) <= gpu.shared_bytes;
+            b.tokens == up.tokens.min(down.tokens) && fits(hidden) && fits(inner)
+        };
+        let one = Block::of(gpu).find(fewer).ok_or_else(refused)?;
+        (one, one)
+    };
     let (up, down) = (Coded::new(gpu, product, &up_shape, 32)?, Coded::new(gpu, product, &down_shape, 32)?);
     let (room, chosen) = routes(gpu, m, experts, block)?;
     let x = gpu.upload(&halves(m * hidden))?;
@@ -68,7 +77,18 @@ pub(super) fn measure(
     let bytes = active * (weight / 2 + weight / 32) + 2 * 2 * m * hidden;
     let whole = Shape { name: layer.name.clone(), n: 3 * inner, k: hidden, experts: Some(experts) };
     let kernel = name.into();
-    let measured =
-        Measured { device: "gpu", shape: &whole, kernel, m, group: 32, rows, weights: active, bytes, copies, seconds };
+    let measured = Measured {
+        device: "gpu",
+        shape: &whole,
+        kernel,
+        m,
+        group: 32,
+        block: Some(block),
+        rows,
+        weights: active,
+        bytes,
+        copies,
+        seconds,
+    };
     Ok(Some(measured.row(None, rate)))
 }

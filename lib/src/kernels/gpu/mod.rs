@@ -4,6 +4,7 @@ pub mod blas;
 pub mod elementwise;
 pub mod hopper;
 pub mod operations;
+pub mod product;
 pub mod reference;
 pub mod selftest;
 
@@ -165,6 +166,11 @@ impl Gpu {
     /// Whether the build has the library for Hopper, and this is one.
     pub fn has_hopper(&self) -> bool {
         self.capability == (9, 0) && has_library(&self.build)
+    }
+
+    /// Whether the build has products by `wgmma`.
+    pub fn has_wgmma(&self) -> bool {
+        self.target.is_hopper()
     }
 
     /// `values` in the GPU's memory.

@@ -1,23 +1,12 @@
 //! Products, over experts too, as functions over buffers: structures as the sources have them, grids, shared memory, and checks that everything is there.
 
 use std::ffi::c_void;
-use std::fmt;
-use std::str::FromStr;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
+use super::product::{BLOCKS, Block, Extents, Parts, Product};
 use super::{Buffer, Gpu, Launch};
 use crate::error::Result;
 use crate::formats::float::Float;
 
-/// Columns of a group and of a stage, and warps of a block at most; columns of a part, more or less, and of a group from which on a part lies
-/// within it (kernels/gemm.cuh).
-const GROUP: usize = 32;
-const COLUMNS: usize = 128;
-const MOST_WARPS: usize = 8;
-const PART: usize = 512;
-const LARGE: usize = 1024;
 /// Threads of a block of most of the other kernels.
 pub(super) const WIDE: usize = 256;
 /// Threads of the block that groups rows, and the most experts that it knows: `routes::THREADS` and `routes::EXPERTS`.
@@ -25,110 +14,12 @@ const GROUPING: usize = 1024;
 const ROUTED: usize = 256;
 /// Columns of a scale at most: 131072 products of -128 by -128 no longer fit an int32.
 pub const LARGEST_GROUP: usize = 65_536;
-/// The blocks that there are kernels for.
-pub const BLOCKS: [Block; 4] = [
-    Block { rows: 16, tokens: 8 },
-    Block { rows: 16, tokens: 16 },
-    Block { rows: 32, tokens: 8 },
-    Block { rows: 32, tokens: 16 },
-];
-
 /// `FloatType` of kernels/common.cuh.
 pub(super) fn type_of(float: Float) -> i32 {
     match float {
         Float::Bf16 => 0,
         Float::F16 => 1,
         Float::F32 => 2,
-    }
-}
-
-/// What the codes of a weight are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Codes {
-    /// gpt-oss's own, scales E8M0 in groups of 32.
-    E2m1,
-    /// 4 bits with 8 added.
-    Int4,
-    /// 8 bits with their sign.
-    Int8,
-}
-
-impl Codes {
-    /// Bits of a code.
-    pub fn bits(self) -> usize {
-        if self == Self::Int8 { 8 } else { 4 }
-    }
-
-    fn stage_bytes(self) -> usize {
-        COLUMNS * self.bits() / 8
-    }
-
-    /// Bytes of a scale of type `float`.
-    pub fn scale_bytes(self, float: Float) -> usize {
-        if self == Self::E2m1 { 1 } else { float.size() }
-    }
-}
-
-/// Codes by inputs: a family of kernels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Product {
-    /// Its source, without the ending.
-    pub name: &'static str,
-    /// Of the weight.
-    pub codes: Codes,
-    /// Whether inputs are int8 with a scale a token; otherwise they are bf16.
-    pub int8: bool,
-}
-
-/// All of them.
-pub const PRODUCTS: [Product; 5] = [
-    Product { name: "w4a8", codes: Codes::Int4, int8: true },
-    Product { name: "mxfp4_a8", codes: Codes::E2m1, int8: true },
-    Product { name: "w8a8", codes: Codes::Int8, int8: true },
-    Product { name: "w4a16", codes: Codes::Int4, int8: false },
-    Product { name: "mxfp4_a16", codes: Codes::E2m1, int8: false },
-];
-
-/// `gemm::Parts`: how K is cut, and with it the order of the sums. It depends on K and the group alone.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Parts {
-    count: i32,
-    columns: i32,
-    inside: i32,
-    warps: i32,
-    rounds: i32,
-    scales: i32,
-    part_scales: i32,
-    stride: i32,
-}
-
-impl Parts {
-    /// For `k` columns in groups of `group`.
-    pub fn of(k: usize, group: usize) -> Self {
-        let scales = k / group;
-        let (count, columns, inside, part_scales) = if group < LARGE {
-            let part_scales = scales.div_ceil((k / PART).clamp(1, scales));
-            (k.div_ceil(part_scales * group), part_scales * group, 0, part_scales)
-        } else {
-            let columns = (group / GROUP).div_ceil(group / PART) * GROUP;
-            let inside = group.div_ceil(columns);
-            (scales * inside, columns, inside, 0)
-        };
-        let rounds = count.div_ceil(MOST_WARPS);
-        let stride = if inside == 0 { (part_scales + 4).div_ceil(8) * 8 - 4 } else { 0 };
-        let [count, columns, inside, warps, rounds, scales, part_scales, stride] =
-            [count, columns, inside, count.div_ceil(rounds), rounds, scales, part_scales, stride].map(|n| n as i32);
-        Self { count, columns, inside, warps, rounds, scales, part_scales, stride }
-    }
-
-    /// Columns of a part: all but the last one of K, or of a large group, have so many.
-    pub fn columns(&self) -> usize {
-        self.columns as usize
-    }
-
-    fn warps(&self) -> usize {
-        self.warps as usize
     }
 }
 
@@ -181,6 +72,12 @@ pub struct Weight<'g> {
     pub group: usize,
 }
 
+impl Weight<'_> {
+    fn extents(&self) -> Extents {
+        Extents { n: self.n, k: self.k, group: self.group, scale: self.scale_type }
+    }
+}
+
 /// Inputs [M, K].
 pub struct Inputs<'b, 'g> {
     /// int8 or bf16.
@@ -189,31 +86,6 @@ pub struct Inputs<'b, 'g> {
     pub scales: Option<&'b Buffer<'g>>,
     /// How many there are.
     pub rows: usize,
-}
-
-/// What a block of a product has; the bits of the outputs do not depend on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Block {
-    /// Rows of the weight.
-    pub rows: usize,
-    /// Tokens at most.
-    pub tokens: usize,
-}
-
-impl fmt::Display for Block {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}x{}", self.rows, self.tokens)
-    }
-}
-
-impl FromStr for Block {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let found = BLOCKS.into_iter().find(|b| b.to_string() == text);
-        found.ok_or_else(|| format!("wanted one of {}", BLOCKS.map(|b| b.to_string()).join(", ")))
-    }
 }
 
 /// Which rows go to which expert; made on the GPU by `group_rows`.
@@ -246,61 +118,6 @@ pub struct Mixture {
 }
 
 impl Product {
-    /// Bytes of shared memory of a block: `gemm::shared_bytes`.
-    pub fn shared_bytes(&self, block: Block, k: usize, group: usize, scale: Float) -> usize {
-        let (parts, Block { rows, tokens }) = (Parts::of(k, group), block);
-        let stages = if rows == 16 { 5 } else { 3 };
-        let sums = tokens * (rows + 4);
-        let a_warp = stages * rows * self.codes.stage_bytes() + 4 * sums.max(rows * parts.stride as usize);
-        let a_row = parts.scales as usize * self.codes.scale_bytes(scale);
-        let a_row = if a_row.is_multiple_of(16) { a_row + 16 } else { a_row };
-        let stored = if parts.inside == 0 { (rows * a_row).next_multiple_of(16) + 16 } else { 0 };
-        let kept = match (parts.rounds, parts.inside) {
-            (1, _) => 0,
-            (_, 0) => 1,
-            _ => 2,
-        };
-        parts.warps() * a_warp + stored + kept * sums * 4
-    }
-
-    /// What suits `rows` rows (of each expert, on average, where there are several `layers`): as many tokens as hold them, and few rows of the weight
-    /// where all blocks are on the GPU at once. A second wave of blocks with few rows costs more than it gains (kernels/results: 4096 x 4096 at
-    /// M = 16 and 32). `None` where no block fits the shared memory.
-    pub fn block(
-        &self,
-        gpu: &Gpu,
-        rows: usize,
-        layers: usize,
-        w: (usize, usize, usize),
-        scale: Float,
-    ) -> Result<Option<Block>> {
-        let (n, k, group) = w;
-        let tokens = if rows <= 8 { 8 } else { 16 };
-        let fits = |b: &Block| self.shared_bytes(*b, k, group, scale) <= gpu.shared_bytes;
-        let [few, many] = [16, 32].map(|rows| Some(Block { rows, tokens }).filter(fits));
-        if let Some(block) = few {
-            let grid = [rows.div_ceil(tokens).max(1) * layers, n.div_ceil(block.rows), 1];
-            let launch = self.shape(block, (k, group, scale), grid, layers > 1);
-            if grid[0] * grid[1] <= gpu.blocks_at_once(&launch)? || many.is_none() {
-                return Ok(few);
-            }
-        }
-        Ok(many.or_else(|| Some(Block { rows: 16, tokens: 8 }).filter(fits)))
-    }
-
-    /// The launch of a block over a grid.
-    fn shape(&self, block: Block, (k, group, scale): (usize, usize, Float), grid: [usize; 3], experts: bool) -> Launch {
-        let infix = if experts { "_experts" } else { "" };
-        Launch {
-            source: self.name,
-            kernel: format!("{}{infix}_{block}", self.name),
-            grid,
-            threads: 32 * Parts::of(k, group).warps(),
-            shared: self.shared_bytes(block, k, group, scale),
-            early: true,
-        }
-    }
-
     /// `output` [rows, N] = inputs W^T + bias, or of a [`Mixture`] each row by its expert's weight.
     ///
     /// # Panics
@@ -348,7 +165,7 @@ impl Product {
         let launch = Launch {
             // Weights are asked for before the inputs are there.
             early: [Some(&w.codes), Some(&w.scales), w.bias.as_ref()].into_iter().flatten().all(Buffer::is_settled),
-            ..self.shape(block, (w.k, w.group, w.scale_type), grid, experts.is_some())
+            ..self.shape(block, w.extents(), grid, experts.is_some())
         };
         output.0.written();
         let first = (&raw mut arguments).cast::<c_void>();

@@ -6,7 +6,7 @@ use crate::formats::float::Float;
 use crate::formats::minifloat::Minifloat;
 use crate::formats::mx;
 
-use super::operations::{Codes, Parts, Product};
+use super::product::{Codes, Parts, Product};
 
 /// A linear layer in this machine's memory, as its checkpoint has it.
 pub struct Layer<'a> {
