@@ -69,7 +69,16 @@ impl ModelConfig {
         let bad = |reason: String| Error::file(&file, reason);
         match config.get("model_type") {
             Some(Value::String(t)) if t == "gpt_oss" => {}
-            Some(Value::String(t)) => return Err(bad(format!("model_type is {t:?}, this tool knows gpt_oss"))),
+            Some(Value::String(t)) => {
+                let wrapped = match config.get("text_config").and_then(|c| c.get("model_type")) {
+                    Some(Value::String(inner)) if inner == "gpt_oss" => {
+                        "; its text model, in text_config, is one: save that alone, as transformers does with \
+                         model.language_model.save_pretrained"
+                    }
+                    _ => "",
+                };
+                return Err(bad(format!("model_type is {t:?}, this tool knows gpt_oss{wrapped}")));
+            }
             _ => {
                 let other = other_layout(config).map(|o| format!("; {o}")).unwrap_or_default();
                 return Err(bad(format!("has no model_type; a gpt-oss says \"gpt_oss\"{other}")));
@@ -203,6 +212,12 @@ mod tests {
     fn errors_name_field_and_value() {
         let e = parse(|m| drop(m.insert("model_type".into(), "llama".into()))).unwrap_err().to_string();
         assert_eq!(e, "m/config.json: model_type is \"llama\", this tool knows gpt_oss");
+        let wrapped = |m: &mut Map<String, Value>| {
+            let inner = Value::Object(m.clone());
+            m.insert("model_type".into(), "llava".into());
+            m.insert("text_config".into(), inner);
+        };
+        assert!(parse(wrapped).unwrap_err().to_string().contains("in text_config, is one: save that alone"));
         let e = parse(|m| drop(m.insert("hidden_size".into(), (1u64 << 60).into()))).unwrap_err().to_string();
         assert!(e.contains("hidden_size is 1152921504606846976"), "{e}");
         let e = parse(|m| drop(m.remove("hidden_size"))).unwrap_err().to_string();

@@ -1,5 +1,5 @@
 //! A file -> its documents, one by one. The name says what it is: `.jsonl` and `.json` hold a JSON object a line, `.parquet`
-//! a row each, everything else is plain text and one document. `.gz` behind the name is unpacked on the way.
+//! a row each, everything else is plain text and one document. What is packed with gzip is unpacked on the way, whatever its name.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -26,11 +26,17 @@ pub fn open(file: &Path, rows: Rows) -> Result<Documents> {
     let documents: Documents = if name.ends_with(".parquet") {
         Box::new(super::parquet::open(file, rows)?)
     } else {
-        let plain = BufReader::new(files::open(file)?);
-        let (name, input): (&str, Box<dyn BufRead>) = match name.strip_suffix(".gz") {
-            Some(name) => (name, Box::new(BufReader::new(MultiGzDecoder::new(plain)))),
-            None => (&name, Box::new(plain)),
+        let mut plain = BufReader::new(files::open(file)?);
+        let start = plain.fill_buf().map_err(Error::io("read", file))?;
+        if let Some((_, what)) = UNREAD.iter().find(|(magic, _)| start.starts_with(magic)) {
+            return Err(Error::file(file, format!("is {what}")));
+        }
+        let input: Box<dyn BufRead> = if start.starts_with(GZIP) || name != unpacked {
+            Box::new(BufReader::new(MultiGzDecoder::new(plain)))
+        } else {
+            Box::new(plain)
         };
+        let name = unpacked;
         if name.ends_with(".jsonl") || name.ends_with(".json") {
             let mut lines = Lines { file: file.to_path_buf(), input, number: 0, rows };
             Box::new(until_error(move || lines.read()))
@@ -43,6 +49,16 @@ pub fn open(file: &Path, rows: Rows) -> Result<Documents> {
         _ => documents,
     })
 }
+
+/// What a file begins with that is packed with gzip.
+const GZIP: &[u8] = &[0x1f, 0x8b];
+/// What others begin with, and what to do with them.
+const UNREAD: [(&[u8], &str); 4] = [
+    (&[0x28, 0xb5, 0x2f, 0xfd], "packed with zstd, which is not read: unpack it, or pack it with gzip"),
+    (&[0xfd, b'7', b'z', b'X', b'Z'], "packed with xz, which is not read: unpack it, or pack it with gzip"),
+    (b"PK\x03\x04", "a ZIP archive, which is not read: unpack it"),
+    (b"PAR1\x15", "Parquet by its content: its name has to end with .parquet"),
+];
 
 /// Bytes of the largest document that is read, unpacked: of a line, or of a file of plain text.
 const LARGEST: u64 = 512 << 20;
@@ -171,6 +187,13 @@ mod tests {
         gz.write_all(lines).unwrap();
         let gz = gz.finish().unwrap();
         assert_eq!(texts(&read("x.JSON.gz", &gz, Rows::TextOrMessages).unwrap()), want);
+        assert_eq!(texts(&read("x.jsonl", &gz, Rows::TextOrMessages).unwrap()), want);
+        for (content, words) in
+            [(&b"\x28\xb5\x2f\xfd."[..], "packed with zstd"), (b"PAR1\x15", "has to end with .parquet")]
+        {
+            let e = read("x.jsonl", content, Rows::TextOrMessages).unwrap_err().to_string();
+            assert!(e.contains("x.jsonl") && e.contains(words), "{e}");
+        }
         assert_eq!(texts(&read("x.md", "\u{feff}{é}\n".as_bytes(), Rows::TextOrMessages).unwrap()), ["{é}\n"]);
         assert_eq!(texts(&read("x", b"", Rows::TextOrMessages).unwrap()), [""]);
         assert!(read("x.jsonl", b"", Rows::TextOrMessages).unwrap().is_empty());

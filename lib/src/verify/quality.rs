@@ -81,6 +81,12 @@ pub fn quality(
     let predicted = figures.predicted.iter().filter(|p| **p).count();
     let nll = mean(&figures, |r| r.nll, predicted);
     let perplexity = libm::exp(nll);
+    if !perplexity.is_finite() {
+        return Err(Error::Refused(format!(
+            "{}: a token's negative log-likelihood is {nll:e} on average, so it predicts nothing; its weights are damaged or overflow",
+            model.checkpoint.dir.display()
+        )));
+    }
     let against = |figures: &Figures, model: &Model| -> Result<ReferenceReport> {
         Ok(distance(figures, model.activations()?, perplexity, predicted))
     };
