@@ -1,4 +1,5 @@
-// Products of weights of few bits with int8 or bf16 inputs on tensor cores, for few tokens.
+// Products of weights of few bits with int8 or bf16 inputs on tensor cores: what all of them share. Those for few tokens are in mma.cuh, those for many
+// in wgmma.cuh.
 //
 //   output[m, n] = input_scale[m] * step * sum over groups g of weight_scale[n, g] * (sum of code[n, k] * input[m, k] over g) + bias[n]
 //
@@ -39,8 +40,8 @@ struct Parts {
   int count;        // of all parts
   int columns;      // of a part; the last one of K, or of a group, may have fewer
   int inside;       // parts of a group, where groups are large; 0 where a part has whole groups
-  int warps;        // of a block; part p belongs to warp p % warps
-  int rounds;       // parts that a warp has at most
+  int warps;        // of a block by mma.sync, where part p belongs to warp p % warps
+  int rounds;       // parts that such a warp has at most
   int scales;       // of a row
   int part_scales;  // of a row in a part, 0 where a part lies within a group
   int stride;       // from a row's scales of a part to the next one's in shared memory: rows are four banks apart

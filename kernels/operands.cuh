@@ -197,7 +197,10 @@ struct Int8Inputs {
 
 #ifdef WARPGROUPS
     // The same of a warpgroup for 64 tokens, whose 32 bytes a token begin at `x` of shared memory; sums = what they are where `add`, + that.
-    DEVICE void multiply(int (&sums)[32], uint32_t x, bool add) const {
+    DEVICE void multiply(int (&sums)[32], uint32_t x, bool add) {
+      hold(a);
+      if (TWICE) hold(more);
+      warpgroup_fence();
       warpgroup_multiply(sums, a, rows_of_128(x), add);
       if (TWICE) warpgroup_multiply(sums, more, rows_of_128(x), true);
     }
@@ -253,7 +256,10 @@ struct Bf16Inputs {
 
 #ifdef WARPGROUPS
     // The same of a warpgroup; 64 bytes a token.
-    DEVICE void multiply(float (&sums)[32], uint32_t x, bool add) const {
+    DEVICE void multiply(float (&sums)[32], uint32_t x, bool add) {
+      hold(a[0]);
+      hold(a[1]);
+      warpgroup_fence();
       warpgroup_multiply(sums, a[0], rows_of_128(x), add);
       warpgroup_multiply(sums, a[1], rows_of_128(x + 32), true);
     }

@@ -17,8 +17,28 @@ DEVICE void copy_async_four(uint32_t to, const void* from, int bytes) {
 // What this thread wrote to shared memory, copies that it waited for included, is seen by tensor cores after the next barrier.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// A barrier of `threads` threads of the block. Number 0 is that of all.
-DEVICE void sync_some(int number, int threads) { asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory"); }
+// Barrier NUMBER of THREADS threads of the block; number 0 is that of all.
+template <int NUMBER, int THREADS>
+DEVICE void sync_some() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(NUMBER), "n"(THREADS) : "memory");
+}
+
+// Registers that a product reads or writes: no other use of them is moved past this by the compiler, to which a product is an instruction like any other.
+template <int N>
+DEVICE void hold(uint32_t (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
+}
+template <int N>
+DEVICE void hold(int (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
+}
+template <int N>
+DEVICE void hold(float (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
 
 // Registers of operands are as they should be from here on: comes between their last change and a product.
 DEVICE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
@@ -57,11 +77,11 @@ DEVICE void warpgroup_multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 #undef SUM
 }
-
-// Where 32 bytes of each of 64 rows lie that are b's columns: rows of 128 bytes, eight of them 1024 bytes, of which 16-byte chunk c of row r is in
-// place c ^ (r % 8); `first` is a multiple of 32 in the first row, and the rows begin at a multiple of 1024 (PTX ISA, matrix descriptor).
-DEVICE uint64_t rows_of_128(uint32_t first) { return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (first & 0x3ffff) >> 4; }
 #endif
 #else
 #include "host/warpgroup.hpp"
 #endif
+
+// Where 32 bytes of each of 64 rows lie that are b's columns: rows of 128 bytes, eight of them 1024 bytes, of which 16-byte chunk c of row r is in
+// place c ^ (r % 8); `first` is a multiple of 32 in the first row, and the rows begin at a multiple of 1024 (PTX ISA, matrix descriptor).
+HOST_DEVICE uint64_t rows_of_128(uint32_t first) { return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (first & 0x3ffff) >> 4; }

@@ -1,12 +1,13 @@
-// Products by `wgmma`, which Hopper (9.0a) has, for many tokens: the same numbers in the same order of the sums as by `mma.sync` (gemm.cuh).
+// Products by `wgmma`, which Hopper (9.0a) has, for many tokens. The order of the sums is that of gemm.cuh, so int8 inputs give the bits that `mma.sync` gives;
+// with bf16 inputs the tensor cores' own order within a group may be another one.
 //
 // A warpgroup, four warps, multiplies 64 rows of the weight, from registers, by 64 tokens, from shared memory. A block has two of them: with 128 rows
 // both multiply the same tokens and go through all parts of K; with 64 rows they take turns at the parts, for launches that would not fill
 // the GPU otherwise. Warpgroups that share a ring of stages are a team. A stage has 128 columns of codes and of tokens; while one is multiplied
 // the next two are on their way. The sums of a group are scaled by the same warps: as one warpgroup scales, the other's product runs.
 //
-// Tokens are copied by the word, because the columns that a lane's codes are side by side of are not those that tensor cores take from one place;
-// so inputs lie in memory as every other kernel has them.
+// Inputs lie in memory as every other kernel has them. They are copied by words of four bytes, because tensor cores want the columns that a lane's codes
+// belong to in another order (Inputs::place).
 #pragma once
 
 #include "operands.cuh"
@@ -20,14 +21,15 @@ constexpr int MANY_STAGES = 3;
 constexpr int TOKEN_BYTES = 128;     // of a row of the tiles that tokens are in
 constexpr int TOKEN_TILE = MANY_TOKENS * TOKEN_BYTES;
 
-// Where things lie in the shared memory of a block: each team's stages, of codes and then tokens; where the tokens' inputs begin, and the tile, which
-// would have registers else; each team's scales of a part as f32; the scales of the block as they are stored; outputs, and sums of open groups.
+// Where things lie in the shared memory of a block: each team's stages, of codes and then tokens; where the tokens' inputs begin, their scales, and the tile,
+// which would take registers; each team's scales of a part as f32; the scales of the block as they are stored; outputs, and sums of open groups.
 template <class Codes, class Inputs, int ROWS>
 struct ManyLayout {
   static constexpr int TEAM = 2 * ROWS, TEAMS = MANY_THREADS / TEAM;  // threads of a team
   static constexpr int CODES = ROWS * Codes::STAGE_BYTES, STAGE = CODES + Inputs::BYTES * TOKEN_TILE;
   static constexpr int STRIDE = ROWS + 4;  // from a token's outputs to the next one's: what a warp writes at once shares no banks
-  static constexpr int SOURCES = TEAMS * MANY_STAGES * STAGE, TILE = SOURCES + MANY_TOKENS * 8, SCALES = TILE + 16;
+  static constexpr int SOURCES = TEAMS * MANY_STAGES * STAGE, TOKEN_SCALES = SOURCES + MANY_TOKENS * 8;
+  static constexpr int TILE = TOKEN_SCALES + MANY_TOKENS * 4, SCALES = TILE + 16;
   int stored, kept, bytes;
 
   HOST_DEVICE ManyLayout(const Parts& parts, int scale_type) {
@@ -42,6 +44,13 @@ struct ManyLayout {
 template <class Codes, class Inputs, int ROWS>
 HOST_DEVICE int many_shared_bytes(int k, int group, int scale_type) {
   return ManyLayout<Codes, Inputs, ROWS>(Parts::of(k, group), scale_type).bytes;
+}
+
+// A barrier of a team.
+template <int TEAMS>
+DEVICE void sync_team(int team) {
+  if (TEAMS == 1 || team == 0) sync_some<1, MANY_THREADS / TEAMS>();
+  else sync_some<2, MANY_THREADS / TEAMS>();
 }
 
 // A team's way through K: where its next stage begins, and how many columns of the part there are from there on; 0 behind the last part.
@@ -163,8 +172,7 @@ struct ManySums {
       copy_wait<MANY_STAGES - 2>();
       fence_async();
       // All of it is there, and everybody is done with the stage before, whose place the next one takes.
-      sync_some(1 + team, Layout::TEAM);
-      stream.next(p, shared, ring + (slot == 0 ? MANY_STAGES - 1 : slot - 1) * Layout::STAGE, thread);
+      sync_team<Layout::TEAMS>(team);
       [[maybe_unused]] float upper[GROUPS], lower[GROUPS];
       if constexpr (Codes::E8M0) {
         load_floats(upper, scales);
@@ -182,18 +190,21 @@ struct ManySums {
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         if (!FULL && g >= here) break;
-        warpgroup_fence();
         // A group's columns lie side by side in a row of 128 bytes.
         const int at = g * GROUP * Inputs::BYTES;
         const bool begun = Codes::E8M0 || PER == 1 ? false : PER == 2 ? g % 2 == 1 : open;
         left.multiply(sums, tokens + at / TOKEN_BYTES * TOKEN_TILE + at % TOKEN_BYTES, begun);
         warpgroup_commit();
         open = true;
-        // The next codes are decoded meanwhile, into the registers of the product before this one.
+        // Meanwhile the next stage is asked for and the next codes are decoded.
+        if (g == 0) stream.next(p, shared, ring + (slot == 0 ? MANY_STAGES - 1 : slot - 1) * Layout::STAGE, thread);
         const bool last = g == GROUPS - 1, completes = !FULL || PER == 0 || PER == 1 || Codes::E8M0 || (PER == 2 && g % 2 == 1) || last;
         if (!completes) warpgroup_wait<1>();
         Left next = last ? left : decode(g + 1);
-        if (completes) warpgroup_wait<0>();
+        if (completes) {
+          warpgroup_wait<0>();
+          hold(sums);
+        }
         left = next;
         if constexpr (Codes::E8M0) {
           take(upper[g], lower[g]);
@@ -253,6 +264,9 @@ DEVICE void product_of_many(const Arguments& p, const Experts* experts, unsigned
     }
     copy_commit();
   }
+  float* token_scales = reinterpret_cast<float*>(shared + Layout::TOKEN_SCALES);
+  if (Inputs::SCALED)
+    for (int t = threadIdx.x; t < MANY_TOKENS; t += MANY_THREADS) token_scales[t] = p.input_scale[tile.source(experts, t)];
   copy_wait<MANY_STAGES - 2>();
   __syncthreads();  // the scales of all rows
 
@@ -271,7 +285,7 @@ DEVICE void product_of_many(const Arguments& p, const Experts* experts, unsigned
     if (mine) {
       const int columns = parts.width(part, p.k, p.group);
       if (!parts.inside) {
-        if (round > 0) sync_some(1 + team, TEAM);  // everybody is done with the scales of the part before
+        if (round > 0) sync_team<TEAMS>(team);  // everybody is done with the scales of the part before
         convert_scales<Codes, ROWS, TEAM>(p, scales, shared + layout.stored, part * parts.part_scales, thread);
       }
       const float* own = scales + upper * parts.stride;
@@ -320,12 +334,11 @@ DEVICE void product_of_many(const Arguments& p, const Experts* experts, unsigned
     if (p.bias && row + e < p.n) bias[e] = read_float(p.bias, int64_t(tile.expert) * p.n + row + e, FloatType(p.output_type));
 #pragma unroll 1
   for (int t = threadIdx.x / (ROWS / 2); t < tile.tokens; t += MANY_THREADS / (ROWS / 2)) {
-    const float token_scale = Inputs::SCALED ? p.input_scale[tile.source(experts, t)] : 0;
     float values[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       values[e] = from_bits(kept[t * STRIDE + r + e]);
-      if (Inputs::SCALED) values[e] *= token_scale * Inputs::template step<Codes>();
+      if (Inputs::SCALED) values[e] *= token_scales[t] * Inputs::template step<Codes>();
       if (p.bias) values[e] += bias[e];
     }
     write_outputs(p, experts, tile.token + t, row, values);

@@ -579,6 +579,9 @@ void check_mixtures() {
   using B16 = gemm::Bf16Inputs;
   // As many experts as there may be.
   check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, 3, 32, 32, routes::EXPERTS, 4, 32, F32);
+  // Two experts with more rows than any tile.
+  check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, 70, 64, 32, 3, 2, 32, BF16);
+  check_experts<gemm::Int4, B16>("w4a16", w4a16, 70, 64, 64, 3, 2, 64, BF16);
   for (int tokens : {1, 5, 33}) {
     check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, tokens, 96, 64, 6, 2, 32, F32);
     check_experts<gemm::E2m1, I8>("mxfp4_a8", mxfp4, tokens, 64, 160, 4, 3, 32, BF16);

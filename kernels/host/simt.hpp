@@ -251,7 +251,7 @@ inline bool release_some() {
       block.threads[i].state = State::Ready;
     }
     block.threads[first].with(first);
-    any = true;
+    return true;
   }
   for (const Thread& one : block.threads) {
     if (one.state != State::Some) continue;
@@ -272,7 +272,9 @@ inline bool release_some() {
 
 // Lets all go on that wait for each other and are complete; false where nobody can.
 inline bool release() {
-  bool any = release_some();
+  // One at a time, so that a warp which does not wait for the others runs far ahead of them.
+  if (release_some()) return true;
+  bool any = false;
   int n = int(block.threads.size()), waiting = 0, done = 0;
   for (int first = 0; first < n; first += WARP) {
     int here = 0;
@@ -291,7 +293,7 @@ inline bool release() {
         case Act::Here: break;
       }
       for (int i = first; i < first + WARP; i++) block.threads[i].state = State::Ready;
-      any = true;
+      return true;
     }
   }
   for (Thread& t : block.threads) {

@@ -32,6 +32,7 @@ struct Rows {
     if (descriptor >> 62 != 1) fail("tokens of a warpgroup's product are in rows of 128 bytes, swizzled");
     if (descriptor >> 49 & 7) fail("a descriptor has an offset of its base");
     if ((descriptor >> 32 & 0x3fff) != 1024 >> 4) fail("eight rows of 128 bytes are 1024 bytes");
+    if (descriptor & 0x3f & ~0x6) fail("a tile of tokens begins at a multiple of 1024, a step of it at one of 32");
     for (int row = 0; row < 64; row++)
       for (int byte = 0; byte < 32; byte += 16) {
         uint32_t at = place(descriptor, row, byte);
@@ -212,10 +213,12 @@ inline void copy_async_four(uint32_t to, const void* from, int bytes) {
   simt::ask_copy(to, from, bytes, 4);
 }
 
-inline void sync_some(int number, int threads) {
+template <int NUMBER, int THREADS>
+inline void sync_some() {
   simt::Together& t = simt::block.threads[simt::block.current].together;
-  t.value = float(threads), t.mask = number;
+  t.value = float(THREADS), t.mask = NUMBER;
   simt::wait(simt::State::Some);
 }
 
-inline uint64_t rows_of_128(uint32_t first) { return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (first & 0x3ffff) >> 4; }
+template <class T, int N>
+inline void hold(T (&)[N]) {}

@@ -127,7 +127,7 @@ impl Parts {
     }
 }
 
-/// What a block of a product has; the bits of the outputs do not depend on it.
+/// What a block of a product has. With int8 inputs the bits of the outputs do not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Block {
@@ -192,7 +192,7 @@ impl Product {
             let teams = MANY_THREADS / (2 * rows);
             let stage = rows * self.codes.stage_bytes() + tokens * TOKEN_BYTES * if self.int8 { 1 } else { 2 };
             let kept = if parts.inside == 0 { sums } else { 2 * sums };
-            return teams * (MANY_STAGES * stage + part_scales) + 8 * tokens + 16 + stored + kept;
+            return teams * (MANY_STAGES * stage + part_scales) + 12 * tokens + 16 + stored + kept;
         }
         let stages = if rows == 16 { 5 } else { 3 };
         let a_warp = stages * rows * self.codes.stage_bytes() + sums.max(part_scales);
@@ -206,19 +206,18 @@ impl Product {
 
     /// What suits `rows` rows (of each expert, on average, where there are several `layers`). `None` where no block fits the shared memory.
     ///
-    /// - Many rows, where there is `wgmma`: 64 tokens, and 64 rows of the weight where each block has a multiprocessor of its own, for then twice as
-    ///   many of them work; else 128, which read the tokens half as often.
+    /// - Many rows, where there is `wgmma` and blocks for a fourth of the multiprocessors at least: 64 tokens, and 64 rows of the weight where each block has a
+    ///   multiprocessor of its own, for then twice as many of them work; else 128, which read the tokens half as often.
     /// - Otherwise as many tokens as hold them, and few rows of the weight where all blocks are on the GPU at once. A second wave of blocks
     ///   with few rows costs more than it gains (kernels/results: 4096 x 4096 at M = 16 and 32).
     pub fn block(&self, gpu: &Gpu, rows: usize, layers: usize, w: Extents) -> Result<Option<Block>> {
         let fits = |b: &Block| self.shared_bytes(*b, w.k, w.group, w.scale) <= gpu.shared_bytes;
         let found = |rows, tokens| Block::of(gpu).find(|b| b.rows == rows && b.tokens == tokens).filter(fits);
         let blocks = |b: Block| rows.div_ceil(b.tokens).max(1) * layers * w.n.div_ceil(b.rows);
-        if rows >= MANY {
-            let few = found(64, MANY_TOKENS).filter(|&b| blocks(b) <= gpu.multiprocessors as usize);
-            if let Some(block) = few.or_else(|| found(128, MANY_TOKENS)) {
-                return Ok(Some(block));
-            }
+        let all = gpu.multiprocessors as usize;
+        if let Some(small) = found(64, MANY_TOKENS).filter(|&b| rows >= MANY && 4 * blocks(b) >= all) {
+            let large = found(128, MANY_TOKENS).filter(|_| blocks(small) > all);
+            return Ok(large.or(Some(small)));
         }
         let tokens = if rows <= 8 { 8 } else { 16 };
         let (few, many) = (found(16, tokens), found(32, tokens));

@@ -247,16 +247,20 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
     let gate_up = Drawn::new(gpu, &mut draw, product, count, (2 * width, width, 32), types)?;
     let down = Drawn::new(gpu, &mut draw, product, count, (width, width, 32), types)?;
     let single = Drawn::new(gpu, &mut draw, product, 1, (width, width, 32), types)?;
-    let block = Block { rows: 32, tokens: 8 };
     let fits = |b: &Block| product.shared_bytes(*b, width, 32, types.0) <= gpu.shared_bytes;
     let blocks: Vec<Block> = Block::of(gpu).filter(fits).collect();
+    // One of each kind over experts.
+    let over_experts = [Block { rows: 32, tokens: 8 }, Block { rows: 128, tokens: 64 }];
+    let over_experts = over_experts.into_iter().filter(|b| blocks.contains(b));
+    let mixtures = over_experts.map(|b| Ok((b, Routes::new(gpu, (tokens, top_k), count, b.tokens)?)));
+    let mixtures: Vec<(Block, Routes)> = mixtures.collect::<Result<_>>()?;
     let (rows, bytes) = (tokens * top_k, tokens * width * float.size());
     let mut sides = Vec::new();
     for _ in 0..2 {
         let chosen = routes(&mut draw, tokens, count, top_k);
         let x = gpu.upload(&stored(&numbers(&mut draw, tokens * width, float), float))?;
-        let outputs = blocks.iter().map(|_| gpu.room(bytes)).collect::<Result<Vec<_>>>()?;
-        sides.push(Side { x, chosen: gpu.upload(&chosen)?, output: gpu.room(bytes)?, outputs });
+        let outputs = (0..mixtures.len() + blocks.len()).map(|_| gpu.room(bytes)).collect::<Result<Vec<_>>>()?;
+        sides.push(Side { x, chosen: gpu.upload(&chosen)?, outputs });
     }
     let other = gpu.upload(&stored(&numbers(&mut draw, tokens * width, float), float))?;
     let shares = gpu.upload(&(0..rows).map(|_| draw.unit().abs()).collect::<Vec<f32>>())?;
@@ -264,13 +268,12 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
     let (codes, scales) = (gpu.room(tokens * width)?, gpu.room(4 * tokens)?);
     let (h, h_codes, h_scales) = (gpu.room(2 * rows * width)?, gpu.room(rows * width)?, gpu.room(4 * rows)?);
     let (y, z) = (gpu.room(2 * rows * width)?, gpu.room(bytes)?);
-    let routed = Routes::new(gpu, (tokens, top_k), count, block.tokens)?;
     // `wait` is called between any two launches.
     let layer = |side: &Side, wait: &dyn Fn() -> Result<()>| -> Result<()> {
         gpu.copy(&side.x, &x)?;
         gpu.copy(&side.chosen, &chosen)?;
         wait()?;
-        for (i, (&block, output)) in blocks.iter().zip(&side.outputs).enumerate() {
+        for (i, (&block, output)) in blocks.iter().zip(&side.outputs[mixtures.len()..]).enumerate() {
             // Something else is rounded each time: codes of the time before would be wrong.
             let from = if i % 2 == 0 { &x } else { &other };
             quantize_activations(gpu, (from, float), &codes, &scales, (tokens, width), false)?;
@@ -281,27 +284,31 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
             gpu.copy(&z, output)?;
             wait()?;
         }
-        let grouped = routed.group(gpu, &chosen)?;
-        wait()?;
-        quantize_activations(gpu, (&x, float), &codes, &scales, (tokens, width), false)?;
-        wait()?;
-        let inputs = Inputs { values: &codes, scales: Some(&scales), rows: tokens };
-        let mixture = Mixture { gather: true, swiglu: Some((1.702, 7.0)) };
-        product.launch(gpu, &gate_up.there, &inputs, (&h, float), block, Some((grouped, mixture)))?;
-        wait()?;
-        quantize_activations(gpu, (&h, float), &h_codes, &h_scales, (rows, width), false)?;
-        wait()?;
-        let inputs = Inputs { values: &h_codes, scales: Some(&h_scales), rows };
-        let mixture = Mixture { gather: false, swiglu: None };
-        product.launch(gpu, &down.there, &inputs, (&y, float), block, Some((grouped, mixture)))?;
-        wait()?;
-        combine_experts(gpu, grouped, &y, &shares, &out, (width, float))?;
-        wait()?;
-        gpu.copy(&out, &side.output)
+        for ((block, routed), output) in mixtures.iter().zip(&side.outputs) {
+            let grouped = routed.group(gpu, &chosen)?;
+            wait()?;
+            quantize_activations(gpu, (&x, float), &codes, &scales, (tokens, width), false)?;
+            wait()?;
+            let inputs = Inputs { values: &codes, scales: Some(&scales), rows: tokens };
+            let mixture = Mixture { gather: true, swiglu: Some((1.702, 7.0)) };
+            product.launch(gpu, &gate_up.there, &inputs, (&h, float), *block, Some((grouped, mixture)))?;
+            wait()?;
+            quantize_activations(gpu, (&h, float), &h_codes, &h_scales, (rows, width), false)?;
+            wait()?;
+            let inputs = Inputs { values: &h_codes, scales: Some(&h_scales), rows };
+            let mixture = Mixture { gather: false, swiglu: None };
+            product.launch(gpu, &down.there, &inputs, (&y, float), *block, Some((grouped, mixture)))?;
+            wait()?;
+            combine_experts(gpu, grouped, &y, &shares, &out, (width, float))?;
+            wait()?;
+            gpu.copy(&out, output)?;
+            wait()?;
+        }
+        Ok(())
     };
-    let results = |side: &Side| -> Result<Vec<Vec<f32>>> {
-        [&side.output].into_iter().chain(&side.outputs).map(|output| read(gpu, output, float)).collect()
-    };
+    let results =
+        |side: &Side| -> Result<Vec<Vec<f32>>> { side.outputs.iter().map(|output| read(gpu, output, float)).collect() };
+    let used: Vec<Block> = mixtures.iter().map(|m| m.0).chain(blocks.iter().copied()).collect();
     let mut want = Vec::new();
     for side in &sides {
         layer(side, &|| gpu.synchronize())?;
@@ -313,10 +320,12 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
         gpu.times(&graph, 1)?;
         for (side, want) in sides.iter().zip(&want) {
             for (i, (have, want)) in results(side)?.iter().zip(want).enumerate() {
-                match i.checked_sub(1).map(|i| blocks[i]) {
-                    None => test.see_all(have, want, &format!("turn {turn}, the layer")),
-                    Some(b) if b.is_wgmma() => test.see_each(have, want, &format!("turn {turn}, blocks of {b}")),
-                    Some(b) => test.see_all(have, want, &format!("turn {turn}, blocks of {b}")),
+                let what = if i < mixtures.len() { "experts" } else { "a layer" };
+                let case = format!("turn {turn}, {what}, blocks of {}", used[i]);
+                if used[i].is_wgmma() {
+                    test.see_each(have, want, &case);
+                } else {
+                    test.see_all(have, want, &case);
                 }
             }
         }
@@ -324,11 +333,10 @@ pub fn chain(gpu: &Gpu, extent: Extent) -> Result<KernelTest> {
     Ok(test)
 }
 
-/// What goes into a layer of [`chain`], and what comes out: of its experts, and of a single product by each block.
+/// What goes into a layer of [`chain`], and what comes out: of its experts by each kind of block, and of a single product by each block.
 struct Side<'g> {
     x: Buffer<'g>,
     chosen: Buffer<'g>,
-    output: Buffer<'g>,
     outputs: Vec<Buffer<'g>>,
 }
 
@@ -403,7 +411,8 @@ pub fn experts(gpu: &Gpu, product: Product, extent: Extent) -> Result<KernelTest
     let (mut test, mut draw) = (KernelTest::new(name, false), Draw::new(6));
     let unit = (1.702f32, 7.0f32);
     // Tokens, hidden, inner, experts, of each token.
-    let mut shapes = vec![(1, 64, 96, 6, 2), (5, 96, 64, 6, 2), (33, 128, 64, 5, 3)];
+    // Of the last one two experts have more rows than any tile.
+    let mut shapes = vec![(1, 64, 96, 6, 2), (5, 96, 64, 6, 2), (33, 128, 64, 5, 3), (70, 64, 32, 3, 2)];
     if extent == Extent::Models {
         shapes.extend([(1, 2880, 2880, 32, 4), (7, 2880, 2880, 32, 4)]);
     }
