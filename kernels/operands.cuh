@@ -80,9 +80,17 @@ struct Int4 : Nibbles {
   static constexpr float INT8_STEP = 1.0f / 16;
   static constexpr bool E8M0 = false;
 
+  // The 8 of every nibble, and the upper halves of bytes. From registers both are one operation.
+  struct Masks {
+    uint32_t eights, upper;
+
+    DEVICE Masks kept() const { return {in_register(eights), in_register(upper)}; }
+  };
+  HOST_DEVICE static constexpr Masks masks() { return {0x88888888u, 0xf0f0f0f0u}; }
+
   // Sixteen times the values: without the 8 a nibble in the upper half of a byte is that, sign and all.
-  DEVICE static Eight bytes(uint32_t word) {
-    uint32_t odd = (word ^ 0x88888888u) & 0xf0f0f0f0u, even = ((word << 4) ^ 0x80808080u) & 0xf0f0f0f0u;
+  DEVICE static Eight bytes(const Masks& m, uint32_t word) {
+    uint32_t odd = (word ^ m.eights) & m.upper, even = ((word << 4) ^ m.eights) & m.upper;
     return {permute(even, odd, 0x5140), permute(even, odd, 0x7362)};
   }
 
@@ -169,6 +177,7 @@ struct Int8Inputs {
     struct None {};
     DEVICE static auto tables() {
       if constexpr (TWICE) return Codes::summand_tables().kept();
+      else if constexpr (Codes::WORDS == 1) return Codes::masks().kept();
       else return None();
     }
 
@@ -181,7 +190,7 @@ struct Int8Inputs {
         Codes::summands(tables, words[1][0], lower, others[1]);
         more[0] = others[0].low, more[1] = others[1].low, more[2] = others[0].high, more[3] = others[1].high;
       } else if constexpr (Codes::WORDS == 1) {
-        upper = Codes::bytes(words[0][0]), lower = Codes::bytes(words[1][0]);
+        upper = Codes::bytes(tables, words[0][0]), lower = Codes::bytes(tables, words[1][0]);
       } else {
         upper = {words[0][0], words[0][1]}, lower = {words[1][0], words[1][1]};
       }

@@ -597,7 +597,7 @@ void check_decoders() {
   for (int low = 0; low < 256; low++) {
     for (int high = 0; high < 256; high++) {
       uint32_t word = uint32_t(low | high << 8) * 0x00010001u;
-      gemm::Eight int4 = gemm::Int4::bytes(word);
+      gemm::Eight int4 = gemm::Int4::bytes(gemm::Int4::masks(), word);
       gemm::Halves e2m1_half = gemm::E2m1::halves(gemm::E2m1::half_tables(), word), int4_half = gemm::Int4::halves({}, word);
       gemm::Eight first, second;
       gemm::E2m1::summands(gemm::E2m1::summand_tables(), word, first, second);
