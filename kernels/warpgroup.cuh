@@ -24,20 +24,13 @@ DEVICE void sync_some() {
 }
 
 // Registers that a product reads or writes: no other use of them is moved past this by the compiler, to which a product is an instruction like any other.
-template <int N>
-DEVICE void hold(uint32_t (&registers)[N]) {
+DEVICE void hold(uint32_t& number) { asm volatile("" : "+r"(number)::"memory"); }
+DEVICE void hold(int& number) { asm volatile("" : "+r"(number)::"memory"); }
+DEVICE void hold(float& number) { asm volatile("" : "+f"(number)::"memory"); }
+template <class T, int N>
+DEVICE void hold(T (&numbers)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
-}
-template <int N>
-DEVICE void hold(int (&registers)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
-}
-template <int N>
-DEVICE void hold(float (&registers)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(registers[i])::"memory");
+  for (int i = 0; i < N; i++) hold(numbers[i]);
 }
 
 // Registers of operands are as they should be from here on: comes between their last change and a product.

@@ -105,7 +105,7 @@ struct StageStream {
     const uint64_t* sources = reinterpret_cast<const uint64_t*>(shared + Layout::SOURCES);
     const int warp = thread / 32, lane = thread % 32, place = Inputs::place(lane);
     const int64_t on = int64_t(at.column) * Inputs::BYTES + lane * 4;
-    constexpr int BATCH = 4;  // between a load from shared memory and a copy to it the compiler puts some idle instructions
+    constexpr int BATCH = 4;  // nvcc puts three idle loads between a load from shared memory and the next copy to it, so some loads come first
 #pragma unroll
     for (int first = 0; first < MANY_TOKENS / WARPS; first += BATCH) {
       const unsigned char* from[BATCH];
@@ -250,10 +250,10 @@ DEVICE void product_of_many(const Arguments& p, const Experts* experts, unsigned
   auto way = stream.way;
 #pragma unroll 1
   for (int s = 0; s < MANY_STAGES - 1 && way.left > 0; s++, way.go_on(p)) stream.ask_codes(way, ring + s * Layout::STAGE, thread);
-  for (int t = threadIdx.x; t < MANY_TOKENS; t += MANY_THREADS)
-    sources[t] = reinterpret_cast<uint64_t>(p.input) + uint64_t(tile.source(experts, t)) * p.k * Inputs::BYTES;
+  const int t = threadIdx.x;
+  if (t < MANY_TOKENS) sources[t] = reinterpret_cast<uint64_t>(p.input) + uint64_t(tile.source(experts, t)) * p.k * Inputs::BYTES;
   const uint32_t words[4] = {uint32_t(tile.expert), uint32_t(tile.row), uint32_t(tile.token), uint32_t(tile.tokens)};
-  if (threadIdx.x == 0) store_sixteen(shared + Layout::TILE, words);
+  if (t == 0) store_sixteen(shared + Layout::TILE, words);
   __syncthreads();
   if (!experts) inputs_ready();
 #pragma unroll 1
@@ -265,8 +265,7 @@ DEVICE void product_of_many(const Arguments& p, const Experts* experts, unsigned
     copy_commit();
   }
   float* token_scales = reinterpret_cast<float*>(shared + Layout::TOKEN_SCALES);
-  if (Inputs::SCALED)
-    for (int t = threadIdx.x; t < MANY_TOKENS; t += MANY_THREADS) token_scales[t] = p.input_scale[tile.source(experts, t)];
+  if (Inputs::SCALED && t < MANY_TOKENS) token_scales[t] = p.input_scale[tile.source(experts, t)];
   copy_wait<MANY_STAGES - 2>();
   __syncthreads();  // the scales of all rows
 

@@ -3,9 +3,8 @@
 // each allocation lies a page that nobody may touch. Machine code is not looked at.
 //
 // GPTOSS_EMULATED_GPU says which GPU it is: compute capability and multiprocessors, "8.6:4" unless it is set. With 9.0 and later, launches that allow it
-// begin before the two in front of them have run, up to where they want their inputs; GPTOSS_EMULATED_COUNT is a file that gets how many did, and of how
-// many; GPTOSS_EMULATED_CRASH names a kernel whose launch fails and ends
-// the context, GPTOSS_EMULATED_HANG one that never ends.
+// begin before the two in front of them have run, up to where they want their inputs. GPTOSS_EMULATED_COUNT is a file that gets how many did, and of how many.
+// GPTOSS_EMULATED_CRASH names a kernel whose launch fails and ends the context, GPTOSS_EMULATED_HANG one that never ends.
 //
 //     c++ -std=c++17 -O2 -fPIC -shared -I.. -o libcuda.so.1 driver.cpp
 #include <signal.h>

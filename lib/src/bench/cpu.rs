@@ -184,19 +184,8 @@ impl<'s> Floats<'s> {
         let rows = inputs.pairs();
         let bytes = 4 * (weights * n * k + rows * (n + k));
         let (device, shape, kernel) = ("cpu", self.shape, BASELINE.into());
-        Ok(Measured {
-            device,
-            shape,
-            kernel,
-            m: inputs.m,
-            group: 0,
-            block: None,
-            rows,
-            weights,
-            bytes,
-            copies,
-            seconds,
-        })
+        let (m, group, block) = (inputs.m, 0, None);
+        Ok(Measured { device, shape, kernel, m, group, block, rows, weights, bytes, copies, seconds })
     }
 }
 
@@ -258,19 +247,8 @@ impl<'s> Coded<'s> {
         let seconds = times(copies, iters, run).expect("products cannot fail");
         let bytes = weights * (self.code_bytes + self.scales.len()) + 4 * rows * (n + k);
         let (device, shape, kernel) = ("cpu", self.shape, self.name.into());
-        Measured {
-            device,
-            shape,
-            kernel,
-            m: inputs.m,
-            group: self.group,
-            block: None,
-            rows,
-            weights,
-            bytes,
-            copies,
-            seconds,
-        }
+        let (m, group, block) = (inputs.m, self.group, None);
+        Measured { device, shape, kernel, m, group, block, rows, weights, bytes, copies, seconds }
     }
 }
 

@@ -43,7 +43,7 @@ pub struct GemmRow {
     pub k: usize,
     /// Columns of a scale of the weight; 0 of floats.
     pub group: usize,
-    /// What a block of the kernel has, on a GPU. With 64 tokens it multiplies by `wgmma`, else by `mma.sync`: that and the kernels' build fix the order
+    /// What a block of the kernel has, on a GPU; of a whole layer of experts, of its first product. With 64 tokens it multiplies by `wgmma`, else by `mma.sync`: that and the kernels' build fix the order
     /// in which tensor cores add products of bf16.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub block: Option<Block>,

@@ -58,9 +58,10 @@ impl Calibrator<'_> {
             let mean: Vec<f32> = m.abs.iter().map(|a| a / m.count.max(1) as f32).collect();
             let (sample, settings) = (self.sample(readers, output)?, &self.recipe.awq);
             let (scales, gain) = self.device.enter(|| awq::search(&sample, &mean, &m.gram, settings, exact));
-            let percent = format!("{:.1}", 100.0 * gain);
-            if percent != "0.0" {
-                report.notes.push(format!("{name}: AWQ's scales take {percent}% off the error of what reads it"));
+            // Less would be written as nothing.
+            let percent = 100.0 * gain;
+            if percent >= 0.05 {
+                report.notes.push(format!("{name}: AWQ's scales take {percent:.1}% off the error of what reads it"));
             }
             scales
         } else {

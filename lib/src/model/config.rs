@@ -72,8 +72,8 @@ impl ModelConfig {
             Some(Value::String(t)) => {
                 let wrapped = match config.get("text_config").and_then(|c| c.get("model_type")) {
                     Some(Value::String(inner)) if inner == "gpt_oss" => {
-                        "; its text model, in text_config, is one: save that alone, as transformers does with \
-                         model.language_model.save_pretrained"
+                        "; its text model, in text_config, is one: save that alone (with transformers: take the text model out \
+                         of the loaded one and call save_pretrained on it)"
                     }
                     _ => "",
                 };

@@ -80,16 +80,8 @@ pub fn quality(
     let figures = evaluate(subject, reference.or(alone.then_some(model)).map(beside), &text.sequences, room)?;
     let predicted = figures.predicted.iter().filter(|p| **p).count();
     let nll = mean(&figures, |r| r.nll, predicted);
-    let perplexity = libm::exp(nll);
-    if !perplexity.is_finite() {
-        return Err(Error::Refused(format!(
-            "{}: a token's negative log-likelihood is {nll:e} on average, so it predicts nothing; its weights are damaged or overflow",
-            model.checkpoint.dir.display()
-        )));
-    }
-    let against = |figures: &Figures, model: &Model| -> Result<ReferenceReport> {
-        Ok(distance(figures, model.activations()?, perplexity, predicted))
-    };
+    let perplexity = perplexity_of(nll, model)?;
+    let against = |figures: &Figures, model: &Model| distance(figures, model, perplexity, predicted);
     let engine = match numerics {
         Numerics::Exact => None,
         Numerics::Engine if alone => Some(against(&figures, model)?),
@@ -106,22 +98,33 @@ pub fn quality(
     })
 }
 
-/// How far `figures` are from their reference, whose inputs are as `activations` say.
-fn distance(figures: &Figures, activations: Vec<Activations>, perplexity: f64, predicted: usize) -> ReferenceReport {
+/// e^nll. Beyond a float it is an error: a manifest has no number for it.
+fn perplexity_of(nll: f64, model: &Model) -> Result<f64> {
+    Some(libm::exp(nll)).filter(|p| p.is_finite()).ok_or_else(|| {
+        Error::Refused(format!(
+            "{}: a token's negative log-likelihood is {nll:e} on average, so it predicts nothing; its weights are damaged or overflow",
+            model.checkpoint.dir.display()
+        ))
+    })
+}
+
+/// How far `figures` are from their reference, `model`.
+fn distance(figures: &Figures, model: &Model, perplexity: f64, predicted: usize) -> Result<ReferenceReport> {
     let nll = mean(figures, |r| r.reference_nll, predicted);
+    let reference = perplexity_of(nll, model)?;
     let mut kl: Vec<f64> = figures.rows.iter().map(|r| r.kl).collect();
     let kl_mean = kl.iter().sum::<f64>() / kl.len() as f64;
     kl.sort_by(f64::total_cmp);
     let same = figures.rows.iter().filter(|r| r.same_top).count();
-    ReferenceReport {
-        activations,
+    Ok(ReferenceReport {
+        activations: model.activations()?,
         nll,
-        perplexity: libm::exp(nll),
-        perplexity_ratio: perplexity / libm::exp(nll),
+        perplexity: reference,
+        perplexity_ratio: perplexity / reference,
         kl_mean,
         kl_p99: kl[(kl.len() * 99).div_ceil(100).max(1) - 1],
         top1_agreement: same as f64 / figures.rows.len() as f64,
-    }
+    })
 }
 
 /// The mean over predicted tokens, summed in their order.
